@@ -1,0 +1,46 @@
+"""hf_drt: dynamic-rank training for Hugging Face Transformers."""
+
+from hf_drt.config import DRTConfig
+from hf_drt.controller import DynamicRank, Transition
+from hf_drt.export import dense_state_dict
+from hf_drt.forms import Adapter, Dense, Factored, Form, convert, effective_weight, empty_like, form_of
+from hf_drt.schedule import Phase, Plan, Schedule
+from hf_drt.selection import Selection, find_targets
+from hf_drt.state import CheckpointError
+from hf_drt.trainer import (
+    DRTCallback,
+    DRTSeq2SeqTrainer,
+    DRTSeq2SeqTrainingArguments,
+    DRTTrainer,
+    DRTTrainerMixin,
+    DRTTrainingArguments,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "CheckpointError",
+    "DRTCallback",
+    "DRTConfig",
+    "DRTSeq2SeqTrainer",
+    "DRTSeq2SeqTrainingArguments",
+    "DRTTrainer",
+    "DRTTrainerMixin",
+    "DRTTrainingArguments",
+    "Dense",
+    "DynamicRank",
+    "Factored",
+    "Form",
+    "Phase",
+    "Plan",
+    "Schedule",
+    "Selection",
+    "Transition",
+    "convert",
+    "dense_state_dict",
+    "effective_weight",
+    "empty_like",
+    "find_targets",
+    "form_of",
+]

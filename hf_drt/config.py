@@ -1,0 +1,165 @@
+"""Every user parameter, once, with its unit and interval. Standard library only."""
+
+import math
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+Start = Literal["auto", "scratch", "pretrained"]
+AdapterInit = Literal["zero", "principal"]
+Moments = Literal["project", "reset"]
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class DRTConfig:
+    """Settings of dynamic-rank training; each field's meaning, unit and interval is its ``help`` metadata.
+
+    The same fields, prefixed with ``drt_``, are those of :class:`hf_drt.DRTTrainingArguments`.
+
+    Raises:
+        ValueError: A value is outside its interval; the message names the field, the value and the interval.
+    """
+
+    schedule: str | None = _option(
+        None,
+        "Phases of the run, e.g. 'factored@0 dense@40%% adapter@80%%', or a preset: paper, fixed, warmup, cyclic, "
+        "decay. Boundaries are shares of the run (%%), update steps (400), epochs (1.5ep), or LR anchors (lr<0.9). "
+        "Unset: plain training, without any change.",
+    )
+    rank_ratio: float = _option(0.25, "Rank of low-rank layers as a share of min(out, in), in (0, 1].")
+    rank: int | None = _option(None, "Absolute rank of low-rank layers, at least 1; takes the place of rank_ratio.")
+    rank_pattern: dict[str, float] | str | None = _option(
+        None,
+        "JSON object from a regular expression on the layer's name to its rank: a whole number is an absolute rank, "
+        "a number with a decimal point a share of min(out, in). The first match wins, e.g. '{\"attn\": 0.125}'.",
+    )
+    rank_multiple: int = _option(8, "Ranks given as a share are rounded to a multiple of this, at least 1.")
+    include: list[str] | None = _option(
+        None, "Regular expressions; of the layers selected by the rule, keep those whose name matches one."
+    )
+    exclude: list[str] | None = _option(None, "Regular expressions; layers whose name matches one stay dense.")
+    start: Start = _option(
+        "auto",
+        "What 'lowrank' and the presets begin with: factored form for a model from 'scratch', adapter form for a "
+        "'pretrained' one, whose weights a truncation would destroy. 'auto' looks where the weights come from.",
+    )
+    adapter_alpha: float = _option(16.0, "Numerator of the adapter's scaling alpha / rank, above 0.")
+    adapter_init: AdapterInit = _option(
+        "zero", "Start of the adapter: 'zero' (lora_B = 0) or 'principal' (top singular directions of W)."
+    )
+    moments: Moments = _option(
+        "project",
+        "Optimizer state of swapped layers: 'project' carries the moments over by the chain rule, 'reset' drops them.",
+    )
+    rewarmup_steps: int = _option(0, "Update steps of linear LR re-warm-up after every switch, at least 0 (off).")
+    rewarmup_start: float = _option(0.1, "Share of the scheduled LR at which the re-warm-up starts, in [0, 1].")
+    factored_lr_scale: float = _option(1.0, "Multiplier on the scheduled LR of factors U and V, above 0.")
+    adapter_lr_scale: float = _option(1.0, "Multiplier on the scheduled LR of lora_A and lora_B, above 0.")
+    frobenius_decay: bool = _option(
+        False,
+        "Decay the product: apply the optimizer's weight_decay to factored layers as the gradient of "
+        "1/2 ||U V||_F^2, decoupled, in place of L2 on each factor.",
+    )
+    log_rank_steps: int = _option(
+        0, "Log the effective rank every so many update steps and at the end of every phase; 0 is off."
+    )
+    log_rank_per_layer: bool = _option(False, "Log the effective rank of every layer, not only mean and min.")
+    evaluate_at_switch: bool = _option(False, "Evaluate at the end of every phase but the last.")
+    save_at_switch: bool = _option(False, "Save a checkpoint at the end of every phase but the last.")
+    seed: int | None = _option(None, "Seed of new adapter directions, at least 0. Unset: the run's seed.")
+
+    def __post_init__(self) -> None:
+        if self.schedule is not None:
+            _require(isinstance(self.schedule, str) and self.schedule.strip(), self, "schedule", "a non-empty text")
+        _require(
+            _is_number(self.rank_ratio) and 0 < self.rank_ratio <= 1,
+            self,
+            "rank_ratio",
+            "in (0, 1]",
+            "It is a share of min(out, in); for an absolute rank use rank=.",
+        )
+        if self.rank is not None:
+            _require(_is_int(self.rank) and self.rank >= 1, self, "rank", "a whole number of at least 1")
+        _require(_is_int(self.rank_multiple) and self.rank_multiple >= 1, self, "rank_multiple", "at least 1")
+        _require(_is_number(self.adapter_alpha) and self.adapter_alpha > 0, self, "adapter_alpha", "above 0")
+        for name, choices in (("start", Start), ("adapter_init", AdapterInit), ("moments", Moments)):
+            _require(getattr(self, name) in get_args(choices), self, name, f"one of {', '.join(get_args(choices))}")
+        for name in ("rewarmup_steps", "log_rank_steps"):
+            value = getattr(self, name)
+            _require(_is_int(value) and value >= 0, self, name, "a whole number of at least 0", "The unit is steps.")
+        _require(_is_number(self.rewarmup_start) and 0 <= self.rewarmup_start <= 1, self, "rewarmup_start", "in [0, 1]")
+        for name in ("factored_lr_scale", "adapter_lr_scale"):
+            _require(_is_number(getattr(self, name)) and getattr(self, name) > 0, self, name, "above 0")
+        if self.seed is not None:
+            _require(_is_int(self.seed) and self.seed >= 0, self, "seed", "a whole number of at least 0")
+        for name in ("include", "exclude"):
+            _check_patterns(name, getattr(self, name))
+        object.__setattr__(self, "rank_pattern", _parse_rank_pattern(self.rank_pattern))
+
+    @classmethod
+    def from_prefixed(cls, source: Any, prefix: str = "drt_", **override: Any) -> "DRTConfig":
+        """The settings held by an object whose attributes are the fields' names with a prefix."""
+        values = {f.name: getattr(source, prefix + f.name) for f in fields(cls) if hasattr(source, prefix + f.name)}
+        return cls(**{**values, **override})
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require(condition: Any, config: DRTConfig, name: str, allowed: str, hint: str = "") -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {allowed}, got {getattr(config, name)!r}. {hint}".rstrip())
+
+
+def _check_patterns(name: str, patterns: Any) -> None:
+    if patterns is None:
+        return
+    if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+        raise ValueError(f"{name} must be a list of regular expressions, got {patterns!r}.")
+    for pattern in patterns:
+        _compile(name, pattern)
+
+
+def _compile(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{name} holds {pattern!r}, which is not a regular expression: {error}. "
+            "Match any text with '.*', and escape special characters with a backslash."
+        ) from None
+
+
+def _parse_rank_pattern(value: Any) -> dict[str, float] | None:
+    """The pattern as a dict; a text is read as JSON, since that is how a command line carries it."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        import json
+
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f'rank_pattern is not valid JSON ({error}): {value!r}. Write it as \'{{"attn": 0.125, "mlp": 64}}\'.'
+            ) from None
+    if not isinstance(value, dict):
+        raise ValueError(f"rank_pattern must map regular expressions to ranks, got {value!r}.")
+    for pattern, rank in value.items():
+        _compile("rank_pattern", pattern)
+        absolute, share = _is_int(rank) and rank >= 1, isinstance(rank, float) and 0 < rank <= 1
+        if not (absolute or share):
+            raise ValueError(
+                f"rank_pattern gives {rank!r} for {pattern!r}; allowed is a whole number of at least 1 (a rank), or a "
+                "number with a decimal point in (0, 1] (a share of min(out, in))."
+            )
+    return dict(value)

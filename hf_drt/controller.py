@@ -1,0 +1,381 @@
+"""DynamicRank: one plan applied to one model. Usable in any training loop."""
+
+import hashlib
+import logging
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_drt.config import DRTConfig
+from hf_drt.forms import (
+    Dense,
+    Form,
+    break_even_rank,
+    convert,
+    effective_weight,
+    empty_like,
+    form_from_dict,
+    form_of,
+    form_to_dict,
+    prepare,
+    resolve_form,
+    weight_shape,
+)
+from hf_drt.forms.modules import FactoredLinear
+from hf_drt.optim import (
+    StepRules,
+    add_form_groups,
+    carry_state,
+    form_group_options,
+    moment_keys,
+    rewarmup_factor,
+    unwrap,
+)
+from hf_drt.schedule import Plan, Run, Schedule
+from hf_drt.selection import Selection, find_targets
+from hf_drt.spectral import effective_rank, factored_singular_values, singular_values
+from hf_drt.surgery import Swap, replace
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Transition:
+    """What one change of phase did. Holds numbers only, so that the old weights can be freed.
+
+    Attributes:
+        step: Update step at whose beginning it happened.
+        phase: Index of the phase that began, and its ``kind``.
+        layers: Layers that changed form.
+        seconds: Wall-clock time.
+        errors: Relative Frobenius error by truncation, by layer.
+        parameters: Trainable parameters of the model, before and after.
+        function_error: max |difference| of the probe's output, before to after; None without a probe.
+    """
+
+    step: int
+    phase: int
+    kind: str
+    layers: int
+    seconds: float
+    parameters: tuple[int, int]
+    errors: dict[str, float] = field(default_factory=dict)
+    function_error: float | None = None
+
+    @property
+    def truncation_error(self) -> float:
+        """Largest error of a layer; 0 where nothing was truncated."""
+        return max(self.errors.values(), default=0.0)
+
+
+class DynamicRank:
+    """Keeps a model's linear layers in the form that a plan asks for.
+
+    The whole state is one integer, the phase the model is in; a change is decided by comparing it with the plan, never
+    by ``step == k``, so that a resumed run does not make it twice.
+
+    Example::
+
+        drt = DynamicRank(model, DRTConfig(schedule="factored@0 dense@40% adapter@80%"), max_steps=1000)
+        drt.apply(0)                                    # the first phase, before the optimizer is made
+        optimizer = torch.optim.AdamW(model.parameters())
+        for step, batch in enumerate(batches):
+            drt.begin_step(step, optimizer)             # changes form where a phase begins
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        drt.to_dense()                                  # a plain model again
+
+    Args:
+        model: Any ``nn.Module`` with transformer blocks (:mod:`hf_drt.selection`).
+        config: Settings; ``config.schedule`` is not read if ``plan`` is given.
+        max_steps: Update steps of the run; not read if ``plan`` is given.
+        plan: Resolved phases, in place of ``config.schedule`` and ``max_steps``.
+        pretrained: Whether 'lowrank' in the schedule means adapter form, where ``config.start`` is 'auto'.
+        seed: Seed of new adapter directions where ``config.seed`` is None.
+
+    Raises:
+        ValueError: No target layer, a schedule that does not resolve, or a low-rank phase that leaves all layers dense.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: DRTConfig,
+        max_steps: int | None = None,
+        *,
+        plan: Plan | None = None,
+        pretrained: bool = False,
+        seed: int = 0,
+    ):
+        self.model, self.config = model, config
+        self.selection: Selection = find_targets(model, config.include, config.exclude)
+        self.plan = plan if plan is not None else _plan_from(config, max_steps, pretrained)
+        self.seed = config.seed if config.seed is not None else seed
+        self.phase: int | None = None
+        self._step = 0
+        self._rules: StepRules | None = None
+        self._installed: weakref.ref | None = None
+        self._shapes = {name: weight_shape(module) for name, module in self.selection.targets.items()}
+        self._check_phases()
+
+    # ---- what a phase asks for
+
+    def forms(self, phase: int) -> dict[str, Form]:
+        """The form of every target layer in a phase, by name."""
+        p = self.plan.phases[phase]
+        return {name: resolve_form(p.kind, shape, self.config, name, p.rank) for name, shape in self._shapes.items()}
+
+    def _check_phases(self) -> None:
+        for index, phase in enumerate(self.plan.phases):
+            if phase.kind == "dense":
+                continue
+            dense = [name for name, form in self.forms(index).items() if form == Dense()]
+            if len(dense) == len(self._shapes):
+                name, shape = next(iter(self._shapes.items()))
+                raise ValueError(
+                    f"phase '{phase}' leaves all {len(dense)} layers dense: their ranks reach break-even, e.g. "
+                    f"{break_even_rank(*shape):.4g} for {name} of shape (out, in) = {shape}, from where factors cost "
+                    "more than W. Lower rank_ratio or rank, or rank_multiple for small layers."
+                )
+            if dense:
+                logger.warning(
+                    "phase '%s': %d of %d layers stay dense, since their rank would reach break-even: %s",
+                    phase, len(dense), len(self._shapes), ", ".join(dense),
+                )  # fmt: skip
+
+    # ---- the verbs
+
+    def match(self, step: int) -> bool:
+        """Whether the model is in another phase than update ``step`` needs."""
+        return self.phase != self.plan.index_at(step)
+
+    def begin_step(
+        self,
+        step: int,
+        optimizer: torch.optim.Optimizer | None = None,
+        probe: Callable[[], Tensor | None] | None = None,
+    ) -> Transition | None:
+        """:meth:`apply` if a phase begins with this update step, and keep time for the re-warm-up.
+
+        Call it at the beginning of every update step, before the first forward pass. Arguments as in :meth:`apply`.
+        """
+        transition = self.apply(step, optimizer, probe) if self.match(step) else None
+        self._step = step
+        if optimizer is not None and (self._installed is None or self._installed() is not unwrap(optimizer)):
+            self.install(optimizer)
+        return transition
+
+    def apply(
+        self,
+        step: int,
+        optimizer: torch.optim.Optimizer | None = None,
+        probe: Callable[[], Tensor | None] | None = None,
+    ) -> Transition:
+        """Bring the model into the phase of update ``step``.
+
+        All new layers and optimizer entries are made before the first old one is touched: if anything fails, model
+        and optimizer are as they were. Nothing happens if the model is in the phase already.
+
+        Args:
+            step: Update step that is about to be made, 0-based.
+            optimizer: The optimizer over the model's trainable parameters, once there is one; Accelerate's wrapper too.
+            probe: Gives the model's output on a fixed batch, or None; called before and after, for ``function_error``.
+
+        Raises:
+            ValueError: The optimizer is not supported or lacks a weight, a weight is not finite, or a layer is gone.
+        """
+        started = time.perf_counter()
+        index = self.plan.index_at(step)
+        before = probe() if probe is not None and self.match(step) else None
+        swaps, conversions = self._prepare_swaps(index)
+        parameters = _trainable_parameters(self.model)
+        if swaps:
+            commit = carry_state(optimizer, self.model, swaps, self.config.moments) if optimizer is not None else None
+            replace(self.model, swaps)
+            for conversion in conversions:
+                conversion.commit()
+            if commit is not None:
+                commit()
+        errors = {swap.name: c.error for swap, c in zip(swaps, conversions, strict=True)}
+        self.phase, self._step = index, step
+        seconds = time.perf_counter() - started
+        difference = None if before is None else (probe() - before).abs().max().item()
+        return Transition(
+            step, index, self.plan.phases[index].kind, len(swaps), seconds,
+            (parameters, _trainable_parameters(self.model)), errors, difference,
+        )  # fmt: skip
+
+    def _prepare_swaps(self, index: int) -> tuple[list[Swap], list]:
+        modules = dict(self.model.named_modules())
+        # A phase of the same kind as the one before is a restart: re-balanced factors, a merged and renewed adapter.
+        restart = (
+            self.phase is not None
+            and index != self.phase
+            and self.plan.phases[index].kind == self.plan.phases[self.phase].kind
+        )
+        swaps, conversions = [], []
+        for name, form in self.forms(index).items():
+            module = modules.get(name)
+            if module is None:
+                raise ValueError(f"the model has no layer {name} any more. Build DynamicRank after all other changes.")
+            if form_of(module) == form and (form == Dense() or not restart):
+                continue
+            conversion = prepare(module, form, self._generator(index, name))
+            conversions.append(conversion)
+            swaps.append(Swap(name, module, conversion.module))
+        return swaps, conversions
+
+    def _generator(self, phase: int, name: str) -> torch.Generator:
+        """A CPU generator from (seed, phase, layer): equal on all processes, and the global one is left alone."""
+        digest = hashlib.sha256(f"{self.seed}/{phase}/{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plan, the phase, and every target's shape and form; JSON-serialisable."""
+        modules = dict(self.model.named_modules())
+        return {
+            "plan": str(self.plan),
+            "max_steps": self.plan.max_steps,
+            "phase": self.phase,
+            "seed": self.seed,
+            "layers": {
+                name: {"shape": list(shape), **form_to_dict(form_of(modules[name]))}
+                for name, shape in self._shapes.items()
+            },
+        }
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Compare a state with this plan and model.
+
+        Raises:
+            ValueError: It belongs to another plan, model, selection or rank; the message names the difference.
+        """
+        for key in ("plan", "max_steps", "phase", "layers"):
+            if key not in state:
+                raise ValueError(f"the state lacks '{key}'; it is incomplete.")
+        if (state["plan"], state["max_steps"]) != (str(self.plan), self.plan.max_steps):
+            raise ValueError(
+                f"the plan has changed: the state is of '{state['plan']}' over {state['max_steps']} update steps, this "
+                f"run of '{self.plan}' over {self.plan.max_steps}. Go on with the schedule and length of then: "
+                f"schedule='{state['plan']}', max_steps={state['max_steps']}."
+            )
+        if not (isinstance(state["phase"], int) and 0 <= state["phase"] < len(self.plan)):
+            raise ValueError(f"phase must lie in 0..{len(self.plan) - 1}, the state has {state['phase']!r}.")
+        self._check_layers(state)
+
+    def _check_layers(self, state: dict[str, Any]) -> None:
+        layers, expected = state["layers"], self.forms(state["phase"])
+        if missing := sorted(set(expected) - set(layers)):
+            raise ValueError(f"the state lacks {_some(missing)}, which this run selects. {_SAME_RUN}")
+        if extra := sorted(set(layers) - set(expected)):
+            raise ValueError(f"the state holds {_some(extra)}, which this run does not select. {_SAME_RUN}")
+        for name, entry in layers.items():
+            entry = dict(entry)
+            shape = tuple(entry.pop("shape", ()))
+            if shape != self._shapes[name]:
+                raise ValueError(f"{name} has shape {self._shapes[name]} here, and {shape} in the state. {_SAME_RUN}")
+            if (form := form_from_dict(entry)) != expected[name]:
+                raise ValueError(
+                    f"{name} is {form} in the state, but this run's settings make it {expected[name]} in phase "
+                    f"{state['phase']}. {_SAME_RUN}"
+                )
+
+    def load_state_dict(self, state: dict[str, Any], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Restore the structure that a state describes; the weights' values are unset until they are loaded.
+
+        Args:
+            state: From :meth:`state_dict`.
+            optimizer: One over the model in its present form, if it exists; it gets the new parameters in the old ones'
+                places, so that its own state can be loaded afterwards.
+
+        Raises:
+            ValueError: As in :meth:`check_state`; the model is as it was then.
+        """
+        self.check_state(state)
+        modules = dict(self.model.named_modules())
+        swaps = [
+            Swap(name, modules[name], empty_like(modules[name], form))
+            for name, form in self.forms(state["phase"]).items()
+            if form_of(modules[name]) != form
+        ]
+        commit = carry_state(optimizer, self.model, swaps, "reset") if optimizer is not None and swaps else None
+        replace(self.model, swaps)
+        if commit is not None:
+            commit()
+        self.phase = state["phase"]
+
+    # ---- around the optimizer step
+
+    def install(self, optimizer: torch.optim.Optimizer) -> None:
+        """Check that the optimizer is supported, give it its form groups, and hook the step rules on it.
+
+        Needed only if a learning-rate scheduler is made before the first :meth:`begin_step`, and then before it.
+
+        Raises:
+            ValueError: The optimizer is not supported, or lacks a weight.
+        """
+        optimizer = unwrap(optimizer)
+        moment_keys(optimizer)
+        modules = dict(self.model.named_modules())
+        add_form_groups(optimizer, {name: modules[name] for name in self._shapes}, self.config)
+        if self._rules is not None:
+            self._rules.remove()
+            self._rules = None
+        self._installed = weakref.ref(optimizer)
+        if self.config.rewarmup_steps or form_group_options(self.config):
+            self._rules = StepRules(optimizer, self.lr_factor)
+
+    def lr_factor(self) -> float:
+        """Share of the scheduled LR in force at the present update step: the re-warm-up after a switch."""
+        since = self._step - self.plan.phases[self.phase].start if self.phase else None
+        return rewarmup_factor(since, self.config.rewarmup_steps, self.config.rewarmup_start)
+
+    # ---- reading and leaving
+
+    def effective_ranks(self) -> dict[str, float]:
+        """Effective rank of every target layer; factored ones from r x r matrices only."""
+        modules = dict(self.model.named_modules())
+        return {name: effective_rank(_spectrum(modules[name])) for name in self._shapes}
+
+    def to_dense(self) -> None:
+        """Bring every target layer back to its dense form: a plain model, that loads anywhere."""
+        modules = dict(self.model.named_modules())
+        pending = [(name, modules[name]) for name in self._shapes if form_of(modules[name]) != Dense()]
+        replace(self.model, [Swap(name, module, convert(module, Dense()).module) for name, module in pending])
+        self.phase = None
+
+
+_SAME_RUN = "Resume with the model and the drt settings of the run that wrote it."
+
+
+def _plan_from(config: DRTConfig, max_steps: int | None, pretrained: bool) -> Plan:
+    if config.schedule is None or max_steps is None:
+        raise ValueError("DynamicRank needs either a plan, or config.schedule and max_steps.")
+    return Schedule.parse(config.schedule).resolve(Run(max_steps), lowrank_kind(config, pretrained))
+
+
+def lowrank_kind(config: DRTConfig, pretrained: bool) -> str:
+    """What 'lowrank' stands for: truncation would destroy pretrained weights, so those start in adapter form."""
+    if config.start == "auto":
+        return "adapter" if pretrained else "factored"
+    return "adapter" if config.start == "pretrained" else "factored"
+
+
+def _spectrum(module: nn.Module) -> Tensor:
+    if isinstance(module, FactoredLinear):
+        return factored_singular_values(module.U, module.V)
+    return singular_values(effective_weight(module))
+
+
+def _trainable_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,42 @@
+"""One linear map, several parametrizations: Dense | Factored | Adapter."""
+
+from hf_drt.forms.convert import Conversion, convert, effective_weight, empty_like, prepare
+from hf_drt.forms.modules import (
+    AdapterLinear,
+    FactoredLinear,
+    LowRankLinear,
+    as_matrix,
+    form_of,
+    is_transposed,
+    tensor_shapes,
+    trainable_weights,
+    weight_shape,
+)
+from hf_drt.forms.resolve import break_even_rank, resolve_form, resolve_rank
+from hf_drt.forms.specs import Adapter, Dense, Factored, Form, form_from_dict, form_to_dict
+
+__all__ = [
+    "Adapter",
+    "AdapterLinear",
+    "Conversion",
+    "Dense",
+    "Factored",
+    "FactoredLinear",
+    "Form",
+    "LowRankLinear",
+    "as_matrix",
+    "break_even_rank",
+    "convert",
+    "effective_weight",
+    "empty_like",
+    "form_from_dict",
+    "form_of",
+    "form_to_dict",
+    "is_transposed",
+    "prepare",
+    "resolve_form",
+    "resolve_rank",
+    "tensor_shapes",
+    "trainable_weights",
+    "weight_shape",
+]

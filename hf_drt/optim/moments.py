@@ -1,0 +1,151 @@
+"""Optimizer moments across a change of form, by the first-order chain rule.
+
+With ``W = const + s L R`` (``L (out, r)``, ``R (r, in)``, s = 1 for factors and alpha / r for an adapter) the gradients
+are ``dL/dL = s G R^T`` and ``dL/dR = s L^T G``, where G = dL/dW. A first moment is a moving average of gradients, and
+follows the same linear maps. A second moment is the average of squared gradients; its image is exact for entries of G
+that are independent of each other (``v_L = s^2 v_W (R*R)^T``), which is the assumption Adam makes anyway.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_drt.forms import LowRankLinear, as_matrix, is_transposed, trainable_weights
+from hf_drt.spectral import working_dtype
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class MomentKeys:
+    """Names of an optimizer's per-parameter state: first moments, second moments. Empty: only reset is possible."""
+
+    first: tuple[str, ...] = ()
+    second: tuple[str, ...] = ()
+
+
+_ADAM = MomentKeys(("exp_avg",), ("exp_avg_sq", "max_exp_avg_sq"))
+
+# By qualified name and not by isinstance: a third party's subclass may keep state that these rules do not know.
+OPTIMIZERS: dict[str, MomentKeys] = {
+    "torch.optim.adam.Adam": _ADAM,
+    "torch.optim.adamw.AdamW": _ADAM,
+    "torch.optim.nadam.NAdam": _ADAM,
+    "torch.optim.radam.RAdam": _ADAM,
+    "torch.optim.sgd.SGD": MomentKeys(("momentum_buffer",)),
+    # Adafactor keeps row and column statistics, and RMSprop a momentum of already scaled updates: both start anew.
+    "torch.optim.rmsprop.RMSprop": MomentKeys(),
+    "transformers.optimization.Adafactor": MomentKeys(),
+}
+
+
+def moment_keys(optimizer: torch.optim.Optimizer) -> MomentKeys:
+    """The moments of a supported optimizer.
+
+    Raises:
+        ValueError: The optimizer is none of those whose state is known.
+    """
+    name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    name = name.replace("torch.optim._adafactor", "transformers.optimization")
+    if name not in OPTIMIZERS:
+        allowed = ", ".join(sorted(known.rpartition(".")[2] for known in OPTIMIZERS))
+        raise ValueError(
+            f"the optimizer {type(optimizer).__qualname__} cannot follow a change of form: its state per parameter is "
+            f"unknown here. Allowed are {allowed} (optim=adamw_torch, adamw_torch_fused, sgd, adafactor or rmsprop)."
+        )
+    return OPTIMIZERS[name]
+
+
+def project(old: nn.Module, new: nn.Module, states: list[State], keys: MomentKeys) -> list[State]:
+    """State of the new layer's trainable weights from that of the old one's, both in ``trainable_weights`` order.
+
+    Entries that are no moments (the step count) are taken over as they are. Where a moment's image is zero
+    everywhere, as for lora_A while lora_B = 0, the state is left empty: a zero second moment next to a high step count
+    would make the first updates too large.
+    """
+    if not all(states) or not (keys.first or keys.second):
+        return [{} for _ in trainable_weights(new)]
+    new_parts = trainable_weights(new)
+    images: list[State] = [{k: _copy(v) for k, v in states[0].items() if not _is_moment(k, keys)} for _ in new_parts]
+    for key in (*keys.first, *keys.second):
+        moments = [state.get(key) for state in states]
+        if any(moment is None for moment in moments):
+            continue
+        second = key in keys.second
+        dense = _lift(old, [m.to(working_dtype(m.dtype)) for m in moments], second)
+        for image, like, part in zip(images, new_parts, _lower(new, dense, second), strict=True):
+            image[key] = part.to(dtype=moments[0].dtype, device=like.device).contiguous()
+    return [image if _has_moments(image, keys) else {} for image in images]
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _is_moment(key: str, keys: MomentKeys) -> bool:
+    return key in keys.first or key in keys.second
+
+
+def _has_moments(state: State, keys: MomentKeys) -> bool:
+    return all(bool(state[key].any()) for key in state if _is_moment(key, keys)) and any(
+        _is_moment(key, keys) for key in state
+    )
+
+
+def _lift(module: nn.Module, moments: list[Tensor], second: bool) -> Tensor:
+    """The moment of W ``(out, in)`` behind those of the layer's trainable weights."""
+    if not isinstance(module, LowRankLinear):
+        return as_matrix(moments[0], is_transposed(module))
+    L, R, scale = _factors(module)
+    m_L, m_R = _by_factor(module, moments)
+    return _second_from_factors(L, R, scale, m_L, m_R) if second else _first_from_factors(L, R, scale, m_L, m_R)
+
+
+def _lower(module: nn.Module, moment: Tensor, second: bool) -> list[Tensor]:
+    """Moments of the layer's trainable weights from the moment of W ``(out, in)``."""
+    if not isinstance(module, LowRankLinear):
+        return [as_matrix(moment, is_transposed(module))]
+    L, R, scale = _factors(module)
+    if second:
+        parts = scale**2 * moment @ (R * R).mT, scale**2 * (L * L).mT @ moment
+    else:
+        parts = scale * moment @ R.mT, scale * L.mT @ moment
+    return list(_by_factor(module, parts))
+
+
+def _factors(module: LowRankLinear) -> tuple[Tensor, Tensor, float]:
+    L, R, scale = module.pair()
+    dtype = working_dtype(L.dtype)
+    return L.detach().to(dtype), R.detach().to(dtype), scale
+
+
+def _by_factor(module: LowRankLinear, pair: Any) -> Any:
+    """Exchange between ``(L, R)`` order and ``trainable_weights`` order; the map is its own inverse."""
+    left_first = trainable_weights(module)[0] is module.pair()[0]
+    return pair if left_first else pair[::-1]
+
+
+def _first_from_factors(L: Tensor, R: Tensor, scale: float, m_L: Tensor, m_R: Tensor) -> Tensor:
+    """Least-norm M with ``s M R^T = m_L`` and ``s L^T M = m_R``; where the two disagree, as they do a little after the
+    factors have moved, their common part is averaged."""
+    left_inverse, right_inverse = (torch.linalg.pinv(gram, hermitian=True) for gram in (L.mT @ L, R @ R.mT))
+    by_rows = m_L @ right_inverse @ R / scale
+    by_columns = L @ left_inverse @ m_R / scale
+    common = L @ (left_inverse @ (L.mT @ by_rows)) + ((by_columns @ R.mT) @ right_inverse) @ R
+    return by_rows + by_columns - common / 2
+
+
+def _second_from_factors(L: Tensor, R: Tensor, scale: float, v_L: Tensor, v_R: Tensor) -> Tensor:
+    """Rank-one estimate ``v_W[i, j] = row_i col_j / mean`` (as in Adafactor, Shazeer and Stern 2018) from the row sums
+    of v_L and the column sums of v_R, which are averages of v_W weighted with R*R and L*L."""
+    row, col = _mean_over(v_L.sum(1), scale * R), _mean_over(v_R.sum(0), scale * L)
+    if row.any() and col.any():
+        return row[:, None] * col[None] / (row.mean() * col.mean()).sqrt()
+    return row[:, None] + col[None]
+
+
+def _mean_over(total: Tensor, factor: Tensor) -> Tensor:
+    weight = factor.square().sum()
+    return total / weight if weight > 0 else torch.zeros_like(total)

@@ -1,0 +1,67 @@
+"""What happens around one optimizer step: LR re-warm-up, LR multipliers per form, Frobenius decay.
+
+The scheduled learning rates are scaled just before ``optimizer.step()`` and restored just after it, so that a
+scheduler of any kind, and the checkpoint, see only their own numbers.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hf_drt.optim.groups import FROBENIUS, LR_SCALE
+
+
+def rewarmup_factor(steps_since_switch: int | None, steps: int, start: float) -> float:
+    """Share of the scheduled LR: linear from ``start`` at the switch to 1 after ``steps`` update steps.
+
+    1 where no switch has been made yet (None), or the re-warm-up is off.
+    """
+    if steps_since_switch is None or steps_since_switch >= steps:
+        return 1.0
+    return start + (1 - start) * steps_since_switch / steps
+
+
+def frobenius_decay_(U: Tensor, V: Tensor, amount: float) -> None:
+    """In place ``U -= a U (V V^T)`` and ``V -= a (U^T U) V`` with a = lr lambda: one decoupled descent step on
+    ``1/2 ||U V||_F^2``, both gradients taken before either step (Khodak et al. 2021, Eq. 4). r x r products only."""
+    U_step, V_step = U @ (V @ V.mT), (U.mT @ U) @ V
+    U.sub_(U_step, alpha=amount)
+    V.sub_(V_step, alpha=amount)
+
+
+class StepRules:
+    """The rules above, installed on an optimizer as its step hooks. ``remove()`` takes them off again."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[], float]):
+        self._factor = factor
+        self._scheduled: list = []
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        factor = self._factor()
+        self._scheduled = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * (factor * group.get(LR_SCALE, 1.0))
+            if group.get(FROBENIUS):
+                _decay_products(group["params"], float(group["lr"]) * group[FROBENIUS])
+
+    def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        for group, lr in zip(optimizer.param_groups, self._scheduled, strict=True):
+            group["lr"] = lr
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _decay_products(params: list[Tensor], amount: float) -> None:
+    """A factored form group holds U, V, U, V, ... of its layers."""
+    for U, V in zip(params[::2], params[1::2], strict=True):
+        if U.grad is not None:
+            frobenius_decay_(U, V, amount)

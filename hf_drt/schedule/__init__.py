@@ -1,0 +1,8 @@
+"""From one line of text to integer phases: Schedule (as written) -> Plan (update steps)."""
+
+from hf_drt.schedule.boundary import Boundary, Run, lr_drops
+from hf_drt.schedule.plan import Phase, Plan
+from hf_drt.schedule.presets import PRESETS
+from hf_drt.schedule.schedule import Entry, Schedule
+
+__all__ = ["PRESETS", "Boundary", "Entry", "Phase", "Plan", "Run", "Schedule", "lr_drops"]

@@ -1,0 +1,133 @@
+"""Boundaries: the ``@...`` part of a schedule, and how each becomes an update step before the run."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+_PATTERNS = {
+    "share": re.compile(r"(\d+(?:\.\d+)?)%"),
+    "steps": re.compile(r"(\d+)(?:steps?)?"),
+    "epochs": re.compile(r"(\d+(?:\.\d+)?)ep"),
+    "lr_below": re.compile(r"lr<(\d*\.?\d+)"),
+    "lr_above": re.compile(r"lr>(\d*\.?\d+)"),
+    "paper": re.compile(r"([ID])"),
+}
+ALLOWED = "a share (40%), update steps (400), epochs (1.5ep), an LR anchor (lr<0.9, lr>0.5), or I / D of the paper"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of a run before it starts.
+
+    Attributes:
+        max_steps: Update steps of the run.
+        steps_per_epoch: Update steps of one epoch, or None where the data have no length.
+        lr: Gives the scheduled learning rate of every update step, or None where the scheduler cannot be evaluated
+            beforehand; called only if a boundary needs it.
+    """
+
+    max_steps: int
+    steps_per_epoch: float | None = None
+    lr: Callable[[], Sequence[float] | None] = lambda: None
+
+    @cached_property
+    def curve(self) -> Sequence[float] | None:
+        """LR of update steps 0 .. max_steps - 1, or None."""
+        return self.lr()
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """One boundary, unresolved. ``unit`` is a key of the table above; ``value`` its number, or the letter I or D."""
+
+    unit: str
+    value: float | int | str
+
+    @classmethod
+    def parse(cls, text: str) -> "Boundary":
+        """Read the text after ``@``.
+
+        Raises:
+            ValueError: It has none of the allowed forms, or its value is outside its interval.
+        """
+        for unit, pattern in _PATTERNS.items():
+            if match := pattern.fullmatch(text):
+                value = match[1] if unit == "paper" else int(match[1]) if unit == "steps" else float(match[1])
+                return cls(unit, value)
+        raise ValueError(f"'{text}' is no phase boundary; allowed is {ALLOWED}.")
+
+    def __post_init__(self) -> None:
+        if self.unit == "share" and not 0 <= self.value < 100:
+            raise ValueError(f"a boundary in % must lie in [0, 100), got {self}. A phase at 100% would never train.")
+        if self.unit in ("lr_below", "lr_above") and not 0 < self.value < 1:
+            raise ValueError(f"an LR anchor must lie in (0, 1), got {self}. It is a share of the schedule's peak LR.")
+
+    def __str__(self) -> str:
+        number = self.value if isinstance(self.value, str) else f"{self.value:g}"
+        if self.unit == "steps":
+            return str(self.value)
+        return {"share": f"{number}%", "epochs": f"{number}ep", "paper": number}.get(
+            self.unit, f"lr{'<' if self.unit == 'lr_below' else '>'}{number}"
+        )
+
+    def resolve(self, run: Run) -> int:
+        """The update step at which the phase starts.
+
+        Raises:
+            ValueError: The run lacks what the unit needs: an epoch's length, or an LR that gets there.
+        """
+        match self.unit:
+            case "share":
+                return int(self.value / 100 * run.max_steps + 0.5)
+            case "steps":
+                return self.value
+            case "epochs":
+                if run.steps_per_epoch is None:
+                    raise ValueError(f"'@{self}' needs data of known length; give the boundary in % or steps.")
+                return int(self.value * run.steps_per_epoch + 0.5)
+            case "paper":
+                return _paper_step(self.value, run)
+            case _:
+                return self._lr_step(run)
+
+    def _lr_step(self, run: Run) -> int:
+        if run.curve is None:
+            raise ValueError(
+                f"'@{self}' needs a learning-rate schedule that can be evaluated before the run; "
+                "this one depends on the training itself, or is unknown. Give the boundary in % or steps."
+            )
+        peak = max(run.curve)
+        top = run.curve.index(peak)
+        for step, lr in enumerate(run.curve):
+            below = self.unit == "lr_below" and step > top and lr < self.value * peak
+            above = self.unit == "lr_above" and lr > self.value * peak
+            if below or above:
+                return step
+        raise ValueError(
+            f"'@{self}' is never reached: after its peak {peak:g} at step {top} the learning rate falls no lower than "
+            f"{min(run.curve[top:]) / peak:.3g} of it. Choose an anchor in between, or give the boundary in % or steps."
+        )
+
+
+def lr_drops(curve: Sequence[float]) -> list[int]:
+    """Steps at which a step-wise schedule falls: to half or less at once, after a stretch that was flat.
+
+    The last steps of a linear or cosine schedule halve as well, but are not flat before.
+    """
+
+    def falls(k: int) -> bool:
+        flat = abs(curve[k - 1] - curve[k - 2]) < 1e-6 * curve[k - 1]
+        return flat and curve[k] <= 0.5 * curve[k - 1]
+
+    return [k for k in range(2, len(curve)) if falls(k)]
+
+
+def _paper_step(letter: str, run: Run) -> int:
+    """I and D of arXiv 2508.08625: ``I = 0.54 d1``, ``D = d1 + 2/3 (d2 - d1)`` with the first and the last LR drop;
+    40 % and 80 % of the run where the LR has fewer than two drops."""
+    drops = lr_drops(run.curve) if run.curve is not None else []
+    if len(drops) < 2:
+        return int((0.4 if letter == "I" else 0.8) * run.max_steps + 0.5)
+    first, last = drops[0], drops[-1]
+    return int(0.54 * first + 0.5) if letter == "I" else int(first + 2 / 3 * (last - first) + 0.5)

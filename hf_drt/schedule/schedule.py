@@ -1,0 +1,110 @@
+"""A schedule: what the user wrote, checked, with boundaries still in the user's units."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from hf_drt.schedule.boundary import Boundary, Run
+from hf_drt.schedule.plan import Phase, Plan, form_text
+from hf_drt.schedule.presets import expand
+
+KINDS = ("dense", "factored", "adapter", "lowrank")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """``kind[:rank]@boundary``. Kind 'lowrank' becomes 'factored' or 'adapter' when the schedule is resolved."""
+
+    kind: str
+    rank: int | float | None
+    at: Boundary
+
+    @classmethod
+    def parse(cls, text: str) -> "Entry":
+        """Read one phase.
+
+        Raises:
+            ValueError: As the message says: no ``@``, an unknown kind, a rank or boundary that is none.
+        """
+        form, at, boundary = text.partition("@")
+        if not at:
+            raise ValueError(f"'{text}' has no boundary; a phase is written kind@boundary, e.g. dense@40%.")
+        kind, colon, rank = form.partition(":")
+        if kind not in KINDS:
+            raise ValueError(f"'{kind}' in '{text}' is no form; allowed are {', '.join(KINDS)}.")
+        if colon and kind == "dense":
+            raise ValueError(f"'{text}' gives a rank to the dense form, which has none; write dense@{boundary}.")
+        return cls(kind, _parse_rank(rank, text) if colon else None, Boundary.parse(boundary))
+
+    def __str__(self) -> str:
+        return f"{form_text(self.kind, self.rank)}@{self.at}"
+
+
+def _parse_rank(text: str, entry: str) -> int | float:
+    """Digits are an absolute rank, a number with a decimal point a share."""
+    try:
+        rank = float(text) if "." in text else int(text)
+    except ValueError:
+        rank = 0
+    if (isinstance(rank, int) and rank >= 1) or (isinstance(rank, float) and 0 < rank <= 1):
+        return rank
+    raise ValueError(
+        f"'{text}' in '{entry}' is no rank; allowed is a whole number of at least 1 (factored:64), or a share of "
+        "min(out, in) in (0, 1] with a decimal point (factored:0.25)."
+    )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The phases as written. ``str()`` gives text that parses to an equal schedule."""
+
+    entries: tuple[Entry, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Schedule":
+        """Read a schedule: phases separated by blanks, or a preset.
+
+        Raises:
+            ValueError: The text is empty, a phase cannot be read, or two neighbours are both dense.
+        """
+        words = text.split()
+        if not words:
+            raise ValueError("the schedule is empty; write e.g. 'factored@0 dense@40% adapter@80%'.")
+        if "@" not in text:
+            words = (expand(text) or _not_a_schedule(text)).split()
+        entries = tuple(map(Entry.parse, words))
+        for before, after in pairwise(entries):
+            if before.kind == after.kind == "dense":
+                raise ValueError(f"'{before} {after}' is one dense phase; drop the second.")
+        return cls(entries)
+
+    def resolve(self, run: Run, lowrank: str = "factored") -> Plan:
+        """The plan of integer phases.
+
+        Args:
+            run: The run's length, epochs and learning rate.
+            lowrank: What 'lowrank' stands for: 'factored' from scratch, 'adapter' on pretrained weights.
+
+        Raises:
+            ValueError: A boundary cannot be resolved, or the phases do not form a :class:`Plan`.
+        """
+        if run.max_steps < 1:
+            raise ValueError(f"the schedule '{self}' never trains: the run has {run.max_steps} update steps.")
+        phases = (
+            Phase(entry.at.resolve(run), lowrank if entry.kind == "lowrank" else entry.kind, entry.rank)
+            for entry in self.entries
+        )
+        return Plan(tuple(phases), run.max_steps)
+
+    @property
+    def needs_epochs(self) -> bool:
+        """Whether a boundary is given in epochs."""
+        return any(entry.at.unit == "epochs" for entry in self.entries)
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self.entries))
+
+
+def _not_a_schedule(text: str) -> str:
+    raise ValueError(
+        f"'{text}' is no schedule; write phases as kind@boundary, e.g. 'factored@0 dense@40% adapter@80%', or a preset."
+    )

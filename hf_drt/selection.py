@@ -1,0 +1,230 @@
+"""Which layers are trained in changing rank: the linear layers of transformer blocks, and why each other one is not.
+
+transformers' classes are recognised by qualified name, so that nothing here imports it.
+"""
+
+import ast
+import inspect
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_drt.forms import LowRankLinear, is_transposed
+
+_CHECKPOINTING_LAYER = "transformers.modeling_layers.GradientCheckpointingLayer"
+_ROUTER_LEAF = re.compile(r"router|gate|gating|classifier_router|switch", re.IGNORECASE)
+_EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# What may be read of `self.<leaf>.weight` without the layer being used as anything else than a linear map.
+_HARMLESS_READS = {"dtype", "device", "shape", "size", "ndim"}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Linear layers by name: those that change form, and those that stay dense with the reason.
+
+    ``targets`` are in the order of ``model.named_modules()``.
+    """
+
+    targets: dict[str, nn.Module]
+    skipped: dict[str, str]
+
+    def summary(self) -> str:
+        """The skipped layers, counted by reason."""
+        counts = Counter(self.skipped.values())
+        return "; ".join(f"{count} {reason}" for reason, count in counts.most_common()) or "no linear layer at all"
+
+
+def find_targets(model: nn.Module, include: list[str] | None = None, exclude: list[str] | None = None) -> Selection:
+    """The linear layers inside transformer blocks, narrowed by patterns on their names.
+
+    Args:
+        model: Any module; blocks are its outermost ``GradientCheckpointingLayer`` objects, else the classes named in
+            ``_no_split_modules``, else children of a ``ModuleList`` that hold two or more linear layers.
+        include: Regular expressions (``re.search``); a layer has to match one of them.
+        exclude: Regular expressions; a layer must match none.
+
+    Raises:
+        ValueError: No layer is left. The message counts what was found, by reason.
+    """
+    blocks = block_roots(model)
+    inside = {id(m) for block in blocks.values() for m in block.modules()}
+    experts = _expert_counts(model)
+    heads = {id(head) for head in _output_embeddings(model)}
+    shared = _shared_parameters(model)
+    parents = _parents(model)
+    targets, skipped = {}, {}
+    for name, module in model.named_modules():
+        if not _is_linear(module):
+            continue
+        owner = parents.get(name)
+        reason = (
+            ("outside of the blocks" if id(module) not in inside else None)
+            or ("output embeddings" if id(module) in heads else None)
+            or _unfit(module, owner, name.rpartition(".")[2], shared, experts)
+            or _pattern_reason(name, include, exclude)
+        )
+        if reason is None:
+            targets[name] = module
+        else:
+            skipped[name] = reason
+    selection = Selection(targets, skipped)
+    if not targets:
+        raise ValueError(
+            f"no layer to train in changing rank: {type(model).__name__} has {len(blocks)} transformer blocks, and its "
+            f"linear layers are left out as follows: {selection.summary()}. include={include}, exclude={exclude}; "
+            "patterns are regular expressions on names such as those of model.named_modules()."
+        )
+    return selection
+
+
+def block_roots(model: nn.Module) -> dict[str, nn.Module]:
+    """The outermost transformer blocks by name; empty if none is recognised."""
+    modules = {name: m for name, m in model.named_modules() if name}
+    named = set().union(*(getattr(m, "_no_split_modules", None) or () for m in model.modules()))
+    candidates = (
+        {name for name, m in modules.items() if _is_checkpointing_layer(m)},
+        {name for name, m in modules.items() if type(m).__name__ in named},
+        set(_list_blocks(model)),
+    )
+    found = next(filter(None, candidates), set())
+    outermost = (name for name in modules if name in found)
+    return {n: modules[n] for n in outermost if not any(n.startswith(f"{other}.") for other in found)}
+
+
+def _is_checkpointing_layer(module: nn.Module) -> bool:
+    return any(f"{cls.__module__}.{cls.__qualname__}" == _CHECKPOINTING_LAYER for cls in type(module).__mro__)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, LowRankLinear)) or is_transposed(module)
+
+
+def _list_blocks(model: nn.Module) -> Iterator[str]:
+    """Children of a ModuleList that hold two or more linear layers."""
+    for name, holder in model.named_modules():
+        for child_name, child in holder.named_children() if isinstance(holder, nn.ModuleList) else ():
+            if sum(map(_is_linear, child.modules())) >= 2:
+                yield f"{name}.{child_name}" if name else child_name
+
+
+def _parents(model: nn.Module) -> dict[str, nn.Module]:
+    modules = dict(model.named_modules())
+    return {name: modules[name.rpartition(".")[0]] for name in modules if name}
+
+
+def _output_embeddings(model: nn.Module) -> Iterator[nn.Module]:
+    for module in model.modules():
+        getter = getattr(module, "get_output_embeddings", None)
+        head = getter() if callable(getter) else None
+        if isinstance(head, nn.Module):
+            yield head
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """Parameters that two or more different modules hold."""
+    holders = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    return {key for key, count in holders.items() if count > 1}
+
+
+def _expert_counts(model: nn.Module) -> set[int]:
+    configs = [c for m in model.modules() if (c := getattr(m, "config", None)) is not None]
+    values = (getattr(c, field, None) for c in configs for field in _EXPERT_COUNT_FIELDS)
+    return {v for v in values if isinstance(v, int) and v > 1}
+
+
+def _pattern_reason(name: str, include: list[str] | None, exclude: list[str] | None) -> str | None:
+    if include is not None and not any(re.search(p, name) for p in include):
+        return "not matched by include"
+    if exclude is not None and any(re.search(p, name) for p in exclude):
+        return "matched by exclude"
+    return None
+
+
+def _unfit(module: nn.Module, owner: nn.Module | None, leaf: str, shared: set[int], experts: set[int]) -> str | None:
+    """Why a linear layer inside a block cannot be replaced, or None."""
+    if isinstance(module, LowRankLinear):
+        return None
+    weight = module._parameters.get("weight")
+    if weight is None or hasattr(module, "parametrizations"):
+        return "parametrized"
+    if not weight.is_floating_point() or weight.ndim != 2 or not set(module._parameters) <= {"weight", "bias"}:
+        return "quantized or not a plain matrix"
+    if not weight.requires_grad:
+        return "frozen"
+    if id(weight) in shared:
+        return "tied or shared weight"
+    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+        return "hooked"
+    if owner is not None and type(owner).__module__.startswith("torch.nn.") and not _is_container(owner):
+        return "owned by a torch.nn module"
+    if owner is not None and type(owner).__module__.startswith("peft."):
+        return "owned by a PEFT layer"
+    if _is_router(module, owner, leaf, experts):
+        return "router of a mixture of experts"
+    if type(module).forward is not nn.Linear.forward and not is_transposed(module) and not _computes_linear(module):
+        return "computes more than x W^T + b"
+    if owner is not None and leaf in _weight_readers(type(owner)):
+        return "weight read by its owner"
+    return None
+
+
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
+
+
+def _is_router(module: nn.Module, owner: nn.Module | None, leaf: str, experts: set[int]) -> bool:
+    """A gate under a mixture-of-experts parent. A gated MLP's `gate_proj` is none: its parent has no experts."""
+    if not experts or owner is None:
+        return False
+    if getattr(module, "out_features", None) in experts:
+        return True
+    is_moe = any("expert" in name for name, _ in owner.named_modules() if name)
+    return is_moe and _ROUTER_LEAF.fullmatch(leaf) is not None
+
+
+@torch.no_grad()
+def _computes_linear(module: nn.Module) -> bool:
+    """Whether a subclass of nn.Linear gives x W^T + b, tried on one deterministic input."""
+    if module.weight.is_meta:
+        return False
+    x = torch.linspace(-1, 1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)[None]
+    try:
+        y = module(x)
+    except Exception:
+        return False
+    return isinstance(y, torch.Tensor) and torch.equal(y, F.linear(x, module.weight, module.bias))
+
+
+@cache
+def _weight_readers(owner: type) -> frozenset[str]:
+    """Leaves whose ``self.<leaf>.weight`` or ``.bias`` the class uses as a tensor, as fused kernels do."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+    except (OSError, TypeError, SyntaxError):
+        return frozenset()
+    outer = {id(node.value): node for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    isinstance_arguments = {
+        id(argument)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "isinstance"
+        for argument in node.args
+    }
+    leaves = set()
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Attribute) and node.attr in ("weight", "bias")):
+            continue
+        layer = node.value
+        if not (isinstance(layer, ast.Attribute) and getattr(layer.value, "id", None) == "self"):
+            continue
+        harmless = id(node) in outer and outer[id(node)].attr in _HARMLESS_READS
+        if not harmless and id(node) not in isinstance_arguments:
+            leaves.add(layer.attr)
+    return frozenset(leaves)

@@ -1,0 +1,48 @@
+"""TrainingArguments with ``drt_*`` fields, made from DRTConfig so that every parameter is written once."""
+
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import get_type_hints
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+from hf_drt.config import DRTConfig
+from hf_drt.schedule import Schedule
+
+PREFIX = "drt_"
+
+
+def _prefixed_fields() -> list[tuple]:
+    hints = get_type_hints(DRTConfig)
+    made = []
+    for f in fields(DRTConfig):
+        # A command line carries a dict as JSON text; DRTConfig reads both.
+        kind = str | None if f.name == "rank_pattern" else hints[f.name]
+        made.append((PREFIX + f.name, kind, field(default=f.default, metadata=dict(f.metadata))))
+    return made
+
+
+class _Validated:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        config = DRTConfig.from_prefixed(self, PREFIX)
+        if config.schedule is not None:
+            Schedule.parse(config.schedule)
+
+
+_Fields = make_dataclass("_Fields", _prefixed_fields())
+
+
+@dataclass
+class DRTTrainingArguments(_Validated, _Fields, TrainingArguments):
+    """``TrainingArguments`` plus the fields of :class:`hf_drt.DRTConfig`, each with the prefix ``drt_``.
+
+    ``drt_schedule`` unset means plain training.
+
+    Raises:
+        ValueError: As DRTConfig and Schedule.parse do.
+    """
+
+
+@dataclass
+class DRTSeq2SeqTrainingArguments(_Validated, _Fields, Seq2SeqTrainingArguments):
+    """``Seq2SeqTrainingArguments`` plus the fields of :class:`hf_drt.DRTConfig`, each with the prefix ``drt_``."""

@@ -1,0 +1,175 @@
+"""DRTCallback: drives a DynamicRank through the events of a Trainer's loop, and reports what it does."""
+
+import logging
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_drt.config import DRTConfig
+from hf_drt.controller import DynamicRank, Transition, lowrank_kind
+from hf_drt.optim import form_group_options
+from hf_drt.schedule import Run, Schedule
+from hf_drt.selection import find_targets
+from hf_drt.state import write_state
+from hf_drt.trainer.lr import closed_form_curve
+from hf_drt.trainer.meter import PhaseMeter
+from hf_drt.trainer.pretrained import is_pretrained
+
+logger = logging.getLogger(__name__)
+
+_LIMITS = (
+    "DRTCallback in a plain Trainer cannot resume: the Trainer loads weights before any callback runs, into a model of "
+    "the wrong structure. Use DRTTrainer or DRTTrainerMixin to resume from a checkpoint."
+)
+
+
+class DRTCallback(TrainerCallback):
+    """Dynamic-rank training as a callback.
+
+    Part of :class:`hf_drt.DRTTrainer`, or on its own in a plain ``Trainer`` on one process. On its own it cannot resume
+    (``drt_state.json`` is written all the same, so that DRTTrainer can), load the best model at the end, measure the
+    function-preservation error, or use form groups (``factored_lr_scale``, ``adapter_lr_scale``,
+    ``frobenius_decay``); it says so when asked to.
+
+    Args:
+        config: Settings, or just the schedule's text.
+        log: Receives each row of metrics. In a plain Trainer rows go to ``state.log_history``; assign ``trainer.log``
+            to send them to TensorBoard and other reports too.
+
+    Raises:
+        ValueError: No schedule, or one that cannot be read.
+    """
+
+    def __init__(self, config: DRTConfig | str, log: Callable[[dict[str, float]], None] | None = None):
+        self.config = DRTConfig(schedule=config) if isinstance(config, str) else config
+        if self.config.schedule is None:
+            raise ValueError("DRTCallback needs a schedule, e.g. 'factored@0 dense@40% adapter@80%'; got None.")
+        self.schedule = Schedule.parse(self.config.schedule)
+        self.log = log
+        self.controller: DynamicRank | None = None
+        self.meter = PhaseMeter()
+        self.probe: Callable[[], torch.Tensor | None] | None = None
+        self.first_transition: Transition | None = None
+        self.in_drt_trainer = False
+
+    # ---- on its own: what DRTTrainer does before the loop
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.in_drt_trainer:
+            return
+        if args.world_size > 1:
+            raise ValueError(f"DRTCallback runs on one process, got {args.world_size}. Use DRTTrainer.")
+        if args.load_best_model_at_end and len(self.schedule.entries) > 1:
+            raise ValueError(
+                "load_best_model_at_end loads weights of one phase into the structure of another in a plain Trainer. "
+                "Use DRTTrainer, or set load_best_model_at_end=False."
+            )
+        if form_group_options(self.config):
+            raise ValueError(
+                "factored_lr_scale, adapter_lr_scale and frobenius_decay need parameter groups from before the "
+                "scheduler is made. Use DRTTrainer."
+            )
+        find_targets(kwargs["model"], self.config.include, self.config.exclude)
+        if get_last_checkpoint(args.output_dir) is not None:
+            logger.warning(_LIMITS)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self.in_drt_trainer:
+            self._begin_alone(args, state, kwargs)
+        self.meter.start_phase(self.controller.phase, args.device)
+        if self.first_transition is not None:
+            self._log(state, _switch_row(self.first_transition))
+            self.first_transition = None
+        logger.info("dynamic-rank plan: %s, of %d update steps", self.controller.plan, self.controller.plan.max_steps)
+
+    def _begin_alone(self, args: TrainingArguments, state: TrainerState, kwargs: dict[str, Any]) -> None:
+        if state.global_step > 0:
+            raise ValueError(_LIMITS)
+        model, scheduler = kwargs["model"], kwargs["lr_scheduler"]
+        try:
+            steps_per_epoch = len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps
+        except TypeError:
+            steps_per_epoch = None
+        run = Run(state.max_steps, steps_per_epoch, closed_form_curve(scheduler, state.max_steps))
+        pretrained = is_pretrained(model)
+        plan = self.schedule.resolve(run, lowrank_kind(self.config, pretrained))
+        self.controller = DynamicRank(model, self.config, plan=plan, seed=args.seed)
+        self.first_transition = self.controller.apply(0, kwargs["optimizer"])
+
+    # ---- in the loop
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        transition = self.controller.begin_step(state.global_step, kwargs["optimizer"], self.probe)
+        if transition is not None:
+            self.meter.start_phase(transition.phase, args.device)
+            self._log(state, _switch_row(transition))
+            logger.info("update step %d: phase %d (%s)", transition.step, transition.phase, transition.kind)
+        if not self.in_drt_trainer:
+            self.meter.samples += args.train_batch_size * args.gradient_accumulation_steps
+        self.meter.start_step()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.meter.end_step()
+        step, plan = state.global_step, self.controller.plan
+        phase_ends = step == plan.end_of(self.controller.phase)
+        every = self.config.log_rank_steps
+        row = self.meter.row() if phase_ends else {}
+        if every and (phase_ends or step % every == 0):
+            row |= self._rank_row()
+        if row:
+            self._log(state, row)
+        if phase_ends and step < plan.max_steps:
+            control.should_evaluate |= self.config.evaluate_at_switch
+            control.should_save |= self.config.save_at_switch
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.in_drt_trainer:
+            self.write_state(f"{args.output_dir}/checkpoint-{state.global_step}", state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step != self.controller.plan.end_of(self.meter.phase):  # stopped early, within a phase
+            self._log(state, self.meter.row())
+
+    def write_state(self, folder: str, step: int) -> None:
+        """Write ``drt_state.json`` into a checkpoint folder."""
+        write_state(folder, {"step": step, **self.controller.state_dict(), "meter": self.meter.state_dict()})
+
+    # ---- rows
+
+    def _log(self, state: TrainerState, row: dict[str, float]) -> None:
+        if self.log is not None:
+            self.log(row)
+        else:
+            state.log_history.append({**row, "epoch": state.epoch, "step": state.global_step})
+
+    def _rank_row(self) -> dict[str, float]:
+        ranks = self.controller.effective_ranks()
+        row = {
+            "drt_effective_rank_mean": statistics.fmean(ranks.values()),
+            "drt_effective_rank_min": min(ranks.values()),
+        }
+        if self.config.log_rank_per_layer:
+            row |= {f"drt_effective_rank/{name}": rank for name, rank in ranks.items()}
+        return row
+
+
+def _switch_row(transition: Transition) -> dict[str, float]:
+    row = {
+        "drt_phase": transition.phase,
+        "drt_trainable_parameters": transition.parameters[1],
+        "drt_switch_seconds": round(transition.seconds, 4),
+        "drt_truncation_error": transition.truncation_error,
+    }
+    if transition.function_error is not None:
+        row["drt_function_error"] = transition.function_error
+    return row

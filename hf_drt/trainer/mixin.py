@@ -1,0 +1,236 @@
+"""DRTTrainerMixin: the only file that reaches into private methods of ``transformers.Trainer``.
+
+What each override is for:
+
+- ``_prepare_for_training``: resolves the plan and applies the first phase, once max_steps is known and before the
+  optimizer is made.
+- ``create_optimizer``: form groups and step hooks, before the scheduler is made.
+- ``get_batch_samples``: sees the batches; counts them, and keeps one as the probe of a switch.
+- ``_save_checkpoint``, ``_save``: checkpoints keep their form and get ``drt_state.json``; models saved by the user are
+  dense.
+- ``_load_from_checkpoint``, ``_load_best_model``: structure before weights, since the Trainer loads non-strictly.
+- ``_issue_warnings_after_load``: a missing key of ours is an error, no warning.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Seq2SeqTrainer, Trainer
+
+from hf_drt.config import DRTConfig
+from hf_drt.controller import DynamicRank, lowrank_kind
+from hf_drt.export import dense_state_dict
+from hf_drt.schedule import Run
+from hf_drt.selection import find_targets
+from hf_drt.state import STATE_NAME, CheckpointError
+from hf_drt.trainer.arguments import PREFIX
+from hf_drt.trainer.callback import DRTCallback
+from hf_drt.trainer.checkpoint import checked_state
+from hf_drt.trainer.lr import closed_form_curve, simulated_curve
+from hf_drt.trainer.meter import PhaseMeter
+from hf_drt.trainer.pretrained import is_pretrained
+from hf_drt.trainer.probe import Probe
+from hf_drt.trainer.refusals import refuse_unsupported
+
+# The seams and their parameters; tests/unit/test_seams.py fails first if transformers moves one.
+SEAMS: dict[str, tuple[str, ...]] = {
+    "_prepare_for_training": ("max_steps", "train_dataloader", "resume_from_checkpoint"),
+    "create_optimizer": ("model",),
+    "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
+    "_save_checkpoint": ("model", "trial"),
+    "_save": ("output_dir", "state_dict"),
+    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "_load_best_model": (),
+    "_issue_warnings_after_load": ("load_result",),
+    "set_initial_training_values": ("args", "dataloader"),
+    "create_scheduler": ("num_training_steps", "optimizer"),
+}
+
+
+class DRTTrainerMixin:
+    """Dynamic-rank training for any subclass of ``Trainer``: ``class MyTrainer(DRTTrainerMixin, SomeTrainer)``.
+
+    Settings come from ``drt=`` (a :class:`hf_drt.DRTConfig` or a schedule's text), else from ``drt_*`` fields of the
+    training arguments. Without a schedule the trainer behaves exactly like its base.
+
+    ``save_model()`` writes the dense model, which loads anywhere; checkpoints keep the form of their phase.
+
+    Attributes:
+        drt: The controller, from the start of training on; None while DRT is off.
+
+    Raises:
+        ValueError: The configuration is invalid, selects no layer, or meets an engine that is not supported.
+    """
+
+    drt: DynamicRank | None = None
+    _drt_callback: DRTCallback | None = None
+    _drt_in_checkpoint = False
+
+    def __init__(self, *args: Any, drt: DRTConfig | str | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        config = DRTConfig(schedule=drt) if isinstance(drt, str) else drt or DRTConfig.from_prefixed(self.args, PREFIX)
+        if config.schedule is None:
+            return
+        callback = DRTCallback(config, log=self.log)
+        callback.in_drt_trainer = True
+        refuse_unsupported(self, config)
+        find_targets(self.model, config.include, config.exclude)
+        self._drt_probe = Probe(self)
+        callback.probe = self._drt_probe
+        self.add_callback(callback)
+        self._drt_callback = callback
+
+    # ---- the plan, and the model in its first phase
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if self._drt_callback is not None:
+            controller = self._drt_controller(max_steps, train_dataloader)
+            if resume_from_checkpoint is None:
+                self._drt_callback.first_transition = controller.apply(self.state.global_step, self.optimizer)
+                self._drt_callback.meter = PhaseMeter()
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _drt_controller(self, max_steps: int, train_dataloader: Any) -> DynamicRank:
+        """The controller of this model and run: the present one if it fits, else a new one."""
+        callback = self._drt_callback
+        config = callback.config
+        try:
+            steps_per_epoch = len(train_dataloader) / self.args.gradient_accumulation_steps
+        except TypeError:
+            steps_per_epoch = None
+        lowrank = lowrank_kind(config, is_pretrained(self.model))
+        plan = callback.schedule.resolve(Run(max_steps, steps_per_epoch, self._drt_lr_curve(max_steps)), lowrank)
+        if self.drt is None or self.drt.model is not self.model or self.drt.plan != plan:
+            self.drt = DynamicRank(self.model, config, plan=plan, seed=self.args.seed)
+            callback.controller = self.drt
+        return self.drt
+
+    def _drt_lr_curve(self, max_steps: int) -> Any:
+        if self.lr_scheduler is not None and not self._created_lr_scheduler:
+            return closed_form_curve(self.lr_scheduler, max_steps)
+
+        def make(optimizer: torch.optim.Optimizer) -> Any:
+            kept, self.lr_scheduler = (self.lr_scheduler, self._created_lr_scheduler), None
+            try:
+                return self.create_scheduler(num_training_steps=max_steps, optimizer=optimizer)
+            finally:
+                self.lr_scheduler, self._created_lr_scheduler = kept
+
+        return simulated_curve(make, self.args.learning_rate, max_steps)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The base's optimizer, with form groups and step hooks where the settings need them."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.drt is not None:
+            self.drt.install(optimizer)
+        return optimizer
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's batches of one update step; looked at on the way for throughput and for the probe."""
+        result = super().get_batch_samples(*args, **kwargs)
+        if self._drt_callback is not None and result[0]:
+            self._drt_probe.batch = result[0][0]
+            self._drt_callback.meter.count(result[0])
+        return result
+
+    # ---- saving
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        self._drt_in_checkpoint = True
+        try:
+            return super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self._drt_in_checkpoint = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.drt is None:
+            return super()._save(output_dir, state_dict=state_dict)
+        if not self._drt_in_checkpoint:
+            return super()._save(output_dir, state_dict=state_dict or dense_state_dict(self.model))
+        with _runtime_names(self.model):
+            super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save:
+            self._drt_callback.write_state(output_dir, self.state.global_step)
+
+    # ---- loading
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._drt_callback is None:
+            _refuse_low_rank(resume_from_checkpoint)
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with _untouched_rng():
+            dataloader = self.get_train_dataloader()
+        max_steps = self.set_initial_training_values(self.args, dataloader)[-1]
+        controller = self._drt_controller(max_steps, dataloader)
+        state = checked_state(resume_from_checkpoint, controller, for_resume=True)
+        controller.load_state_dict(state, self.optimizer)
+        self._drt_callback.meter.load_state_dict(state.get("meter", {}))
+        return super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.drt is not None:
+            state = checked_state(self.state.best_model_checkpoint, self.drt, for_resume=False)
+            self.drt.load_state_dict(state, self.optimizer)
+        return super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if self.drt is not None:
+            ours = tuple(f"{name}." for name in self.drt.selection.targets)
+            wrong = [k for k in (*load_result.missing_keys, *load_result.unexpected_keys) if k.startswith(ours)]
+            if wrong:
+                raise CheckpointError(
+                    f"the checkpoint's weights do not match its {STATE_NAME}: {', '.join(wrong[:5])} is missing or "
+                    "unexpected. Resume from another checkpoint."
+                )
+        return super()._issue_warnings_after_load(load_result)
+
+
+def _refuse_low_rank(folder: str) -> None:
+    """A checkpoint of dynamic-rank training must not be resumed without it."""
+    from pathlib import Path
+
+    if (Path(folder) / STATE_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} was written by dynamic-rank training, which is off here. Set drt_schedule as it was then; it "
+            f"stands in {STATE_NAME}."
+        )
+
+
+@contextlib.contextmanager
+def _runtime_names(model: nn.Module) -> Iterator[None]:
+    """Save under the names that the model has at run time.
+
+    ``save_pretrained`` maps names back to those of older releases for some architectures (ViT, BERT-like ones), but the
+    Trainer resumes without mapping them again, and would miss every renamed weight.
+    """
+    missing = object()
+    kept = getattr(model, "_weight_conversions", missing)
+    model._weight_conversions = []
+    try:
+        yield
+    finally:
+        if kept is missing:
+            del model._weight_conversions
+        else:
+            model._weight_conversions = kept
+
+
+@contextlib.contextmanager
+def _untouched_rng() -> Iterator[None]:
+    """Leave torch's global generator as it was."""
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+class DRTTrainer(DRTTrainerMixin, Trainer):
+    """``transformers.Trainer`` with dynamic-rank training; see :class:`DRTTrainerMixin`."""
+
+
+class DRTSeq2SeqTrainer(DRTTrainerMixin, Seq2SeqTrainer):
+    """``transformers.Seq2SeqTrainer`` with dynamic-rank training; see :class:`DRTTrainerMixin`."""
