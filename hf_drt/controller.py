@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_drt.config import DRTConfig
+from hf_drt.cost import PlanCost, plan_cost
 from hf_drt.forms import (
     Dense,
     Form,
@@ -37,7 +38,7 @@ from hf_drt.optim import (
     unwrap,
 )
 from hf_drt.schedule import Plan, Run, Schedule
-from hf_drt.selection import Selection, find_targets
+from hf_drt.selection import find_targets
 from hf_drt.spectral import effective_rank, factored_singular_values, singular_values
 from hf_drt.surgery import Swap, replace
 
@@ -99,6 +100,12 @@ class DynamicRank:
         pretrained: Whether 'lowrank' in the schedule means adapter form, where ``config.start`` is 'auto'.
         seed: Seed of new adapter directions where ``config.seed`` is None.
 
+    Attributes:
+        targets: ``(out, in)`` of every layer that changes form, by name.
+        skipped: Reason of every linear layer that stays as it is, by name.
+        plan: The resolved phases.
+        phase: Index of the phase the model is in; None before the first.
+
     Raises:
         ValueError: No target layer, a schedule that does not resolve, or a low-rank phase that leaves all layers dense.
     """
@@ -114,14 +121,16 @@ class DynamicRank:
         seed: int = 0,
     ):
         self.model, self.config = model, config
-        self.selection: Selection = find_targets(model, config.include, config.exclude)
+        selection = find_targets(model, config.include, config.exclude)
+        # Names and shapes only: a reference to a module would keep its old weights alive after a switch.
+        self.targets = {name: weight_shape(module) for name, module in selection.targets.items()}
+        self.skipped = selection.skipped
         self.plan = plan if plan is not None else _plan_from(config, max_steps, pretrained)
         self.seed = config.seed if config.seed is not None else seed
         self.phase: int | None = None
         self._step = 0
         self._rules: StepRules | None = None
         self._installed: weakref.ref | None = None
-        self._shapes = {name: weight_shape(module) for name, module in self.selection.targets.items()}
         self._check_phases()
 
     # ---- what a phase asks for
@@ -129,15 +138,15 @@ class DynamicRank:
     def forms(self, phase: int) -> dict[str, Form]:
         """The form of every target layer in a phase, by name."""
         p = self.plan.phases[phase]
-        return {name: resolve_form(p.kind, shape, self.config, name, p.rank) for name, shape in self._shapes.items()}
+        return {name: resolve_form(p.kind, shape, self.config, name, p.rank) for name, shape in self.targets.items()}
 
     def _check_phases(self) -> None:
         for index, phase in enumerate(self.plan.phases):
             if phase.kind == "dense":
                 continue
             dense = [name for name, form in self.forms(index).items() if form == Dense()]
-            if len(dense) == len(self._shapes):
-                name, shape = next(iter(self._shapes.items()))
+            if len(dense) == len(self.targets):
+                name, shape = next(iter(self.targets.items()))
                 raise ValueError(
                     f"phase '{phase}' leaves all {len(dense)} layers dense: their ranks reach break-even, e.g. "
                     f"{break_even_rank(*shape):.4g} for {name} of shape (out, in) = {shape}, from where factors cost "
@@ -146,7 +155,7 @@ class DynamicRank:
             if dense:
                 logger.warning(
                     "phase '%s': %d of %d layers stay dense, since their rank would reach break-even: %s",
-                    phase, len(dense), len(self._shapes), ", ".join(dense),
+                    phase, len(dense), len(self.targets), ", ".join(dense),
                 )  # fmt: skip
 
     # ---- the verbs
@@ -246,7 +255,7 @@ class DynamicRank:
             "seed": self.seed,
             "layers": {
                 name: {"shape": list(shape), **form_to_dict(form_of(modules[name]))}
-                for name, shape in self._shapes.items()
+                for name, shape in self.targets.items()
             },
         }
 
@@ -278,8 +287,8 @@ class DynamicRank:
         for name, entry in layers.items():
             entry = dict(entry)
             shape = tuple(entry.pop("shape", ()))
-            if shape != self._shapes[name]:
-                raise ValueError(f"{name} has shape {self._shapes[name]} here, and {shape} in the state. {_SAME_RUN}")
+            if shape != self.targets[name]:
+                raise ValueError(f"{name} has shape {self.targets[name]} here, and {shape} in the state. {_SAME_RUN}")
             if (form := form_from_dict(entry)) != expected[name]:
                 raise ValueError(
                     f"{name} is {form} in the state, but this run's settings make it {expected[name]} in phase "
@@ -323,7 +332,7 @@ class DynamicRank:
         optimizer = unwrap(optimizer)
         moment_keys(optimizer)
         modules = dict(self.model.named_modules())
-        add_form_groups(optimizer, {name: modules[name] for name in self._shapes}, self.config)
+        add_form_groups(optimizer, {name: modules[name] for name in self.targets}, self.config)
         if self._rules is not None:
             self._rules.remove()
             self._rules = None
@@ -338,15 +347,20 @@ class DynamicRank:
 
     # ---- reading and leaving
 
+    def cost(self) -> PlanCost:
+        """What the plan costs relative to dense training of the target layers."""
+        forms = [list(self.forms(index).values()) for index in range(len(self.plan))]
+        return plan_cost(self.plan, list(self.targets.values()), forms)
+
     def effective_ranks(self) -> dict[str, float]:
         """Effective rank of every target layer; factored ones from r x r matrices only."""
         modules = dict(self.model.named_modules())
-        return {name: effective_rank(_spectrum(modules[name])) for name in self._shapes}
+        return {name: effective_rank(_spectrum(modules[name])) for name in self.targets}
 
     def to_dense(self) -> None:
         """Bring every target layer back to its dense form: a plain model, that loads anywhere."""
         modules = dict(self.model.named_modules())
-        pending = [(name, modules[name]) for name in self._shapes if form_of(modules[name]) != Dense()]
+        pending = [(name, modules[name]) for name in self.targets if form_of(modules[name]) != Dense()]
         replace(self.model, [Swap(name, module, convert(module, Dense()).module) for name, module in pending])
         self.phase = None
 

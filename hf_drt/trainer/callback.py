@@ -54,6 +54,7 @@ class DRTCallback(TrainerCallback):
         self.meter = PhaseMeter()
         self.probe: Callable[[], torch.Tensor | None] | None = None
         self.first_transition: Transition | None = None
+        self.batches: list[Any] = []
         self.in_drt_trainer = False
 
     # ---- on its own: what DRTTrainer does before the loop
@@ -86,7 +87,16 @@ class DRTCallback(TrainerCallback):
         if self.first_transition is not None:
             self._log(state, _switch_row(self.first_transition))
             self.first_transition = None
-        logger.info("dynamic-rank plan: %s, of %d update steps", self.controller.plan, self.controller.plan.max_steps)
+        cost = self.controller.cost()
+        logger.info(
+            "dynamic-rank plan: %s (of %d update steps) on %d layers; on average %.2f of their dense training FLOPs "
+            "and %.2f of their trainable parameters",
+            self.controller.plan,
+            self.controller.plan.max_steps,
+            len(self.controller.targets),
+            cost.flops,
+            cost.parameters,
+        )
 
     def _begin_alone(self, args: TrainingArguments, state: TrainerState, kwargs: dict[str, Any]) -> None:
         if state.global_step > 0:
@@ -112,7 +122,9 @@ class DRTCallback(TrainerCallback):
             self.meter.start_phase(transition.phase, args.device)
             self._log(state, _switch_row(transition))
             logger.info("update step %d: phase %d (%s)", transition.step, transition.phase, transition.kind)
-        if not self.in_drt_trainer:
+        if self.in_drt_trainer:
+            self.meter.count(self.batches)
+        else:
             self.meter.samples += args.train_batch_size * args.gradient_accumulation_steps
         self.meter.start_step()
 

@@ -133,7 +133,7 @@ class DRTTrainerMixin:
         result = super().get_batch_samples(*args, **kwargs)
         if self._drt_callback is not None and result[0]:
             self._drt_probe.batch = result[0][0]
-            self._drt_callback.meter.count(result[0])
+            self._drt_callback.batches = result[0]
         return result
 
     # ---- saving
@@ -178,7 +178,7 @@ class DRTTrainerMixin:
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if self.drt is not None:
-            ours = tuple(f"{name}." for name in self.drt.selection.targets)
+            ours = tuple(f"{name}." for name in self.drt.targets)
             wrong = [k for k in (*load_result.missing_keys, *load_result.unexpected_keys) if k.startswith(ours)]
             if wrong:
                 raise CheckpointError(

@@ -1,0 +1,77 @@
+"""Imports run one way. Each package or module may import those of its row, and nothing else of hf_drt."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "hf_drt"
+
+# fmt: off
+ALLOWED = {
+    "spectral":   set(),
+    "config":     set(),
+    "state":      set(),
+    "schedule":   set(),
+    "forms":      {"spectral", "config"},
+    "cost":       {"forms", "schedule"},
+    "selection":  {"forms"},
+    "surgery":    set(),
+    "export":     {"forms"},
+    "optim":      {"spectral", "config", "forms", "surgery"},
+    "controller": {"spectral", "config", "schedule", "forms", "cost", "selection", "surgery", "optim"},
+    "trainer":    {"config", "schedule", "forms", "selection", "export", "optim", "controller", "state"},
+}
+STDLIB_ONLY = {"config", "schedule", "state"}
+KNOWS_TRANSFORMERS = {"trainer"}
+# fmt: on
+
+
+def units() -> set[str]:
+    return {
+        p.stem for p in ROOT.iterdir() if p.stem != "__init__" and (p.suffix == ".py" or (p / "__init__.py").exists())
+    }
+
+
+def files(unit: str) -> list[Path]:
+    return [ROOT / f"{unit}.py"] if (ROOT / f"{unit}.py").exists() else sorted((ROOT / unit).rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} uses a relative import"
+            found.add(node.module)
+    return found
+
+
+def test_every_unit_has_a_row():
+    assert units() == set(ALLOWED)
+
+
+@pytest.mark.parametrize("unit", ALLOWED)
+def test_imports_stay_within_the_table(unit):
+    for path in files(unit):
+        own = {name.split(".")[1] for name in imports(path) if name.startswith("hf_drt.")} - {unit}
+        assert own <= ALLOWED[unit], f"{path.relative_to(ROOT)} imports {own - ALLOWED[unit]}"
+
+
+@pytest.mark.parametrize("unit", ALLOWED)
+def test_third_party_imports_are_where_they_belong(unit):
+    for path in files(unit):
+        roots = {name.split(".")[0] for name in imports(path)}
+        if unit in STDLIB_ONLY:
+            assert not roots & {"torch", "transformers", "numpy"}, path
+        if unit not in KNOWS_TRANSFORMERS:
+            assert not roots & {"transformers", "accelerate"}, path
+
+
+def test_the_table_has_no_cycle():
+    done: set[str] = set()
+    while len(done) < len(ALLOWED):
+        ready = {unit for unit, needs in ALLOWED.items() if unit not in done and needs <= done}
+        assert ready, f"cycle among {set(ALLOWED) - done}"
+        done |= ready
