@@ -39,8 +39,7 @@ def print_phase_table(trainer: Any, metric: str = "eval_loss") -> None:
     for index, row in enumerate(phase_rows(trainer, metric)):
         cells = (pattern.format(row[key]) if key in row else "-" for key, pattern in columns.values())
         table.add_row(str(index), *cells)
-    console = Console()
-    console.print(table, width=max(console.width, 110))
+    Console(width=max(Console().width, 110)).print(table)
     cost = trainer.drt.cost()
     print(
         f"The {len(trainer.drt.targets)} target layers took {cost.flops:.2f} of their dense training FLOPs, "

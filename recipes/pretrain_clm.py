@@ -13,6 +13,7 @@ spends much of a step outside of its linear layers, so the seconds saved are few
 `--plain` before you believe a schedule.
 """
 
+import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,12 +39,12 @@ from hf_drt import DRTTrainer, DRTTrainingArguments
 EOS = "<|endoftext|>"
 DEFAULTS = {
     "output_dir": "runs/pretrain_clm",
-    "max_steps": 400,
+    "max_steps": 500,
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 16,
     "learning_rate": 3e-3,
     "lr_scheduler_type": "cosine",
-    "warmup_steps": 40,
+    "warmup_steps": 50,
     "weight_decay": 0.1,
     "logging_steps": 50,
     "save_steps": 100,
@@ -174,6 +175,8 @@ def main(arguments: list[str] | None = None) -> DRTTrainer:
     recipe, args = parser.parse_args_into_dataclasses(arguments)
     if recipe.plain:
         args.drt_schedule = None
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hf_drt").setLevel(logging.INFO)  # the plan and its cost, and every switch
     trainer = build_trainer(recipe, args)
     checkpoint = args.resume_from_checkpoint
     trainer.train(get_last_checkpoint(args.output_dir) if checkpoint == "last" else checkpoint)

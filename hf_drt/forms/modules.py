@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_drt.forms.lazy import EffectiveWeight
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
@@ -105,7 +106,16 @@ class LowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The effective W in the layout of the dense layer: ``(out, in)``, or ``(in, out)`` for Conv1D."""
+        """The effective W in the layout of the dense layer: ``(out, in)``, or ``(in, out)`` for Conv1D.
+
+        Formed when it is computed with; its shape, dtype and device cost nothing.
+        """
+        if torch.compiler.is_compiling():  # the compiler drops an unused product by itself
+            return self._formed_weight()
+        shape = (self.out_features, self.in_features)
+        return EffectiveWeight(self._formed_weight, shape[::-1] if self.transposed else shape, self.pair()[0])
+
+    def _formed_weight(self) -> Tensor:
         return as_matrix(self.matrix(), self.transposed)
 
     def extra_repr(self) -> str:

@@ -1,0 +1,82 @@
+"""The main recipe, small: trains, prints its table, resumes, loads, and refuses what it cannot use."""
+
+import math
+
+import pretrain_clm
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SMALL = [
+    "--max_texts", "12", "--hidden_size", "64", "--layers", "1", "--vocab_size", "400", "--block_size", "32",
+    "--max_steps", "10", "--warmup_steps", "2", "--max_eval_blocks", "8", "--disable_tqdm", "true",
+    "--drt_log_rank_steps", "5", "--save_steps", "2",
+]  # fmt: skip
+
+
+def run(folder, *flags):
+    cache = str(folder / "cache")
+    return pretrain_clm.main([*SMALL, "--output_dir", str(folder / "out"), "--cache_dir", cache, *flags])
+
+
+def test_it_ends_with_a_table_and_a_model_that_loads(tmp_path, capsys):
+    trainer = run(tmp_path)
+    out = capsys.readouterr().out
+    for word in ("factored@0 dense@4 adapter@8", "trainable", "eval loss", "eff. rank", "seconds"):
+        assert word in out
+    rows = [line for line in out.splitlines() if line.startswith("│")]
+    assert [row.split("│")[2].strip() for row in rows] == ["factored", "dense", "adapter"]
+    assert not any(cell.strip() == "-" for row in rows for cell in row.split("│"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer("def main():\n    return", return_tensors="pt")["input_ids"]
+    trainer.model.eval()
+    with torch.no_grad():
+        assert (model(ids).logits - trainer.model(ids).logits).abs().max() < 1e-5
+
+
+def test_it_resumes_from_the_last_checkpoint(tmp_path):
+    expected = run(tmp_path / "a")
+    run(tmp_path / "b", "--save_total_limit", "10")
+    for folder in (tmp_path / "b" / "out").glob("checkpoint-*"):
+        if int(folder.name.split("-")[1]) > 6:
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()
+    resumed = run(tmp_path / "b", "--resume_from_checkpoint", "last")
+    assert all(torch.equal(p, q) for p, q in zip(expected.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+def test_plain_is_dense_training(tmp_path, capsys):
+    trainer = run(tmp_path, "--plain")
+    assert trainer.drt is None
+    assert "eval loss" in capsys.readouterr().out
+
+
+def test_it_takes_a_model_and_texts_of_ones_own(tmp_path):
+    run(tmp_path / "first", "--plain")
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(4):
+        (texts / f"{i}.txt").write_text(f"This is text number {i}. " * 60)
+    trainer = run(tmp_path / "second", "--model_name_or_path", str(tmp_path / "first" / "out"), "--dataset", str(texts))
+    assert str(trainer.drt.plan) == "adapter@0 dense@4 adapter@8"  # pretrained weights are not truncated
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--hidden_size", "100"], "hidden_size must be a multiple of 64"),
+        (["--block_size", "1"], "block_size must be at least 2, got 1"),
+        (["--vocab_size", "10"], "vocab_size must be at least 300, got 10"),
+        (["--layers", "0"], "layers must be at least 1, got 0"),
+        (["--max_texts", "1"], "holds 1 texts; at least 2 are needed"),
+        (["--block_size", "10000000"], "less than one block of --block_size 10000000"),
+        (["--drt_schedule", "factored@0 dense@120%"], "a boundary in % must lie in"),
+        (["--drt_rank_ratio", "4"], r"rank_ratio must be in \(0, 1\], got 4"),
+    ],
+)
+def test_bad_flags_are_refused_with_a_reason(tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, *flags)
