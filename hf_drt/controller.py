@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_drt.config import DRTConfig
 from hf_drt.cost import PlanCost, plan_cost
+from hf_drt.distributed import Job, decompositions
 from hf_drt.forms import (
     Dense,
     Form,
@@ -228,16 +229,18 @@ class DynamicRank:
             and index != self.phase
             and self.plan.phases[index].kind == self.plan.phases[self.phase].kind
         )
-        swaps, conversions = [], []
+        wanted = {}
         for name, form in self.forms(index).items():
-            module = modules.get(name)
-            if module is None:
+            if name not in modules:
                 raise ValueError(f"the model has no layer {name} any more. Build DynamicRank after all other changes.")
-            if form_of(module) == form and (form == Dense() or not restart):
-                continue
-            conversion = prepare(module, form, self._generator(index, name))
-            conversions.append(conversion)
-            swaps.append(Swap(name, module, conversion.module))
+            if form_of(modules[name]) != form or (restart and form != Dense()):
+                wanted[name] = form
+        parts = decompositions([Job(modules[name], form) for name, form in wanted.items()])
+        conversions = [
+            prepare(modules[name], form, self._generator(index, name), part)
+            for (name, form), part in zip(wanted.items(), parts, strict=True)
+        ]
+        swaps = [Swap(name, modules[name], c.module) for name, c in zip(wanted, conversions, strict=True)]
         return swaps, conversions
 
     def _generator(self, phase: int, name: str) -> torch.Generator:

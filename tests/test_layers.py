@@ -17,10 +17,13 @@ ALLOWED = {
     "cost":       {"forms", "schedule"},
     "selection":  {"forms"},
     "surgery":    set(),
+    "distributed": {"spectral", "forms"},
     "export":     {"forms"},
     "optim":      {"spectral", "config", "forms", "surgery"},
-    "controller": {"spectral", "config", "schedule", "forms", "cost", "selection", "surgery", "optim"},
-    "trainer":    {"config", "schedule", "forms", "selection", "export", "optim", "controller", "state"},
+    "controller": {"spectral", "config", "schedule", "forms", "cost", "selection", "surgery", "optim",
+                   "distributed"},
+    "trainer":    {"config", "schedule", "forms", "selection", "export", "optim", "controller", "state",
+                   "distributed"},
 }
 STDLIB_ONLY = {"config", "schedule", "state"}
 KNOWS_TRANSFORMERS = {"trainer"}

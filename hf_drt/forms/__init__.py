@@ -1,6 +1,14 @@
 """One linear map, several parametrizations: Dense | Factored | Adapter."""
 
-from hf_drt.forms.convert import Conversion, convert, effective_weight, empty_like, prepare
+from hf_drt.forms.convert import (
+    Conversion,
+    convert,
+    decompose,
+    decomposition_shapes,
+    effective_weight,
+    empty_like,
+    prepare,
+)
 from hf_drt.forms.modules import (
     AdapterLinear,
     FactoredLinear,
@@ -27,6 +35,8 @@ __all__ = [
     "as_matrix",
     "break_even_rank",
     "convert",
+    "decompose",
+    "decomposition_shapes",
     "effective_weight",
     "empty_like",
     "form_from_dict",

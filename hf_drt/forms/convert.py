@@ -56,7 +56,35 @@ def convert(module: nn.Module, form: Form, generator: torch.Generator | None = N
     return conversion
 
 
-def prepare(module: nn.Module, form: Form, generator: torch.Generator | None = None) -> Conversion:
+def decompose(module: nn.Module, form: Form) -> SVD | None:
+    """What a conversion to ``form`` needs of the layer's SVD, or None: the one expensive part of :func:`prepare`.
+
+    ``U (out, k)`` and ``Vh (k, in)`` with k = min(form.rank, number of singular values), and ``S`` in full. A factored
+    layer is decomposed by QR and an r x r SVD.
+    """
+    shapes = decomposition_shapes(module, form)
+    if shapes is None:
+        return None
+    k = shapes[0][1]
+    with torch.no_grad():
+        factored = isinstance(module, FactoredLinear)
+        U, S, Vh = factored_svd(module.U, module.V) if factored else svd(effective_weight(module))
+    return SVD(U[:, :k].contiguous(), S, Vh[:k].contiguous())
+
+
+def decomposition_shapes(module: nn.Module, form: Form) -> tuple[tuple[int, int], tuple[int], tuple[int, int]] | None:
+    """Shapes of the three parts of :func:`decompose`'s result, or None where the form needs none."""
+    if not (isinstance(form, Factored) or (isinstance(form, Adapter) and form.init == "principal")):
+        return None
+    out, into = weight_shape(module)
+    values = module.form.rank if isinstance(module, FactoredLinear) else min(out, into)
+    k = min(form.rank, values)
+    return (out, k), (values,), (k, into)
+
+
+def prepare(
+    module: nn.Module, form: Form, generator: torch.Generator | None = None, parts: SVD | None = None
+) -> Conversion:
     """The conversion of a layer to ``form``; nothing changes before its ``commit()``.
 
     The same form again is a restart: Factored re-balances its factors, Adapter merges and starts a new adapter (ReLoRA,
@@ -66,19 +94,22 @@ def prepare(module: nn.Module, form: Form, generator: torch.Generator | None = N
         module: ``nn.Linear``, ``Conv1D``, or one of this package's modules.
         form: What the layer shall be.
         generator: CPU generator of new random directions; a fixed seed if None.
+        parts: Result of :func:`decompose` for the same arguments, where it is at hand already.
 
     Raises:
         ValueError: The rank exceeds min(out, in), or the weight holds inf or nan.
     """
     _check_rank(module, form)
+    if parts is None:
+        parts = decompose(module, form)
     with torch.no_grad():
         match form:
             case Dense():
                 return _to_dense(module)
             case Factored():
-                return _to_factored(module, form, generator)
+                return _to_factored(module, form, generator, parts)
             case Adapter():
-                return _to_adapter(module, form, generator)
+                return _to_adapter(module, form, generator, parts)
     raise TypeError(f"{form!r} is no form; allowed are Dense(), Factored(rank) and Adapter(rank, alpha, init).")
 
 
@@ -146,8 +177,7 @@ def _to_dense(module: nn.Module) -> Conversion:
     return Conversion(module, 0.0)
 
 
-def _to_factored(module: nn.Module, form: Factored, generator: torch.Generator | None) -> Conversion:
-    parts = factored_svd(module.U, module.V) if isinstance(module, FactoredLinear) else svd(effective_weight(module))
+def _to_factored(module: nn.Module, form: Factored, generator: torch.Generator | None, parts: SVD) -> Conversion:
     U, V = spectral_factors(parts, form.rank, generator)
     like = next(p for name, p in module.named_parameters() if name != "bias")
     dense = _dense_module(module)
@@ -156,17 +186,15 @@ def _to_factored(module: nn.Module, form: Factored, generator: torch.Generator |
     return Conversion(factored, truncation_error(parts.S, form.rank))
 
 
-def _to_adapter(module: nn.Module, form: Adapter, generator: torch.Generator | None) -> Conversion:
+def _to_adapter(module: nn.Module, form: Adapter, generator: torch.Generator | None, parts: SVD | None) -> Conversion:
     out, into = weight_shape(module)
     dense, transposed = _dense_module(module), is_transposed(_dense_module(module))
     like = next(p for name, p in module.named_parameters() if name != "bias")
     W = None
-    if form.init == "principal":
-        W = effective_weight(module)
-        L, A = spectral_factors(svd(W), form.rank, generator)
-        # Spread 1 / scaling over both factors, so that they stay balanced.
-        L, A = L / form.scaling**0.5, A / form.scaling**0.5
-        W = torch.addmm(W, L, A, alpha=-form.scaling)
+    if parts is not None:
+        # 1 / scaling is spread over both factors, so that they stay balanced.
+        L, A = (factor / form.scaling**0.5 for factor in spectral_factors(parts, form.rank, generator))
+        W = torch.addmm(effective_weight(module), L, A, alpha=-form.scaling)
     else:
         A = kaiming_rows(form.rank, into, generator)
         L = torch.zeros(out, form.rank)

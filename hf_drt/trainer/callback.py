@@ -55,6 +55,7 @@ class DRTCallback(TrainerCallback):
         self.probe: Callable[[], torch.Tensor | None] | None = None
         self.first_transition: Transition | None = None
         self.batches: list[Any] = []
+        self.after_switch: Callable[[], None] = lambda: None
         self.in_drt_trainer = False
 
     # ---- on its own: what DRTTrainer does before the loop
@@ -119,11 +120,12 @@ class DRTCallback(TrainerCallback):
     ) -> None:
         transition = self.controller.begin_step(state.global_step, kwargs["optimizer"], self.probe)
         if transition is not None:
+            self.after_switch()
             self.meter.start_phase(transition.phase, args.device)
             self._log(state, _switch_row(transition))
             logger.info("update step %d: phase %d (%s)", transition.step, transition.phase, transition.kind)
         if self.in_drt_trainer:
-            self.meter.count(self.batches)
+            self.meter.count(self.batches, args.world_size)
         else:
             self.meter.samples += args.train_batch_size * args.gradient_accumulation_steps
         self.meter.start_step()

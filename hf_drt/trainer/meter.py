@@ -43,13 +43,13 @@ class PhaseMeter:
             self.steps += 1
             self._started = None
 
-    def count(self, batches: list[Any]) -> None:
-        """Add the samples and tokens of the micro-batches of one update step."""
+    def count(self, batches: list[Any], processes: int = 1) -> None:
+        """Add the samples and tokens of the micro-batches of one update step, alike on all processes."""
         for batch in batches:
             tensors = [v for v in batch.values() if torch.is_tensor(v) and v.ndim] if hasattr(batch, "values") else []
-            self.samples += len(tensors[0]) if tensors else 0
+            self.samples += processes * len(tensors[0]) if tensors else 0
             ids = batch.get("input_ids") if tensors else None
-            self.tokens += ids.numel() if torch.is_tensor(ids) else 0
+            self.tokens += processes * ids.numel() if torch.is_tensor(ids) else 0
 
     def row(self) -> dict[str, float]:
         """The phase so far, as log entries."""

@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Seq2SeqTrainer, Trainer
 
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank, lowrank_kind
+from hf_drt.distributed import rebuild_ddp
 from hf_drt.export import dense_state_dict
 from hf_drt.schedule import Run
 from hf_drt.selection import find_targets
@@ -80,6 +82,7 @@ class DRTTrainerMixin:
         find_targets(self.model, config.include, config.exclude)
         self._drt_probe = Probe(self)
         callback.probe = self._drt_probe
+        callback.after_switch = self._drt_after_switch
         self.add_callback(callback)
         self._drt_callback = callback
 
@@ -91,6 +94,7 @@ class DRTTrainerMixin:
             if resume_from_checkpoint is None:
                 self._drt_callback.first_transition = controller.apply(self.state.global_step, self.optimizer)
                 self._drt_callback.meter = PhaseMeter()
+                self._drt_after_switch()  # a second train() finds its model wrapped
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _drt_controller(self, max_steps: int, train_dataloader: Any) -> DynamicRank:
@@ -127,6 +131,12 @@ class DRTTrainerMixin:
         if self.drt is not None:
             self.drt.install(optimizer)
         return optimizer
+
+    def _drt_after_switch(self) -> None:
+        """The distributed engine sees the new parameters."""
+        if isinstance(self.model_wrapped, DistributedDataParallel):
+            handler = self.accelerator.ddp_handler
+            rebuild_ddp(self.model_wrapped, handler.to_kwargs() if handler is not None else {})
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The base's batches of one update step; looked at on the way for throughput and for the probe."""
@@ -168,13 +178,15 @@ class DRTTrainerMixin:
         state = checked_state(resume_from_checkpoint, controller, for_resume=True)
         controller.load_state_dict(state, self.optimizer)
         self._drt_callback.meter.load_state_dict(state.get("meter", {}))
-        return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._drt_after_switch()
 
     def _load_best_model(self) -> None:
         if self.drt is not None:
             state = checked_state(self.state.best_model_checkpoint, self.drt, for_resume=False)
             self.drt.load_state_dict(state, self.optimizer)
-        return super()._load_best_model()
+        super()._load_best_model()
+        self._drt_after_switch()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if self.drt is not None:

@@ -17,7 +17,6 @@ def refuse_unsupported(trainer: Any, config: DRTConfig) -> None:
         "DeepSpeed, which partitions parameters": trainer.is_deepspeed_enabled,
         "FSDP, which shards or flattens parameters": trainer.is_fsdp_enabled or bool(args.fsdp),
         "nn.DataParallel, which replicates the model in every step": args.n_gpu > 1,
-        "several processes, whose replicas would drift apart": args.world_size > 1,
         "torch_compile": args.torch_compile,
         "a quantized model": getattr(model, "is_quantized", False),
         "a PEFT model, which has changed the layers already": hasattr(model, "peft_config"),

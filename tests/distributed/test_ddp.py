@@ -1,0 +1,109 @@
+"""Several processes: nothing drifts. Two gloo processes against one, with three switches and accumulation."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_drt.distributed import shares
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+def launch(folder: Path, processes: int, **settings) -> dict:
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
+    result = subprocess.run(
+        [*command, str(WORKER), str(folder), json.dumps(settings)], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads((folder / "seen.json").read_text())
+
+
+def final(folder: Path, name: str = "final.pt") -> dict[str, torch.Tensor]:
+    return torch.load(folder / name, weights_only=True)
+
+
+SGD = {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.05, "save_strategy": "steps", "save_steps": 7}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    return folder, launch(folder, 2, gradient_accumulation_steps=2, **SGD)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The same global batch in one process: twice the accumulation."""
+    folder = tmp_path_factory.mktemp("one")
+    return folder, launch(folder, 1, gradient_accumulation_steps=4, **SGD)
+
+
+def test_all_processes_hold_the_same_bits_after_every_step(two):
+    _, seen = two
+    assert len(seen["equal"]) == 20
+    assert all(seen["equal"])
+    assert [row["drt_phase"] for row in seen["history"] if "drt_switch_seconds" in row] == [0, 1, 2, 3]
+
+
+def test_one_reduction_per_bucket_and_update_step(two):
+    """The model fits into one bucket; with accumulation 2, a lost no_sync would show as 2, a dead reducer as 0.
+
+    DDP rebuilds its buckets once, in the first backward pass of each reducer.
+    """
+    _, seen = two
+    assert seen["reductions"] == [1] * 20
+
+
+def test_one_ddp_object_throughout(two):
+    assert two[1]["ddp_objects"] == 1
+
+
+def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
+    """Without dropout, whose noise differs between processes; weights, since factors of one weight are not unique."""
+    runs = {}
+    for processes, accumulation in ((2, 2), (1, 4)):
+        folder = tmp_path / str(processes)
+        settings = SGD | {"learning_rate": 0.01, "dropout": 0.0, "gradient_accumulation_steps": accumulation}
+        launch(folder, processes, **settings)
+        runs[processes] = final(folder, "dense.pt")
+    for name, p in runs[1].items():
+        assert torch.allclose(p, runs[2][name], atol=1e-5, rtol=0), name
+
+
+def test_resume_of_two_processes_is_bitwise_equal(two, tmp_path):
+    folder, _ = two
+    for step in (7, 14):
+        seen = launch(
+            tmp_path / str(step), 2, gradient_accumulation_steps=2, resume=str(folder / f"checkpoint-{step}"), **SGD
+        )
+        assert all(seen["equal"])
+        resumed = final(tmp_path / str(step))
+        assert all(torch.equal(p, resumed[name]) for name, p in final(folder).items())
+
+
+def test_resume_with_another_number_of_processes(two, one, tmp_path):
+    for source, processes, accumulation in ((two, 1, 4), (one, 2, 2)):
+        folder = tmp_path / f"to{processes}"
+        checkpoint = str(source[0] / "checkpoint-7")
+        seen = launch(folder, processes, gradient_accumulation_steps=accumulation, resume=checkpoint, **SGD)
+        assert all(seen["equal"])
+        assert final(folder).keys() == final(source[0]).keys()
+
+
+def test_decompositions_are_shared_out_by_cost():
+    owners = shares([8.0, 1.0, 1.0, 7.0, 1.0, 6.0], 2)
+    loads = [sum(c for c, o in zip([8, 1, 1, 7, 1, 6], owners, strict=True) if o == process) for process in (0, 1)]
+    assert max(loads) - min(loads) <= 1 + 1
+    assert shares([1.0], 4) == [0]
+    assert shares([], 2) == []
