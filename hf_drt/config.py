@@ -1,5 +1,6 @@
 """Every user parameter, once, with its unit and interval. Standard library only."""
 
+import json
 import math
 import re
 from dataclasses import dataclass, field, fields
@@ -52,8 +53,9 @@ class DRTConfig:
         "zero", "Start of the adapter: 'zero' (lora_B = 0) or 'principal' (top singular directions of W)."
     )
     moments: Moments = _option(
-        "project",
-        "Optimizer state of swapped layers: 'project' carries the moments over by the chain rule, 'reset' drops them.",
+        "reset",
+        "Optimizer state of swapped layers: 'reset' drops it, 'project' carries the moments over by the chain rule "
+        "(for Adam, NAdam, RAdam and SGD; the others start anew in both).",
     )
     rewarmup_steps: int = _option(0, "Update steps of linear LR re-warm-up after every switch, at least 0 (off).")
     rewarmup_start: float = _option(0.1, "Share of the scheduled LR at which the re-warm-up starts, in [0, 1].")
@@ -84,8 +86,13 @@ class DRTConfig:
         )
         if self.rank is not None:
             _require(_is_int(self.rank) and self.rank >= 1, self, "rank", "a whole number of at least 1")
-        _require(_is_int(self.rank_multiple) and self.rank_multiple >= 1, self, "rank_multiple", "at least 1")
-        _require(_is_number(self.adapter_alpha) and self.adapter_alpha > 0, self, "adapter_alpha", "above 0")
+        _require(
+            _is_int(self.rank_multiple) and self.rank_multiple >= 1,
+            self,
+            "rank_multiple",
+            "a whole number of at least 1",
+        )
+        _require(_is_number(self.adapter_alpha) and self.adapter_alpha > 0, self, "adapter_alpha", "a number above 0")
         for name, choices in (("start", Start), ("adapter_init", AdapterInit), ("moments", Moments)):
             _require(getattr(self, name) in get_args(choices), self, name, f"one of {', '.join(get_args(choices))}")
         for name in ("rewarmup_steps", "log_rank_steps"):
@@ -93,12 +100,30 @@ class DRTConfig:
             _require(_is_int(value) and value >= 0, self, name, "a whole number of at least 0", "The unit is steps.")
         _require(_is_number(self.rewarmup_start) and 0 <= self.rewarmup_start <= 1, self, "rewarmup_start", "in [0, 1]")
         for name in ("factored_lr_scale", "adapter_lr_scale"):
-            _require(_is_number(getattr(self, name)) and getattr(self, name) > 0, self, name, "above 0")
+            _require(_is_number(getattr(self, name)) and getattr(self, name) > 0, self, name, "a number above 0")
+        for name in ("frobenius_decay", "log_rank_per_layer", "evaluate_at_switch", "save_at_switch"):
+            _require(isinstance(getattr(self, name), bool), self, name, "True or False")
         if self.seed is not None:
             _require(_is_int(self.seed) and self.seed >= 0, self, "seed", "a whole number of at least 0")
         for name in ("include", "exclude"):
             _check_patterns(name, getattr(self, name))
         object.__setattr__(self, "rank_pattern", _parse_rank_pattern(self.rank_pattern))
+
+    @classmethod
+    def of(cls, value: "DRTConfig | str") -> "DRTConfig":
+        """The configuration itself, or one with just a schedule's text.
+
+        Raises:
+            TypeError: ``value`` is neither.
+        """
+        if isinstance(value, str):
+            return cls(schedule=value)
+        if not isinstance(value, cls):
+            raise TypeError(
+                "drt settings must be a DRTConfig, or a schedule's text such as 'factored@0 dense@40% adapter@80%', "
+                f"got {value!r}."
+            )
+        return value
 
     @classmethod
     def from_prefixed(cls, source: Any, prefix: str = "drt_", **override: Any) -> "DRTConfig":
@@ -123,7 +148,7 @@ def _require(condition: Any, config: DRTConfig, name: str, allowed: str, hint: s
 def _check_patterns(name: str, patterns: Any) -> None:
     if patterns is None:
         return
-    if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
         raise ValueError(f"{name} must be a list of regular expressions, got {patterns!r}.")
     for pattern in patterns:
         _compile(name, pattern)
@@ -144,8 +169,6 @@ def _parse_rank_pattern(value: Any) -> dict[str, float] | None:
     if value is None:
         return None
     if isinstance(value, str):
-        import json
-
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
@@ -155,6 +178,8 @@ def _parse_rank_pattern(value: Any) -> dict[str, float] | None:
     if not isinstance(value, dict):
         raise ValueError(f"rank_pattern must map regular expressions to ranks, got {value!r}.")
     for pattern, rank in value.items():
+        if not isinstance(pattern, str):
+            raise ValueError(f"rank_pattern must map regular expressions to ranks, got the key {pattern!r}.")
         _compile("rank_pattern", pattern)
         absolute, share = _is_int(rank) and rank >= 1, isinstance(rank, float) and 0 < rank <= 1
         if not (absolute or share):

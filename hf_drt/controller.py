@@ -26,6 +26,7 @@ from hf_drt.forms import (
     form_to_dict,
     prepare,
     resolve_form,
+    trainable_weights,
     weight_shape,
 )
 from hf_drt.forms.modules import FactoredLinear
@@ -34,12 +35,13 @@ from hf_drt.optim import (
     add_form_groups,
     carry_state,
     form_group_options,
+    locate,
     moment_keys,
     rewarmup_factor,
     unwrap,
 )
 from hf_drt.schedule import Plan, Run, Schedule
-from hf_drt.selection import find_targets
+from hf_drt.selection import find_targets, has_hooks, is_linear
 from hf_drt.spectral import effective_rank, factored_singular_values, singular_values
 from hf_drt.surgery import Swap, replace
 
@@ -56,6 +58,7 @@ class Transition:
         layers: Layers that changed form.
         seconds: Wall-clock time.
         errors: Relative Frobenius error by truncation, by layer.
+        merge_error: Largest share of an update that rounding has cost in a merge (:class:`hf_drt.forms.Conversion`).
         parameters: Trainable parameters of the model, before and after.
         function_error: max |difference| of the probe's output, before to after; None without a probe.
     """
@@ -67,6 +70,7 @@ class Transition:
     seconds: float
     parameters: tuple[int, int]
     errors: dict[str, float] = field(default_factory=dict)
+    merge_error: float = 0.0
     function_error: float | None = None
 
     @property
@@ -130,7 +134,6 @@ class DynamicRank:
         self.seed = config.seed if config.seed is not None else seed
         self.phase: int | None = None
         self._step = 0
-        self._rules: StepRules | None = None
         self._installed: weakref.ref | None = None
         self._check_phases()
 
@@ -175,7 +178,14 @@ class DynamicRank:
 
         Call it at the beginning of every update step, before the first forward pass. Arguments as in :meth:`apply`.
         """
-        transition = self.apply(step, optimizer, probe) if self.match(step) else None
+        changes = self.match(step)
+        if changes and optimizer is None and self.phase is not None:
+            raise ValueError(
+                f"phase '{self.plan.phases[self.plan.index_at(step)]}' begins at update step {step}, but begin_step "
+                "got no optimizer, so that the new weights would never be trained. Pass the optimizer; to change the "
+                "form of a model that is not trained, call apply(step)."
+            )
+        transition = self.apply(step, optimizer, probe) if changes else None
         self._step = step
         if optimizer is not None and (self._installed is None or self._installed() is not unwrap(optimizer)):
             self.install(optimizer)
@@ -213,34 +223,52 @@ class DynamicRank:
             if commit is not None:
                 commit()
         errors = {swap.name: c.error for swap, c in zip(swaps, conversions, strict=True)}
+        merge_error = max((c.merge_error for c in conversions), default=0.0)
+        if merge_error > 0.1:
+            logger.warning(
+                "update step %d: rounding to the weights' dtype loses %.0f %% of what a layer has learned since the "
+                "last switch. Keep the weights in float32, and use bf16 or fp16 autocast.",
+                step,
+                100 * merge_error,
+            )
         self.phase, self._step = index, step
         seconds = time.perf_counter() - started
-        difference = None if before is None else (probe() - before).abs().max().item()
+        after = probe() if before is not None else None
+        difference = None if after is None else (after - before).abs().max().item()
         return Transition(
-            step, index, self.plan.phases[index].kind, len(swaps), seconds,
-            (parameters, _trainable_parameters(self.model)), errors, difference,
-        )  # fmt: skip
+            step=step,
+            phase=index,
+            kind=self.plan.phases[index].kind,
+            layers=len(swaps),
+            seconds=seconds,
+            parameters=(parameters, _trainable_parameters(self.model)),
+            errors=errors,
+            merge_error=merge_error,
+            function_error=difference,
+        )
 
     def _prepare_swaps(self, index: int) -> tuple[list[Swap], list]:
-        modules = dict(self.model.named_modules())
         # A phase of the same kind as the one before is a restart: re-balanced factors, a merged and renewed adapter.
         restart = (
             self.phase is not None
             and index != self.phase
             and self.plan.phases[index].kind == self.plan.phases[self.phase].kind
         )
-        wanted = {}
-        for name, form in self.forms(index).items():
-            if name not in modules:
-                raise ValueError(f"the model has no layer {name} any more. Build DynamicRank after all other changes.")
-            if form_of(modules[name]) != form or (restart and form != Dense()):
-                wanted[name] = form
-        parts = decompositions([Job(modules[name], form) for name, form in wanted.items()])
+        layers = {name: self._layer(name) for name in self.targets}
+        wanted = {
+            name: form
+            for name, form in self.forms(index).items()
+            if form_of(layers[name]) != form or (restart and form != Dense())
+        }
+        for name in wanted:
+            if has_hooks(layers[name]):
+                logger.warning("%s has hooks, which are lost as it changes form; set them again, or exclude it.", name)
+        parts = decompositions([Job(layers[name], form) for name, form in wanted.items()])
         conversions = [
-            prepare(modules[name], form, self._generator(index, name), part)
+            prepare(layers[name], form, self._generator(index, name), part)
             for (name, form), part in zip(wanted.items(), parts, strict=True)
         ]
-        swaps = [Swap(name, modules[name], c.module) for name, c in zip(wanted, conversions, strict=True)]
+        swaps = [Swap(name, layers[name], c.module) for name, c in zip(wanted, conversions, strict=True)]
         return swaps, conversions
 
     def _generator(self, phase: int, name: str) -> torch.Generator:
@@ -250,17 +278,20 @@ class DynamicRank:
 
     def state_dict(self) -> dict[str, Any]:
         """The plan, the phase, and every target's shape and form; JSON-serialisable."""
-        modules = dict(self.model.named_modules())
         return {
             "plan": str(self.plan),
             "max_steps": self.plan.max_steps,
             "phase": self.phase,
-            "seed": self.seed,
+            "settings": self._settings(),
             "layers": {
-                name: {"shape": list(shape), **form_to_dict(form_of(modules[name]))}
+                name: {"shape": list(shape), **form_to_dict(form_of(self._layer(name)))}
                 for name, shape in self.targets.items()
             },
         }
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides structure, groups and numbers of later phases, besides the plan."""
+        return {"seed": self.seed} | {name: getattr(self.config, name) for name in _LASTING}
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Compare a state with this plan and model.
@@ -268,17 +299,28 @@ class DynamicRank:
         Raises:
             ValueError: It belongs to another plan, model, selection or rank; the message names the difference.
         """
-        for key in ("plan", "max_steps", "phase", "layers"):
+        for key, kind in (("plan", str), ("max_steps", int), ("phase", object), ("settings", dict), ("layers", dict)):
             if key not in state:
                 raise ValueError(f"the state lacks '{key}'; it is incomplete.")
+            if not isinstance(state[key], kind):
+                raise ValueError(f"the state's '{key}' is {state[key]!r}, which is no {kind.__name__}; it is damaged.")
         if (state["plan"], state["max_steps"]) != (str(self.plan), self.plan.max_steps):
             raise ValueError(
                 f"the plan has changed: the state is of '{state['plan']}' over {state['max_steps']} update steps, this "
                 f"run of '{self.plan}' over {self.plan.max_steps}. Go on with the schedule and length of then: "
-                f"schedule='{state['plan']}', max_steps={state['max_steps']}."
+                f"schedule='{state['plan']}', max_steps={state['max_steps']}. To train for longer, finish that run, "
+                "and start a new one with its own schedule from the saved model."
             )
         if not (isinstance(state["phase"], int) and 0 <= state["phase"] < len(self.plan)):
-            raise ValueError(f"phase must lie in 0..{len(self.plan) - 1}, the state has {state['phase']!r}.")
+            raise ValueError(
+                f"phase must lie in 0..{len(self.plan) - 1}, the state has {state['phase']!r}. (None: it was taken "
+                "before apply(0), and describes no phase.)"
+            )
+        for name, value in self._settings().items():
+            if state["settings"].get(name) != value:
+                raise ValueError(
+                    f"{name} is {value!r} here, and {state['settings'].get(name)!r} in the state. {_SAME_RUN}"
+                )
         self._check_layers(state)
 
     def _check_layers(self, state: dict[str, Any]) -> None:
@@ -288,8 +330,10 @@ class DynamicRank:
         if extra := sorted(set(layers) - set(expected)):
             raise ValueError(f"the state holds {_some(extra)}, which this run does not select. {_SAME_RUN}")
         for name, entry in layers.items():
+            if not (isinstance(entry, dict) and isinstance(entry.get("shape"), list)):
+                raise ValueError(f"the state's entry of {name} is {entry!r}, which gives no form and shape.")
             entry = dict(entry)
-            shape = tuple(entry.pop("shape", ()))
+            shape = tuple(entry.pop("shape"))
             if shape != self.targets[name]:
                 raise ValueError(f"{name} has shape {self.targets[name]} here, and {shape} in the state. {_SAME_RUN}")
             if (form := form_from_dict(entry)) != expected[name]:
@@ -298,7 +342,7 @@ class DynamicRank:
                     f"{state['phase']}. {_SAME_RUN}"
                 )
 
-    def load_state_dict(self, state: dict[str, Any], optimizer: torch.optim.Optimizer | None = None) -> None:
+    def load_state_dict(self, state: dict[str, Any], optimizer: torch.optim.Optimizer | None = None) -> list[Swap]:
         """Restore the structure that a state describes; the weights' values are unset until they are loaded.
 
         Args:
@@ -306,21 +350,50 @@ class DynamicRank:
             optimizer: One over the model in its present form, if it exists; it gets the new parameters in the old ones'
                 places, so that its own state can be loaded afterwards.
 
+        Returns:
+            The swaps made; they keep the old weights alive.
+
         Raises:
             ValueError: As in :meth:`check_state`; the model is as it was then.
         """
         self.check_state(state)
-        modules = dict(self.model.named_modules())
         swaps = [
-            Swap(name, modules[name], empty_like(modules[name], form))
+            Swap(name, self._layer(name), empty_like(self._layer(name), form))
             for name, form in self.forms(state["phase"]).items()
-            if form_of(modules[name]) != form
+            if form_of(self._layer(name)) != form
         ]
+        self._exchange(swaps, optimizer)
+        self.phase = state["phase"]
+        return swaps
+
+    def undo(self, swaps: list[Swap], phase: int | None, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Take back what :meth:`load_state_dict` has done: the old layers, with their weights, and the phase."""
+        self._exchange([Swap(swap.name, swap.new, swap.old) for swap in swaps], optimizer)
+        self.phase = phase
+
+    def _exchange(self, swaps: list[Swap], optimizer: torch.optim.Optimizer | None) -> None:
         commit = carry_state(optimizer, self.model, swaps, "reset") if optimizer is not None and swaps else None
         replace(self.model, swaps)
         if commit is not None:
             commit()
-        self.phase = state["phase"]
+
+    def _layer(self, name: str) -> nn.Module:
+        """The target layer as it is now.
+
+        Raises:
+            ValueError: It is gone, or something else has taken its place.
+        """
+        try:
+            module = self.model.get_submodule(name)
+        except AttributeError:
+            module = None
+        if module is None or not is_linear(module) or weight_shape(module) != self.targets[name]:
+            found = "nothing" if module is None else f"a {type(module).__name__}"
+            raise ValueError(
+                f"the model has {found} where the linear layer {name} of shape (out, in) = {self.targets[name]} was. "
+                "Build DynamicRank after all other changes to the model."
+            )
+        return module
 
     # ---- around the optimizer step
 
@@ -334,14 +407,15 @@ class DynamicRank:
         """
         optimizer = unwrap(optimizer)
         moment_keys(optimizer)
-        modules = dict(self.model.named_modules())
-        add_form_groups(optimizer, {name: modules[name] for name in self.targets}, self.config)
-        if self._rules is not None:
-            self._rules.remove()
-            self._rules = None
-        self._installed = weakref.ref(optimizer)
+        targets = {name: self._layer(name) for name in self.targets}
+        for name, module in targets.items():
+            if any(weight.requires_grad for weight in trainable_weights(module)):
+                locate(optimizer, name, module)
+        add_form_groups(optimizer, targets, self.config)
+        StepRules.clear(optimizer)
         if self.config.rewarmup_steps or form_group_options(self.config):
-            self._rules = StepRules(optimizer, self.lr_factor)
+            StepRules(optimizer, self.lr_factor)
+        self._installed = weakref.ref(optimizer)
 
     def lr_factor(self) -> float:
         """Share of the scheduled LR in force at the present update step: the re-warm-up after a switch."""
@@ -357,17 +431,29 @@ class DynamicRank:
 
     def effective_ranks(self) -> dict[str, float]:
         """Effective rank of every target layer; factored ones from r x r matrices only."""
-        modules = dict(self.model.named_modules())
-        return {name: effective_rank(_spectrum(modules[name])) for name in self.targets}
+        return {name: effective_rank(_spectrum(self._layer(name))) for name in self.targets}
 
     def to_dense(self) -> None:
         """Bring every target layer back to its dense form: a plain model, that loads anywhere."""
-        modules = dict(self.model.named_modules())
-        pending = [(name, modules[name]) for name in self.targets if form_of(modules[name]) != Dense()]
-        replace(self.model, [Swap(name, module, convert(module, Dense()).module) for name, module in pending])
+        layers = {name: self._layer(name) for name in self.targets}
+        low_rank = {name: layer for name, layer in layers.items() if form_of(layer) != Dense()}
+        replace(self.model, [Swap(name, layer, convert(layer, Dense()).module) for name, layer in low_rank.items()])
         self.phase = None
 
 
+# Settings that a resumed run must share with the one that wrote the checkpoint.
+_LASTING = (
+    "rank_ratio",
+    "rank",
+    "rank_pattern",
+    "rank_multiple",
+    "adapter_alpha",
+    "adapter_init",
+    "moments",
+    "factored_lr_scale",
+    "adapter_lr_scale",
+    "frobenius_decay",
+)
 _SAME_RUN = "Resume with the model and the drt settings of the run that wrote it."
 
 

@@ -62,13 +62,12 @@ def find_targets(model: nn.Module, include: list[str] | None = None, exclude: li
     parents = _parents(model)
     targets, skipped = {}, {}
     for name, module in model.named_modules():
-        if not _is_linear(module):
+        if not is_linear(module):
             continue
-        owner = parents.get(name)
         reason = (
             ("outside of the blocks" if id(module) not in inside else None)
             or ("output embeddings" if id(module) in heads else None)
-            or _unfit(module, owner, name.rpartition(".")[2], shared, experts)
+            or _unfit(name, module, parents, shared, experts)
             or _pattern_reason(name, include, exclude)
         )
         if reason is None:
@@ -103,7 +102,8 @@ def _is_checkpointing_layer(module: nn.Module) -> bool:
     return any(f"{cls.__module__}.{cls.__qualname__}" == _CHECKPOINTING_LAYER for cls in type(module).__mro__)
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer in one of the forms, or may become one: nn.Linear, Conv1D, or ours."""
     return isinstance(module, (nn.Linear, LowRankLinear)) or is_transposed(module)
 
 
@@ -111,7 +111,7 @@ def _list_blocks(model: nn.Module) -> Iterator[str]:
     """Children of a ModuleList that hold two or more linear layers."""
     for name, holder in model.named_modules():
         for child_name, child in holder.named_children() if isinstance(holder, nn.ModuleList) else ():
-            if sum(map(_is_linear, child.modules())) >= 2:
+            if sum(map(is_linear, child.modules())) >= 2:
                 yield f"{name}.{child_name}" if name else child_name
 
 
@@ -148,10 +148,13 @@ def _pattern_reason(name: str, include: list[str] | None, exclude: list[str] | N
     return None
 
 
-def _unfit(module: nn.Module, owner: nn.Module | None, leaf: str, shared: set[int], experts: set[int]) -> str | None:
+def _unfit(
+    name: str, module: nn.Module, parents: dict[str, nn.Module], shared: set[int], experts: set[int]
+) -> str | None:
     """Why a linear layer inside a block cannot be replaced, or None."""
     if isinstance(module, LowRankLinear):
         return None
+    owner, leaf = parents.get(name), name.rpartition(".")[2]
     weight = module._parameters.get("weight")
     if weight is None or hasattr(module, "parametrizations"):
         return "parametrized"
@@ -161,13 +164,13 @@ def _unfit(module: nn.Module, owner: nn.Module | None, leaf: str, shared: set[in
         return "frozen"
     if id(weight) in shared:
         return "tied or shared weight"
-    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+    if has_hooks(module):
         return "hooked"
     if owner is not None and type(owner).__module__.startswith("torch.nn.") and not _is_container(owner):
         return "owned by a torch.nn module"
     if owner is not None and type(owner).__module__.startswith("peft."):
         return "owned by a PEFT layer"
-    if _is_router(module, owner, leaf, experts):
+    if name and _is_router(name, module, parents, experts):
         return "router of a mixture of experts"
     if type(module).forward is not nn.Linear.forward and not is_transposed(module) and not _computes_linear(module):
         return "computes more than x W^T + b"
@@ -176,18 +179,30 @@ def _unfit(module: nn.Module, owner: nn.Module | None, leaf: str, shared: set[in
     return None
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether forward or backward hooks are registered on the module; a replacement would not have them."""
+    return any(getattr(module, hooks, None) for hooks in _HOOKS)
+
+
 def _is_container(module: nn.Module) -> bool:
     return isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
 
 
-def _is_router(module: nn.Module, owner: nn.Module | None, leaf: str, experts: set[int]) -> bool:
-    """A gate under a mixture-of-experts parent. A gated MLP's `gate_proj` is none: its parent has no experts."""
-    if not experts or owner is None:
-        return False
-    if getattr(module, "out_features", None) in experts:
-        return True
-    is_moe = any("expert" in name for name, _ in owner.named_modules() if name)
-    return is_moe and _ROUTER_LEAF.fullmatch(leaf) is not None
+def _is_router(name: str, module: nn.Module, parents: dict[str, nn.Module], experts: set[int]) -> bool:
+    """A gate of a mixture of experts: beside the experts, or in a router beside them, and named or shaped like one.
+
+    A gated MLP's `gate_proj`, or a key projection as wide as there are experts, is none.
+    """
+    owner_name, _, leaf = name.rpartition(".")
+    beside = _has_experts(parents[name])
+    in_router = bool(_ROUTER_LEAF.fullmatch(owner_name.rpartition(".")[2])) and _has_experts(parents.get(owner_name))
+    outputs = getattr(module, "out_features", None)
+    shaped = outputs == 1 or outputs in experts
+    return bool(experts) and (in_router or (beside and (shaped or _ROUTER_LEAF.fullmatch(leaf) is not None)))
+
+
+def _has_experts(module: nn.Module | None) -> bool:
+    return module is not None and any("expert" in name for name, _ in module.named_children())
 
 
 @torch.no_grad()

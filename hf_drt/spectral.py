@@ -115,9 +115,10 @@ def singular_values(W: Tensor) -> Tensor:
     """Singular values of ``W (m, n)``, descending, in float32 or better."""
     A = W.detach().to(working_dtype(W.dtype))
     try:
-        return torch.linalg.svdvals(A)
+        S = torch.linalg.svdvals(A)
     except torch.linalg.LinAlgError:
         return svd(A).S
+    return S if torch.isfinite(S).all() else svd(A).S
 
 
 def factored_singular_values(U: Tensor, V: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ class CheckpointError(ValueError):
 def write_state(folder: str | os.PathLike, state: dict[str, Any]) -> Path:
     """Write the state atomically: under another name first, flushed to disk, then renamed."""
     path = Path(folder) / STATE_NAME
+    text = json.dumps({"format_version": FORMAT_VERSION, **state}, indent=1)
     with tempfile.NamedTemporaryFile("w", dir=folder, prefix=f".{STATE_NAME}.", delete=False) as file:
-        json.dump({"format_version": FORMAT_VERSION, **state}, file, indent=1)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.chmod(file.name, 0o644)
@@ -46,8 +47,10 @@ def read_state(folder: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} is damaged (no JSON object). Resume from another checkpoint.")
     version = state.pop("format_version", None)
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+    if not isinstance(version, int) or version < 1:
+        raise CheckpointError(f"{path} has format version {version!r}: it is damaged. Resume from another checkpoint.")
+    if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {version!r}; this hf_drt reads 1 to {FORMAT_VERSION}. Upgrade hf_drt."
+            f"{path} has format version {version}; this hf_drt reads 1 to {FORMAT_VERSION}. Upgrade hf_drt."
         )
     return state

@@ -112,8 +112,9 @@ class LowRankLinear(nn.Module):
         """
         if torch.compiler.is_compiling():  # the compiler drops an unused product by itself
             return self._formed_weight()
-        shape = (self.out_features, self.in_features)
-        return EffectiveWeight(self._formed_weight, shape[::-1] if self.transposed else shape, self.pair()[0])
+        shape = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
+        trainable = torch.is_grad_enabled() and any(p.requires_grad for p in self.pair()[:2])
+        return EffectiveWeight(self._formed_weight, shape, self.pair()[0], trainable)
 
     def _formed_weight(self) -> Tensor:
         return as_matrix(self.matrix(), self.transposed)
@@ -138,6 +139,13 @@ class LowRankLinear(nn.Module):
                 f"{prefix}weight is a dense weight of shape {tuple(sentinel.shape)}, but the layer is in form "
                 f"{self.form}. Convert the layer to Dense() first, or load a checkpoint of the same form."
             )
+        elif sentinel is not None:  # of a low-rank layer, but of which form?
+            own = {prefix + name for name in self._parameters if name != "bias"}
+            if lacking := sorted(own - set(state_dict)):
+                error_msgs.append(
+                    f"{prefix[:-1]} is in form {self.form} here, but in another in the checkpoint, which lacks "
+                    f"{', '.join(lacking)}. Load a checkpoint of the same form."
+                )
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -23,6 +23,9 @@ class Factored:
 
     rank: int
 
+    def __post_init__(self) -> None:
+        _check_rank(self)
+
     def parameters(self, out: int, into: int) -> int:
         """Trainable weights: rank (out + in)."""
         return self.rank * (out + into)
@@ -44,6 +47,13 @@ class Adapter:
     alpha: float = 16.0
     init: Literal["zero", "principal"] = "zero"
 
+    def __post_init__(self) -> None:
+        _check_rank(self)
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be above 0, got {self.alpha!r}.")
+        if self.init not in ("zero", "principal"):
+            raise ValueError(f"init must be 'zero' or 'principal', got {self.init!r}.")
+
     @property
     def scaling(self) -> float:
         """``alpha / rank``."""
@@ -59,6 +69,11 @@ class Adapter:
 
 
 Form = Dense | Factored | Adapter
+
+
+def _check_rank(form: Factored | Adapter) -> None:
+    if not isinstance(form.rank, int) or isinstance(form.rank, bool) or form.rank < 1:
+        raise ValueError(f"rank must be a whole number of at least 1, got {form.rank!r}.")
 
 
 def form_to_dict(form: Form) -> dict:
@@ -78,6 +93,6 @@ def form_from_dict(data: dict) -> Form:
         if cls.__name__.lower() == name and set(fields) <= set(cls.__dataclass_fields__):
             try:
                 return cls(**fields)
-            except TypeError:
+            except (TypeError, ValueError):
                 break
     raise ValueError(f"{data!r} describes no form; allowed are dense, factored (rank) and adapter (rank, alpha, init).")

@@ -1,7 +1,7 @@
 """One optimizer through every phase: groups, moments, and the rules around a step."""
 
 from hf_drt.optim.carry import carry_state, unwrap
-from hf_drt.optim.groups import add_form_groups, form_group_options
+from hf_drt.optim.groups import add_form_groups, form_group_options, locate
 from hf_drt.optim.moments import OPTIMIZERS, moment_keys
 from hf_drt.optim.step import StepRules, frobenius_decay_, rewarmup_factor
 
@@ -12,6 +12,7 @@ __all__ = [
     "carry_state",
     "form_group_options",
     "frobenius_decay_",
+    "locate",
     "moment_keys",
     "rewarmup_factor",
     "unwrap",

@@ -21,7 +21,7 @@ def unwrap(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 def carry_state(
     optimizer: torch.optim.Optimizer, model: nn.Module, swaps: list[Swap], policy: str
 ) -> Callable[[], None]:
-    """Stage the optimizer's part of a change of form; the returned function puts it in force.
+    """Stage the optimizer's part of a change of form; the returned function puts it in force, after the model's.
 
     Args:
         optimizer: Holds the trainable weights of every ``swap.old``.
@@ -48,7 +48,10 @@ def carry_state(
             for weight in trainable_weights(swap.old):
                 optimizer.state.pop(weight, None)
         optimizer.state.update({weight: state for weight, state in states.items() if state})
+        names = {id(p): name for name, p in model.named_parameters()}
         for group, params in zip(optimizer.param_groups, lists, strict=True):
             group["params"] = params
+            if "param_names" in group:
+                group["param_names"] = [names[id(p)] for p in params]
 
     return commit

@@ -40,6 +40,13 @@ def add_form_groups(optimizer: torch.optim.Optimizer, targets: dict[str, nn.Modu
     options = form_group_options(config)
     if not options or any(FORM in group for group in optimizer.param_groups):
         return
+    if any("initial_lr" in group for group in optimizer.param_groups):
+        raise ValueError(
+            "factored_lr_scale, adapter_lr_scale and frobenius_decay add parameter groups, but a learning-rate "
+            "scheduler that counts them has been made already. Call drt.install(optimizer) before making the scheduler."
+        )
+    for group in optimizer.param_groups:
+        group.pop("param_names", None)  # torch refuses to append a group without names to groups with them
     homes = {name: locate(optimizer, name, module)[0] for name, module in targets.items()}
     for parent in sorted(set(homes.values())):
         group = optimizer.param_groups[parent]
@@ -62,14 +69,20 @@ def locate(optimizer: torch.optim.Optimizer, name: str, module: nn.Module) -> tu
     """Index of the group, and the position in it, of a layer's first trainable weight.
 
     Raises:
-        ValueError: A trainable weight of the layer is not in the optimizer.
+        ValueError: A trainable weight of the layer is not in the optimizer, or they are in several groups.
     """
     places = {id(p): (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])}
     weights = trainable_weights(module)
     if not all(id(weight) in places for weight in weights):
         raise ValueError(
-            f"the weights of {name} are not in the optimizer. Build the optimizer over all trainable parameters of the "
-            "model in its present form, or leave the layer out with exclude=."
+            f"the weights of {name} are not in the optimizer. Make it after the first phase is in force, as in "
+            "drt.apply(0), over all trainable parameters; or pass it there: drt.apply(0, optimizer). To leave the "
+            "layer out of dynamic-rank training use exclude=."
+        )
+    if len({places[id(weight)][0] for weight in weights}) > 1:
+        raise ValueError(
+            f"the weights of {name} are in different parameter groups of the optimizer, but change form together. Put "
+            "them into one; for a learning rate of their own use factored_lr_scale or adapter_lr_scale."
         )
     return places[id(weights[0])]
 

@@ -65,6 +65,13 @@ def project(old: nn.Module, new: nn.Module, states: list[State], keys: MomentKey
     everywhere, as for lora_A while lora_B = 0, the state is left empty: a zero second moment next to a high step count
     would make the first updates too large.
     """
+    try:
+        return _project(old, new, states, keys)
+    except torch.linalg.LinAlgError:  # moments start anew where the factors are too ill-conditioned to solve for them
+        return [{} for _ in trainable_weights(new)]
+
+
+def _project(old: nn.Module, new: nn.Module, states: list[State], keys: MomentKeys) -> list[State]:
     if not all(states) or not (keys.first or keys.second):
         return [{} for _ in trainable_weights(new)]
     new_parts = trainable_weights(new)
@@ -77,7 +84,18 @@ def project(old: nn.Module, new: nn.Module, states: list[State], keys: MomentKey
         dense = _lift(old, [m.to(working_dtype(m.dtype)) for m in moments], second)
         for image, like, part in zip(images, new_parts, _lower(new, dense, second), strict=True):
             image[key] = part.to(dtype=moments[0].dtype, device=like.device).contiguous()
+    for image in images:
+        _bound_second(image, keys)
     return [image if _has_moments(image, keys) else {} for image in images]
+
+
+def _bound_second(image: State, keys: MomentKeys) -> None:
+    """``v >= m^2``, as holds for averages of one sequence: gradients whose entries are correlated have larger squares
+    than independent ones, and a v that is too small makes the first updates too large."""
+    for first in keys.first:
+        for second in keys.second:
+            if first in image and second in image:
+                image[second] = torch.maximum(image[second], image[first].square())
 
 
 def _copy(value: Any) -> Any:

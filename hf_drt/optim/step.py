@@ -5,6 +5,8 @@ scheduler of any kind, and the checkpoint, see only their own numbers.
 """
 
 from collections.abc import Callable
+from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -31,9 +33,16 @@ def frobenius_decay_(U: Tensor, V: Tensor, amount: float) -> None:
 
 
 class StepRules:
-    """The rules above, installed on an optimizer as its step hooks. ``remove()`` takes them off again."""
+    """The rules above, installed on an optimizer as its step hooks; at most one set of rules per optimizer.
+
+    A closure is evaluated after the Frobenius decay, whose gradients' presence is that of the step before.
+    """
+
+    _installed: ClassVar["WeakKeyDictionary[torch.optim.Optimizer, StepRules]"] = WeakKeyDictionary()
 
     def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[], float]):
+        self.clear(optimizer)
+        self._installed[optimizer] = self
         self._factor = factor
         self._scheduled: list = []
         self._handles = [
@@ -43,6 +52,8 @@ class StepRules:
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         factor = self._factor()
+        if self._scheduled:  # the step before has raised, and left its scaled rates behind
+            self._after(optimizer, args, kwargs)
         self._scheduled = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * (factor * group.get(LR_SCALE, 1.0))
@@ -52,10 +63,13 @@ class StepRules:
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         for group, lr in zip(optimizer.param_groups, self._scheduled, strict=True):
             group["lr"] = lr
+        self._scheduled = []
 
-    def remove(self) -> None:
-        """Take the hooks off the optimizer."""
-        for handle in self._handles:
+    @classmethod
+    def clear(cls, optimizer: torch.optim.Optimizer) -> None:
+        """Take the rules off an optimizer, whoever installed them; two sets would scale the rates twice."""
+        rules = cls._installed.pop(optimizer, None)
+        for handle in rules._handles if rules is not None else ():
             handle.remove()
 
 

@@ -1,9 +1,13 @@
 """Boundaries: the ``@...`` part of a schedule, and how each becomes an update step before the run."""
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cached_property
+
+logger = logging.getLogger(__name__)
 
 _PATTERNS = {
     "share": re.compile(r"(\d+(?:\.\d+)?)%"),
@@ -64,9 +68,9 @@ class Boundary:
             raise ValueError(f"an LR anchor must lie in (0, 1), got {self}. It is a share of the schedule's peak LR.")
 
     def __str__(self) -> str:
-        number = self.value if isinstance(self.value, str) else f"{self.value:g}"
+        number = self.value if isinstance(self.value, str) else number_text(self.value)
         if self.unit == "steps":
-            return str(self.value)
+            return number
         return {"share": f"{number}%", "epochs": f"{number}ep", "paper": number}.get(
             self.unit, f"lr{'<' if self.unit == 'lr_below' else '>'}{number}"
         )
@@ -98,16 +102,25 @@ class Boundary:
                 "this one depends on the training itself, or is unknown. Give the boundary in % or steps."
             )
         peak = max(run.curve)
+        if peak <= 0:
+            raise ValueError(f"'@{self}' needs a learning rate above 0, but the schedule's peak is {peak:g}.")
         top = run.curve.index(peak)
         for step, lr in enumerate(run.curve):
             below = self.unit == "lr_below" and step > top and lr < self.value * peak
             above = self.unit == "lr_above" and lr > self.value * peak
             if below or above:
                 return step
+        lowest = min(run.curve[top + 1 :], default=peak) / peak
         raise ValueError(
-            f"'@{self}' is never reached: after its peak {peak:g} at step {top} the learning rate falls no lower than "
-            f"{min(run.curve[top:]) / peak:.3g} of it. Choose an anchor in between, or give the boundary in % or steps."
+            f"'@{self}' is never reached: after its peak {peak:g} at step {top} the learning rate's lowest is "
+            f"{lowest:.3g} of it. Choose an anchor above that, or give the boundary in % or steps."
         )
+
+
+def number_text(value: float) -> str:
+    """Decimal text, without an exponent, that reads back as the same number; whole numbers without a point."""
+    text = f"{Decimal(repr(value)):f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def lr_drops(curve: Sequence[float]) -> list[int]:
@@ -128,6 +141,9 @@ def _paper_step(letter: str, run: Run) -> int:
     40 % and 80 % of the run where the LR has fewer than two drops."""
     drops = lr_drops(run.curve) if run.curve is not None else []
     if len(drops) < 2:
+        logger.info(
+            "boundary %s: the learning rate has %d drops, not two; taken as a share of the run", letter, len(drops)
+        )
         return int((0.4 if letter == "I" else 0.8) * run.max_steps + 0.5)
     first, last = drops[0], drops[-1]
     return int(0.54 * first + 0.5) if letter == "I" else int(first + 2 / 3 * (last - first) + 0.5)

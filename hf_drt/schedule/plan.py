@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import pairwise
 from typing import Literal
 
@@ -54,7 +55,13 @@ class Plan:
             )
 
     def index_at(self, step: int) -> int:
-        """Index of the phase in which update ``step`` (0-based) is made; the last one from the end on."""
+        """Index of the phase in which update ``step`` (0-based) is made; the last one from the end on.
+
+        Raises:
+            ValueError: ``step`` is negative.
+        """
+        if step < 0:
+            raise ValueError(f"update steps are counted from 0, got {step}.")
         return bisect_right(self.phases, step, key=lambda phase: phase.start) - 1
 
     def end_of(self, index: int) -> int:
@@ -70,4 +77,7 @@ class Plan:
 
 def form_text(kind: str, rank: int | float | None) -> str:
     """``factored``, ``factored:64`` (absolute) or ``factored:0.25`` (share)."""
-    return kind if rank is None else f"{kind}:{rank!r}"
+    if rank is None:
+        return kind
+    text = f"{Decimal(repr(rank)):f}"  # never with an exponent
+    return f"{kind}:{text}"

@@ -5,6 +5,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from hf_drt.schedule.boundary import number_text
+from hf_drt.schedule.plan import form_text
+
 _CALL = re.compile(r"(\w+)\s*(?:\((.*)\))?")
 
 
@@ -55,7 +58,7 @@ def _fixed() -> str:
 def _warmup(until: float) -> str:
     """Full rank first, then low rank (Pufferfish, Wang et al. 2021)."""
     _check(0 < until < 100, "until", "in (0, 100), in % of the run", until)
-    return f"dense@0 lowrank@{until:g}%"
+    return f"dense@0 lowrank@{number_text(until)}%"
 
 
 def _cyclic(windows: int, share: float) -> str:
@@ -65,7 +68,8 @@ def _cyclic(windows: int, share: float) -> str:
     phases = ["lowrank@0"]
     for i in range(windows):
         middle, half = 100 * (i + 0.5) / windows, share / windows / 2
-        phases += [f"dense@{middle - half:.6g}%", f"lowrank@{middle + half:.6g}%"]
+        start, end = (number_text(round(share, 10)) for share in (middle - half, middle + half))
+        phases += [f"dense@{start}%", f"lowrank@{end}%"]
     return " ".join(phases)
 
 
@@ -75,7 +79,8 @@ def _decay(first: float, last: float, stages: int, shape: str) -> str:
     _check(stages >= 2, "stages", "at least 2", stages)
     _check(shape in SHAPES, "shape", " or ".join(SHAPES), shape)
     ranks = [SHAPES[shape](first, last, j / (stages - 1)) for j in range(stages)]
-    return " ".join(f"factored:{round(rank, 6)!r}@{100 * j / stages:.6g}%" for j, rank in enumerate(ranks))
+    shares = (form_text("factored", round(rank, 10)) for rank in ranks)
+    return " ".join(f"{form}@{number_text(round(100 * j / stages, 10))}%" for j, form in enumerate(shares))
 
 
 def _sigmoid(first: float, last: float, t: float) -> float:

@@ -1,5 +1,6 @@
 """A schedule: what the user wrote, checked, with boundaries still in the user's units."""
 
+import re
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -41,12 +42,10 @@ class Entry:
 
 def _parse_rank(text: str, entry: str) -> int | float:
     """Digits are an absolute rank, a number with a decimal point a share."""
-    try:
-        rank = float(text) if "." in text else int(text)
-    except ValueError:
-        rank = 0
-    if (isinstance(rank, int) and rank >= 1) or (isinstance(rank, float) and 0 < rank <= 1):
-        return rank
+    if re.fullmatch(r"\d+", text) and int(text) >= 1:
+        return int(text)
+    if re.fullmatch(r"\d*\.\d+|1\.", text) and 0 < float(text) <= 1:
+        return float(text)
     raise ValueError(
         f"'{text}' in '{entry}' is no rank; allowed is a whole number of at least 1 (factored:64), or a share of "
         "min(out, in) in (0, 1] with a decimal point (factored:0.25)."

@@ -1,6 +1,7 @@
 """DRTCallback: drives a DynamicRank through the events of a Trainer's loop, and reports what it does."""
 
 import logging
+import math
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -10,14 +11,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_drt.config import DRTConfig
-from hf_drt.controller import DynamicRank, Transition, lowrank_kind
+from hf_drt.controller import DynamicRank, Transition
 from hf_drt.optim import form_group_options
 from hf_drt.schedule import Run, Schedule
 from hf_drt.selection import find_targets
 from hf_drt.state import write_state
-from hf_drt.trainer.lr import closed_form_curve
+from hf_drt.trainer.lr import existing_curve
 from hf_drt.trainer.meter import PhaseMeter
-from hf_drt.trainer.pretrained import is_pretrained
+from hf_drt.trainer.pretrained import resolved_plan
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class DRTCallback(TrainerCallback):
     """
 
     def __init__(self, config: DRTConfig | str, log: Callable[[dict[str, float]], None] | None = None):
-        self.config = DRTConfig(schedule=config) if isinstance(config, str) else config
+        self.config = DRTConfig.of(config)
         if self.config.schedule is None:
             raise ValueError("DRTCallback needs a schedule, e.g. 'factored@0 dense@40% adapter@80%'; got None.")
         self.schedule = Schedule.parse(self.config.schedule)
@@ -63,6 +64,12 @@ class DRTCallback(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.in_drt_trainer:
             return
+        self._check_alone(args, kwargs["model"])
+        if get_last_checkpoint(args.output_dir) is not None:
+            logger.warning(_LIMITS)
+
+    def _check_alone(self, args: TrainingArguments, model: Any) -> None:
+        """What a callback cannot do in a plain Trainer is refused, not done wrong."""
         if args.world_size > 1:
             raise ValueError(f"DRTCallback runs on one process, got {args.world_size}. Use DRTTrainer.")
         if args.load_best_model_at_end and len(self.schedule.entries) > 1:
@@ -75,9 +82,7 @@ class DRTCallback(TrainerCallback):
                 "factored_lr_scale, adapter_lr_scale and frobenius_decay need parameter groups from before the "
                 "scheduler is made. Use DRTTrainer."
             )
-        find_targets(kwargs["model"], self.config.include, self.config.exclude)
-        if get_last_checkpoint(args.output_dir) is not None:
-            logger.warning(_LIMITS)
+        find_targets(model, self.config.include, self.config.exclude)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -103,13 +108,10 @@ class DRTCallback(TrainerCallback):
         if state.global_step > 0:
             raise ValueError(_LIMITS)
         model, scheduler = kwargs["model"], kwargs["lr_scheduler"]
-        try:
-            steps_per_epoch = len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps
-        except TypeError:
-            steps_per_epoch = None
-        run = Run(state.max_steps, steps_per_epoch, closed_form_curve(scheduler, state.max_steps))
-        pretrained = is_pretrained(model)
-        plan = self.schedule.resolve(run, lowrank_kind(self.config, pretrained))
+        self._check_alone(args, model)  # on_init_end is too early for a callback that is added later
+        epoch = updates_per_epoch(kwargs["train_dataloader"], args.gradient_accumulation_steps)
+        run = Run(state.max_steps, epoch, existing_curve(scheduler, state.max_steps))
+        plan = resolved_plan(self.schedule, run, self.config, model)
         self.controller = DynamicRank(model, self.config, plan=plan, seed=args.seed)
         self.first_transition = self.controller.apply(0, kwargs["optimizer"])
 
@@ -177,12 +179,23 @@ class DRTCallback(TrainerCallback):
         return row
 
 
+def updates_per_epoch(dataloader: Any, accumulation: int) -> int | None:
+    """Update steps of one epoch, as the Trainer counts them: a last, shorter accumulation is one too. None without a
+    length."""
+    try:
+        batches = len(dataloader)
+    except TypeError:
+        return None
+    return max(math.ceil(batches / accumulation), 1)
+
+
 def _switch_row(transition: Transition) -> dict[str, float]:
     row = {
         "drt_phase": transition.phase,
         "drt_trainable_parameters": transition.parameters[1],
         "drt_switch_seconds": round(transition.seconds, 4),
         "drt_truncation_error": transition.truncation_error,
+        "drt_merge_error": transition.merge_error,
     }
     if transition.function_error is not None:
         row["drt_function_error"] = transition.function_error

@@ -5,16 +5,22 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_drt.controller import DynamicRank
 from hf_drt.forms import form_from_dict, is_transposed, tensor_shapes
 from hf_drt.forms.modules import LowRankLinear
-from hf_drt.state import CheckpointError, read_state
+from hf_drt.optim import unwrap
+from hf_drt.state import STATE_NAME, CheckpointError, read_state
 
 _OTHER = "Resume from another checkpoint."
+_BROKEN_JSON = (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError)
+Shapes = dict[str, tuple[int, ...]]
 
 
 def checked_state(folder: str | Path, controller: DynamicRank, for_resume: bool) -> dict[str, Any]:
@@ -34,12 +40,59 @@ def checked_state(folder: str | Path, controller: DynamicRank, for_resume: bool)
     state = read_state(folder)
     try:
         controller.check_state(state)
-    except (ValueError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{folder} does not fit this run: {error}") from None
+    if not isinstance(state.get("meter", {}), dict):
+        raise CheckpointError(f"{folder / STATE_NAME} is damaged: its 'meter' is {state['meter']!r}. {_OTHER}")
     if for_resume:
         _check_trainer_files(folder, state)
     _check_weights(folder, controller, state)
     return state
+
+
+def stored_batch_size(folder: str | Path) -> int | None:
+    """The batch size that ``auto_find_batch_size`` had found, or None if the trainer's state does not tell."""
+    try:
+        return json.loads((Path(folder) / TRAINER_STATE_NAME).read_text())["train_batch_size"]
+    except (OSError, *_BROKEN_JSON):
+        return None
+
+
+def check_optimizer(folder: str | Path, optimizer: torch.optim.Optimizer) -> None:
+    """Compare a checkpoint's optimizer with the one that shall load it. torch compares the number of parameters only,
+    and a fused step on a moment of another shape ends the process.
+
+    Raises:
+        CheckpointError: Other options, other groups, or a moment of another shape.
+    """
+    path = Path(folder) / OPTIMIZER_NAME
+    stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(stored, dict) or "param_groups" not in stored:
+        raise CheckpointError(f"{path} is no optimizer's state. {_OTHER}")
+    groups, own = stored["param_groups"], unwrap(optimizer).param_groups
+    sizes, own_sizes = ([len(group["params"]) for group in g] for g in (groups, own))
+    if sizes != own_sizes:
+        raise CheckpointError(
+            f"{path} has parameter groups of {sizes} parameters, this run's optimizer of {own_sizes}. Resume with the "
+            "optimizer settings of the run that wrote it."
+        )
+    for group, other in zip(groups, own, strict=True):
+        if lacking := sorted(set(other) - set(group) - {"initial_lr", "param_names"}):
+            raise CheckpointError(
+                f"{path} is of another optimizer: its groups lack {', '.join(lacking)}. Resume with the same optim."
+            )
+        for index, parameter in zip(group["params"], other["params"], strict=True):
+            for key, value in stored["state"].get(index, {}).items():
+                if torch.is_tensor(value) and value.ndim and value.shape != _state_shape(key, parameter):
+                    raise CheckpointError(
+                        f"{path} holds {key} of shape {tuple(value.shape)} for a parameter of shape "
+                        f"{tuple(parameter.shape)}: it belongs to another phase or model. {_OTHER}"
+                    )
+
+
+def _state_shape(key: str, parameter: nn.Parameter) -> torch.Size:
+    shape = parameter.shape
+    return {"exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": shape[:-2] + shape[-1:]}.get(key, shape)
 
 
 def _check_trainer_files(folder: Path, state: dict[str, Any]) -> None:
@@ -47,56 +100,82 @@ def _check_trainer_files(folder: Path, state: dict[str, Any]) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: the checkpoint is incomplete. {_OTHER}")
     try:
-        step = json.loads(path.read_text())["global_step"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise CheckpointError(f"{path} is damaged. {_OTHER}") from None
+        step = TrainerState.load_from_json(str(path)).global_step
+        if (folder / CONFIG_NAME).is_file():
+            path = folder / CONFIG_NAME
+            json.loads(path.read_text())
+    except _BROKEN_JSON as error:
+        raise CheckpointError(f"{path} is damaged ({error}). {_OTHER}") from None
     if step != state.get("step"):
         raise CheckpointError(
-            f"{folder} mixes two checkpoints: {TRAINER_STATE_NAME} is of step {step}, drt_state.json of step "
+            f"{folder} mixes two checkpoints: {TRAINER_STATE_NAME} is of step {step}, {STATE_NAME} of step "
             f"{state.get('step')}. {_OTHER}"
         )
     for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
-        path = folder / name
-        if not path.is_file():
+        if not (folder / name).is_file():
             raise CheckpointError(
-                f"{path} is missing: training cannot go on from here (was it saved with save_only_model?). {_OTHER}"
+                f"{folder / name} is missing: training cannot go on from here (was it saved with save_only_model?). "
+                f"{_OTHER}"
             )
+    for path in (folder / OPTIMIZER_NAME, folder / SCHEDULER_NAME, *folder.glob("rng_state*.pth")):
         if not zipfile.is_zipfile(path):
             raise CheckpointError(f"{path} is cut short or damaged. {_OTHER}")
+    scheduler = torch.load(folder / SCHEDULER_NAME, map_location="cpu", weights_only=True)
+    if not isinstance(scheduler, dict) or "param_groups" in scheduler:
+        raise CheckpointError(f"{folder / SCHEDULER_NAME} is no scheduler's state. {_OTHER}")
 
 
 def _check_weights(folder: Path, controller: DynamicRank, state: dict[str, Any]) -> None:
-    shapes = _stored_shapes(folder)
-    modules = dict(controller.model.named_modules())
-    for name, entry in state["layers"].items():
+    stored, expected = _stored_shapes(folder), _expected_shapes(controller.model, state["layers"])
+    own = set(controller.model.state_dict())
+    for name, shape in expected.items():
+        if name not in stored:
+            if not _is_tied(controller.model, name, stored):
+                raise CheckpointError(f"the weights in {folder} lack {name}, which the run's model needs. {_OTHER}")
+        elif stored[name] != shape:
+            raise CheckpointError(
+                f"{name} has shape {stored[name]} in the weights of {folder}, where {shape} is needed: they were "
+                f"edited, or are of another model. {_OTHER}"
+            )
+    sentinels = {f"{name}.weight" for name in state["layers"]}
+    for name in sorted(set(stored) - set(expected)):
+        if name in sentinels and 0 in stored[name]:
+            continue
+        if name in own or name.rpartition(".")[0] in state["layers"]:
+            raise CheckpointError(f"the weights in {folder} hold {name}, which does not fit its {STATE_NAME}. {_OTHER}")
+
+
+def _expected_shapes(model: nn.Module, layers: dict[str, dict[str, Any]]) -> Shapes:
+    """Shapes of the whole model's state with the target layers in the forms of a checkpoint."""
+    modules = dict(model.named_modules())
+    shapes: Shapes = {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if name.rpartition(".")[0] not in layers or name.endswith(".bias")
+    }
+    for name, entry in layers.items():
         entry = dict(entry)
-        shape = tuple(entry.pop("shape"))
-        module = modules[name]
+        shape, module = tuple(entry.pop("shape")), modules[name]
         transposed = module.transposed if isinstance(module, LowRankLinear) else is_transposed(module)
-        for key, expected in tensor_shapes(form_from_dict(entry), shape, transposed).items():
-            stored = shapes.get(f"{name}.{key}")
-            if stored is None:
-                raise CheckpointError(f"the weights in {folder} lack {name}.{key}, needed by drt_state.json. {_OTHER}")
-            if stored != expected:
-                raise CheckpointError(
-                    f"{name}.{key} has shape {stored} in the weights of {folder}, and {expected} in drt_state.json: "
-                    f"one of them was edited. {_OTHER}"
-                )
+        tensors = tensor_shapes(form_from_dict(entry), shape, transposed)
+        shapes |= {f"{name}.{key}": value for key, value in tensors.items()}
+    return shapes
 
 
-def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors in a folder's safetensors files, single or sharded, from their headers."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-            raise CheckpointError(f"{index} is damaged. {_OTHER}") from None
-    else:
-        files = [SAFE_WEIGHTS_NAME]
-    shapes = {}
-    for name in files:
-        path = folder / name
+def _is_tied(model: nn.Module, name: str, stored: Shapes) -> bool:
+    """Whether the tensor is stored under another name; transformers saves tied weights once."""
+    state = model.state_dict()
+    tensor = state.get(name)
+    return tensor is not None and any(
+        other != name and other in stored and state[other].data_ptr() == tensor.data_ptr() for other in state
+    )
+
+
+def _stored_shapes(folder: Path) -> Shapes:
+    """Shapes of all tensors in a folder's safetensors files, from their headers: as the Trainer does, of the single
+    file where there is one, and of the index's shards otherwise."""
+    shapes: Shapes = {}
+    for path in _weight_files(folder):
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: the checkpoint is incomplete. {_OTHER}")
         try:
@@ -105,3 +184,13 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         except SafetensorError as error:
             raise CheckpointError(f"{path} is cut short or damaged ({error}). {_OTHER}") from None
     return shapes
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if single.is_file() or not index.is_file():
+        return [single]
+    try:
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except _BROKEN_JSON:
+        raise CheckpointError(f"{index} is damaged. {_OTHER}") from None

@@ -22,18 +22,18 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Seq2SeqTrainer, Trainer
 
 from hf_drt.config import DRTConfig
-from hf_drt.controller import DynamicRank, lowrank_kind
+from hf_drt.controller import DynamicRank
 from hf_drt.distributed import rebuild_ddp
 from hf_drt.export import dense_state_dict
-from hf_drt.schedule import Run
+from hf_drt.schedule import Run, Schedule
 from hf_drt.selection import find_targets
 from hf_drt.state import STATE_NAME, CheckpointError
 from hf_drt.trainer.arguments import PREFIX
-from hf_drt.trainer.callback import DRTCallback
-from hf_drt.trainer.checkpoint import checked_state
-from hf_drt.trainer.lr import closed_form_curve, simulated_curve
+from hf_drt.trainer.callback import DRTCallback, updates_per_epoch
+from hf_drt.trainer.checkpoint import check_optimizer, checked_state, stored_batch_size
+from hf_drt.trainer.lr import existing_curve, simulated_curve
 from hf_drt.trainer.meter import PhaseMeter
-from hf_drt.trainer.pretrained import is_pretrained
+from hf_drt.trainer.pretrained import resolved_plan
 from hf_drt.trainer.probe import Probe
 from hf_drt.trainer.refusals import refuse_unsupported
 
@@ -69,11 +69,15 @@ class DRTTrainerMixin:
 
     drt: DynamicRank | None = None
     _drt_callback: DRTCallback | None = None
+    _drt_given: DRTConfig | str | None = None
     _drt_in_checkpoint = False
 
     def __init__(self, *args: Any, drt: DRTConfig | str | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        config = DRTConfig(schedule=drt) if isinstance(drt, str) else drt or DRTConfig.from_prefixed(self.args, PREFIX)
+        self._drt_given = drt
+        config = self._drt_config()
+        if any(isinstance(callback, DRTCallback) for callback in self.callback_handler.callbacks):
+            raise ValueError("DRTCallback is part of this trainer. Pass its settings as drt=, or as drt_* arguments.")
         if config.schedule is None:
             return
         callback = DRTCallback(config, log=self.log)
@@ -85,6 +89,13 @@ class DRTTrainerMixin:
         callback.after_switch = self._drt_after_switch
         self.add_callback(callback)
         self._drt_callback = callback
+
+    def _drt_config(self) -> DRTConfig:
+        """``drt=``, over the arguments as they are now: a hyperparameter search changes them between runs."""
+        if self._drt_given is None or isinstance(self._drt_given, str):
+            text = {} if self._drt_given is None else {"schedule": self._drt_given}
+            return DRTConfig.from_prefixed(self.args, PREFIX, **text)
+        return DRTConfig.of(self._drt_given)
 
     # ---- the plan, and the model in its first phase
 
@@ -100,21 +111,20 @@ class DRTTrainerMixin:
     def _drt_controller(self, max_steps: int, train_dataloader: Any) -> DynamicRank:
         """The controller of this model and run: the present one if it fits, else a new one."""
         callback = self._drt_callback
-        config = callback.config
-        try:
-            steps_per_epoch = len(train_dataloader) / self.args.gradient_accumulation_steps
-        except TypeError:
-            steps_per_epoch = None
-        lowrank = lowrank_kind(config, is_pretrained(self.model))
-        plan = callback.schedule.resolve(Run(max_steps, steps_per_epoch, self._drt_lr_curve(max_steps)), lowrank)
-        if self.drt is None or self.drt.model is not self.model or self.drt.plan != plan:
+        config = self._drt_config()
+        callback.config, callback.schedule = config, Schedule.parse(config.schedule)
+        epoch = updates_per_epoch(train_dataloader, self.args.gradient_accumulation_steps)
+        run = Run(max_steps, epoch, self._drt_lr_curve(max_steps))
+        plan = resolved_plan(callback.schedule, run, config, self.model)
+        fits = self.drt is not None and (self.drt.model, self.drt.plan, self.drt.config) == (self.model, plan, config)
+        if not fits:
             self.drt = DynamicRank(self.model, config, plan=plan, seed=self.args.seed)
             callback.controller = self.drt
         return self.drt
 
     def _drt_lr_curve(self, max_steps: int) -> Any:
         if self.lr_scheduler is not None and not self._created_lr_scheduler:
-            return closed_form_curve(self.lr_scheduler, max_steps)
+            return existing_curve(self.lr_scheduler, max_steps)
 
         def make(optimizer: torch.optim.Optimizer) -> Any:
             kept, self.lr_scheduler = (self.lr_scheduler, self._created_lr_scheduler), None
@@ -171,15 +181,29 @@ class DRTTrainerMixin:
         if self._drt_callback is None:
             _refuse_low_rank(resume_from_checkpoint)
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.auto_find_batch_size:  # the base restores it only after the weights, but the plan depends on it
+            self._train_batch_size = stored_batch_size(resume_from_checkpoint) or self._train_batch_size
         with _untouched_rng():
             dataloader = self.get_train_dataloader()
         max_steps = self.set_initial_training_values(self.args, dataloader)[-1]
         controller = self._drt_controller(max_steps, dataloader)
         state = checked_state(resume_from_checkpoint, controller, for_resume=True)
-        controller.load_state_dict(state, self.optimizer)
+        self._drt_restore_structure(resume_from_checkpoint, controller, state)
         self._drt_callback.meter.load_state_dict(state.get("meter", {}))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._drt_after_switch()
+
+    def _drt_restore_structure(self, folder: str, controller: DynamicRank, state: dict[str, Any]) -> None:
+        """The checkpoint's structure, and an optimizer over it that the checkpoint's fits; or all as it was."""
+        phase, had_optimizer = controller.phase, self.optimizer is not None
+        swaps = controller.load_state_dict(state, self.optimizer)
+        try:
+            check_optimizer(folder, self.create_optimizer())
+        except Exception:
+            controller.undo(swaps, phase, self.optimizer if had_optimizer else None)
+            if not had_optimizer:
+                self.optimizer = None
+            raise
 
     def _load_best_model(self) -> None:
         if self.drt is not None:

@@ -1,11 +1,40 @@
-"""Are a model's weights pretrained, or drawn at random?"""
+"""Are a model's weights pretrained, or drawn at random? Truncation to factors would destroy pretrained ones."""
+
+import logging
 
 from torch import nn
+
+from hf_drt.config import DRTConfig
+from hf_drt.controller import lowrank_kind
+from hf_drt.schedule import Plan, Run, Schedule
+
+logger = logging.getLogger(__name__)
 
 
 def is_pretrained(model: nn.Module) -> bool:
     """True if weights of the model came out of ``from_pretrained``, which marks the parameters that it loads.
 
-    ``config.name_or_path`` does not tell: ``from_config`` on a downloaded configuration sets it too.
+    ``config.name_or_path`` does not tell: ``from_config`` on a downloaded configuration sets it too. A deep copy and
+    ``load_state_dict`` lose the mark.
     """
     return any(getattr(p, "_is_hf_initialized", False) for p in model.parameters())
+
+
+def resolved_plan(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Module) -> Plan:
+    """The plan, with 'lowrank' resolved by where the weights come from, and a warning where that may be wrong."""
+    pretrained = is_pretrained(model)
+    lowrank = lowrank_kind(config, pretrained)
+    origin = getattr(getattr(model, "config", None), "name_or_path", "")
+    if config.start == "auto" and not pretrained and origin and any(e.kind == "lowrank" for e in schedule.entries):
+        logger.warning(
+            "'lowrank' is taken as factored form, since no weight bears the mark of from_pretrained, but the model's "
+            "configuration is that of '%s'. If the weights are pretrained (a copy, or load_state_dict), set "
+            "start='pretrained': truncation would destroy them.",
+            origin,
+        )
+    plan = schedule.resolve(run, lowrank)
+    if pretrained and config.start != "scratch" and plan.phases[0].kind == "factored":
+        logger.warning(
+            "the plan '%s' begins by truncating pretrained weights. Adapter form keeps them: write adapter@0.", plan
+        )
+    return plan

@@ -12,8 +12,9 @@ logger = logging.getLogger(__name__)
 class Probe:
     """Callable that gives the logits (or the first floating-point output) of the trainer's model on ``batch``.
 
-    In evaluation mode, without gradients, under the trainer's autocast, and with the random generators left alone.
-    None if there is no batch yet or the model cannot be called on it as it is (custom ``compute_loss``).
+    Of the first row only, which bounds what is kept. In evaluation mode, without gradients, under the trainer's
+    autocast, and with the random generators left alone. None if there is no batch yet, or the model cannot be called on
+    it as it is (custom ``compute_loss``).
     """
 
     def __init__(self, trainer: Any):
@@ -30,7 +31,7 @@ class Probe:
         try:
             with torch.no_grad(), torch.random.fork_rng(devices), self._trainer.compute_loss_context_manager():
                 outputs = model(**self._trainer._prepare_inputs(self.batch))
-        except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        except Exception as error:  # whatever a model raises, the switch goes on
             logger.warning("no function-preservation error: the model cannot be called on a training batch (%s)", error)
             self.batch = None
             return None
@@ -45,4 +46,4 @@ def _main_output(outputs: Any) -> Tensor | None:
     logits = getattr(outputs, "logits", None)
     candidates = (logits, *values)
     found = next((v for v in candidates if torch.is_tensor(v) and v.is_floating_point()), None)
-    return None if found is None else found.float()
+    return None if found is None else found[:1].float()

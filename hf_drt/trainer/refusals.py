@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+
 from hf_drt.config import DRTConfig
 from hf_drt.optim import form_group_options
 
@@ -27,6 +29,11 @@ def refuse_unsupported(trainer: Any, config: DRTConfig) -> None:
                 f"dynamic-rank training does not support {reason}. Train in one process on one device with the "
                 "original model, or unset drt_schedule."
             )
+    if args.push_to_hub and args.hub_strategy != HubStrategy.END and args.save_strategy != SaveStrategy.NO:
+        raise ValueError(
+            f"hub_strategy={args.hub_strategy.value} would publish weights in low-rank form, which plain transformers "
+            "cannot load. Use hub_strategy=end: the dense model is pushed when training is over."
+        )
     if config.evaluate_at_switch and trainer.eval_dataset is None:
         raise ValueError("evaluate_at_switch needs an eval_dataset, got None. Pass one, or turn it off.")
     if form_group_options(config) and trainer.lr_scheduler is not None:

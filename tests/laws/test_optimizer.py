@@ -130,7 +130,7 @@ def test_first_moments_project_like_gradients(layout, after):
 def test_second_moments_project_to_the_variance_of_independent_entries():
     old, new = dense("linear"), convert(dense("linear"), Factored(6)).module
     sigma = torch.rand(old.weight.shape, generator=torch.Generator().manual_seed(0)) + 0.1
-    state = {"step": torch.tensor(1.0), "exp_avg": sigma, "exp_avg_sq": sigma.square()}
+    state = {"step": torch.tensor(1.0), "exp_avg": sigma * 1e-3, "exp_avg_sq": sigma.square()}
     images = project(old, new, [state], ADAM)
     samples = 4000
     noise = torch.randn(samples, *sigma.shape, generator=torch.Generator().manual_seed(1)) * sigma
@@ -171,6 +171,14 @@ def test_projected_moments_survive_inflation_and_deflation():
     second = project(D, F2, project(F1, D, first, ADAM), ADAM)
     signs = torch.sign((F1.U * F2.U).sum(0))
     assert torch.allclose(first[0]["exp_avg"], second[0]["exp_avg"] * signs, atol=1e-3)
+
+
+def test_second_moments_are_never_below_the_squared_first():
+    """A gradient that is the same at every step: its entries are anything but independent."""
+    old, new = dense("linear"), convert(dense("linear"), Factored(6)).module
+    G = torch.outer(torch.ones(OUT), torch.randn(old.weight.shape[1], generator=torch.Generator().manual_seed(0)))
+    for image in project(old, new, [{"step": torch.tensor(50.0), "exp_avg": G, "exp_avg_sq": G.square()}], ADAM):
+        assert (image["exp_avg_sq"] >= image["exp_avg"].square()).all()
 
 
 def test_the_state_of_a_zero_adapter_starts_anew_for_lora_a():
@@ -247,14 +255,14 @@ def test_step_rules_scale_the_lr_within_the_step_only():
     p = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([p], lr=1.0)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-    rules = StepRules(optimizer, lambda: 0.1)
+    StepRules(optimizer, lambda: 0.1)
     p.grad = torch.ones(1)
     for _ in range(2):
         optimizer.step()
         scheduler.step()
     assert p.item() == pytest.approx(-(0.1 + 0.05))
     assert optimizer.param_groups[0]["lr"] == 0.25
-    rules.remove()
+    StepRules.clear(optimizer)
     optimizer.step()
     assert p.item() == pytest.approx(-(0.15 + 0.25))
 
