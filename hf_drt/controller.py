@@ -21,9 +21,7 @@ from hf_drt.forms import (
     convert,
     effective_weight,
     empty_like,
-    form_from_dict,
     form_of,
-    form_to_dict,
     prepare,
     resolve_form,
     trainable_weights,
@@ -43,6 +41,7 @@ from hf_drt.optim import (
 from hf_drt.schedule import Plan, Run, Schedule
 from hf_drt.selection import find_targets, has_hooks, is_linear
 from hf_drt.spectral import effective_rank, factored_singular_values, singular_values
+from hf_drt.structure import LASTING, check_structure, structure
 from hf_drt.surgery import Swap, replace
 
 logger = logging.getLogger(__name__)
@@ -277,70 +276,20 @@ class DynamicRank:
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """The plan, the phase, and every target's shape and form; JSON-serialisable."""
-        return {
-            "plan": str(self.plan),
-            "max_steps": self.plan.max_steps,
-            "phase": self.phase,
-            "settings": self._settings(),
-            "layers": {
-                name: {"shape": list(shape), **form_to_dict(form_of(self._layer(name)))}
-                for name, shape in self.targets.items()
-            },
-        }
-
-    def _settings(self) -> dict[str, Any]:
-        """What decides structure, groups and numbers of later phases, besides the plan."""
-        return {"seed": self.seed} | {name: getattr(self.config, name) for name in _LASTING}
+        """The plan, the phase, the lasting settings, and every target's shape and form; JSON-serialisable."""
+        forms = {name: form_of(self._layer(name)) for name in self.targets}
+        return structure(self.plan, self.phase, self._settings(), self.targets, forms)
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Compare a state with this plan and model.
 
         Raises:
-            ValueError: It belongs to another plan, model, selection or rank; the message names the difference.
+            ValueError: It belongs to another plan, model, selection or setting; the message names the difference.
         """
-        for key, kind in (("plan", str), ("max_steps", int), ("phase", object), ("settings", dict), ("layers", dict)):
-            if key not in state:
-                raise ValueError(f"the state lacks '{key}'; it is incomplete.")
-            if not isinstance(state[key], kind):
-                raise ValueError(f"the state's '{key}' is {state[key]!r}, which is no {kind.__name__}; it is damaged.")
-        if (state["plan"], state["max_steps"]) != (str(self.plan), self.plan.max_steps):
-            raise ValueError(
-                f"the plan has changed: the state is of '{state['plan']}' over {state['max_steps']} update steps, this "
-                f"run of '{self.plan}' over {self.plan.max_steps}. Go on with the schedule and length of then: "
-                f"schedule='{state['plan']}', max_steps={state['max_steps']}. To train for longer, finish that run, "
-                "and start a new one with its own schedule from the saved model."
-            )
-        if not (isinstance(state["phase"], int) and 0 <= state["phase"] < len(self.plan)):
-            raise ValueError(
-                f"phase must lie in 0..{len(self.plan) - 1}, the state has {state['phase']!r}. (None: it was taken "
-                "before apply(0), and describes no phase.)"
-            )
-        for name, value in self._settings().items():
-            if state["settings"].get(name) != value:
-                raise ValueError(
-                    f"{name} is {value!r} here, and {state['settings'].get(name)!r} in the state. {_SAME_RUN}"
-                )
-        self._check_layers(state)
+        check_structure(state, self.plan, self._settings(), self.targets, self.forms)
 
-    def _check_layers(self, state: dict[str, Any]) -> None:
-        layers, expected = state["layers"], self.forms(state["phase"])
-        if missing := sorted(set(expected) - set(layers)):
-            raise ValueError(f"the state lacks {_some(missing)}, which this run selects. {_SAME_RUN}")
-        if extra := sorted(set(layers) - set(expected)):
-            raise ValueError(f"the state holds {_some(extra)}, which this run does not select. {_SAME_RUN}")
-        for name, entry in layers.items():
-            if not (isinstance(entry, dict) and isinstance(entry.get("shape"), list)):
-                raise ValueError(f"the state's entry of {name} is {entry!r}, which gives no form and shape.")
-            entry = dict(entry)
-            shape = tuple(entry.pop("shape"))
-            if shape != self.targets[name]:
-                raise ValueError(f"{name} has shape {self.targets[name]} here, and {shape} in the state. {_SAME_RUN}")
-            if (form := form_from_dict(entry)) != expected[name]:
-                raise ValueError(
-                    f"{name} is {form} in the state, but this run's settings make it {expected[name]} in phase "
-                    f"{state['phase']}. {_SAME_RUN}"
-                )
+    def _settings(self) -> dict[str, Any]:
+        return {"seed": self.seed} | {name: getattr(self.config, name) for name in LASTING}
 
     def load_state_dict(self, state: dict[str, Any], optimizer: torch.optim.Optimizer | None = None) -> list[Swap]:
         """Restore the structure that a state describes; the weights' values are unset until they are loaded.
@@ -441,22 +390,6 @@ class DynamicRank:
         self.phase = None
 
 
-# Settings that a resumed run must share with the one that wrote the checkpoint.
-_LASTING = (
-    "rank_ratio",
-    "rank",
-    "rank_pattern",
-    "rank_multiple",
-    "adapter_alpha",
-    "adapter_init",
-    "moments",
-    "factored_lr_scale",
-    "adapter_lr_scale",
-    "frobenius_decay",
-)
-_SAME_RUN = "Resume with the model and the drt settings of the run that wrote it."
-
-
 def _plan_from(config: DRTConfig, max_steps: int | None, pretrained: bool) -> Plan:
     if config.schedule is None or max_steps is None:
         raise ValueError("DynamicRank needs either a plan, or config.schedule and max_steps.")
@@ -478,7 +411,3 @@ def _spectrum(module: nn.Module) -> Tensor:
 
 def _trainable_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -19,9 +19,10 @@ ALLOWED = {
     "surgery":    set(),
     "distributed": {"spectral", "forms"},
     "export":     {"forms"},
+    "structure":  {"schedule", "forms"},
     "optim":      {"spectral", "config", "forms", "surgery"},
     "controller": {"spectral", "config", "schedule", "forms", "cost", "selection", "surgery", "optim",
-                   "distributed"},
+                   "distributed", "structure"},
     "trainer":    {"config", "schedule", "forms", "selection", "export", "optim", "controller", "state",
                    "distributed"},
 }

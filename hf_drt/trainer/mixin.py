@@ -14,6 +14,7 @@ What each override is for:
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -226,8 +227,6 @@ class DRTTrainerMixin:
 
 def _refuse_low_rank(folder: str) -> None:
     """A checkpoint of dynamic-rank training must not be resumed without it."""
-    from pathlib import Path
-
     if (Path(folder) / STATE_NAME).is_file():
         raise CheckpointError(
             f"{folder} was written by dynamic-rank training, which is off here. Set drt_schedule as it was then; it "
