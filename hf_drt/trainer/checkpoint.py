@@ -1,6 +1,7 @@
 """Does a checkpoint folder fit the run? Answered from headers and small files, before a weight is touched."""
 
 import json
+import logging
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_drt.controller import DynamicRank
@@ -17,6 +19,8 @@ from hf_drt.forms import form_from_dict, is_transposed, tensor_shapes
 from hf_drt.forms.modules import LowRankLinear
 from hf_drt.optim import unwrap
 from hf_drt.state import STATE_NAME, CheckpointError, read_state
+
+logger = logging.getLogger(__name__)
 
 _OTHER = "Resume from another checkpoint."
 _BROKEN_JSON = (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError)
@@ -48,6 +52,26 @@ def checked_state(folder: str | Path, controller: DynamicRank, for_resume: bool)
         _check_trainer_files(folder, state)
     _check_weights(folder, controller, state)
     return state
+
+
+def last_complete_checkpoint(folder: str | Path) -> str:
+    """The checkpoint-N with the largest N whose files are all there and whole, as after a kill in the middle of saving.
+
+    Raises:
+        CheckpointError: There is none; the message says what is wrong with each.
+    """
+    found = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
+    problems = []
+    for path in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
+        try:
+            _check_trainer_files(path, read_state(path))
+            _stored_shapes(path)
+        except CheckpointError as error:
+            problems.append(f"{path.name}: {error}")
+            logger.warning("%s is passed over: %s", path.name, error)
+        else:
+            return str(path)
+    raise CheckpointError(f"{folder} holds no complete checkpoint. {' '.join(problems) or 'It has none at all.'}")
 
 
 def stored_batch_size(folder: str | Path) -> int | None:

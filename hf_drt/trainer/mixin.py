@@ -8,6 +8,7 @@ What each override is for:
 - ``get_batch_samples``: sees the batches; counts them, and keeps one as the probe of a switch.
 - ``_save_checkpoint``, ``_save``: checkpoints keep their form and get ``drt_state.json``; models saved by the user are
   dense.
+- ``train``: resume_from_checkpoint=True means the last complete checkpoint.
 - ``_load_from_checkpoint``, ``_load_best_model``: structure before weights, since the Trainer loads non-strictly.
 - ``_issue_warnings_after_load``: a missing key of ours is an error, no warning.
 """
@@ -31,7 +32,12 @@ from hf_drt.selection import find_targets
 from hf_drt.state import STATE_NAME, CheckpointError
 from hf_drt.trainer.arguments import PREFIX
 from hf_drt.trainer.callback import DRTCallback, updates_per_epoch
-from hf_drt.trainer.checkpoint import check_optimizer, checked_state, stored_batch_size
+from hf_drt.trainer.checkpoint import (
+    check_optimizer,
+    checked_state,
+    last_complete_checkpoint,
+    stored_batch_size,
+)
 from hf_drt.trainer.lr import existing_curve, simulated_curve
 from hf_drt.trainer.meter import PhaseMeter
 from hf_drt.trainer.pretrained import resolved_plan
@@ -40,6 +46,7 @@ from hf_drt.trainer.refusals import refuse_unsupported
 
 # The seams and their parameters; tests/unit/test_seams.py fails first if transformers moves one.
 SEAMS: dict[str, tuple[str, ...]] = {
+    "train": ("resume_from_checkpoint",),
     "_prepare_for_training": ("max_steps", "train_dataloader", "resume_from_checkpoint"),
     "create_optimizer": ("model",),
     "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
@@ -144,10 +151,14 @@ class DRTTrainerMixin:
         return optimizer
 
     def _drt_after_switch(self) -> None:
-        """The distributed engine sees the new parameters."""
-        if isinstance(self.model_wrapped, DistributedDataParallel):
+        """The distributed engine and the compiler see the new parameters."""
+        wrapped = getattr(self.model_wrapped, "_orig_mod", self.model_wrapped)
+        if isinstance(wrapped, DistributedDataParallel):
             handler = self.accelerator.ddp_handler
-            rebuild_ddp(self.model_wrapped, handler.to_kwargs() if handler is not None else {})
+            rebuild_ddp(wrapped, handler.to_kwargs() if handler is not None else {})
+        if self.args.torch_compile:
+            # Graphs of old structures count against dynamo's recompile limit, past which it runs eagerly in silence.
+            torch._dynamo.reset()
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The base's batches of one update step; looked at on the way for throughput and for the probe."""
@@ -177,6 +188,12 @@ class DRTTrainerMixin:
             self._drt_callback.write_state(output_dir, self.state.global_step)
 
     # ---- loading
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The base's training; ``resume_from_checkpoint=True`` passes over checkpoints that were cut short."""
+        if resume_from_checkpoint is True and self._drt_callback is not None:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._drt_callback is None:

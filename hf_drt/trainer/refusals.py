@@ -19,15 +19,14 @@ def refuse_unsupported(trainer: Any, config: DRTConfig) -> None:
         "DeepSpeed, which partitions parameters": trainer.is_deepspeed_enabled,
         "FSDP, which shards or flattens parameters": trainer.is_fsdp_enabled or bool(args.fsdp),
         "nn.DataParallel, which replicates the model in every step": args.n_gpu > 1,
-        "torch_compile": args.torch_compile,
         "a quantized model": getattr(model, "is_quantized", False),
         "a PEFT model, which has changed the layers already": hasattr(model, "peft_config"),
     }
     for reason, applies in reasons.items():
         if applies:
             raise ValueError(
-                f"dynamic-rank training does not support {reason}. Train in one process on one device with the "
-                "original model, or unset drt_schedule."
+                f"dynamic-rank training does not support {reason}. Train the original model on one device, or on "
+                "several with one process each (DistributedDataParallel); or unset drt_schedule."
             )
     if args.push_to_hub and args.hub_strategy != HubStrategy.END and args.save_strategy != SaveStrategy.NO:
         raise ValueError(
