@@ -311,20 +311,17 @@ class DynamicRank:
             for name, form in self.forms(state["phase"]).items()
             if form_of(self._layer(name)) != form
         ]
-        self._exchange(swaps, optimizer)
-        self.phase = state["phase"]
-        return swaps
-
-    def undo(self, swaps: list[Swap], phase: int | None, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Take back what :meth:`load_state_dict` has done: the old layers, with their weights, and the phase."""
-        self._exchange([Swap(swap.name, swap.new, swap.old) for swap in swaps], optimizer)
-        self.phase = phase
-
-    def _exchange(self, swaps: list[Swap], optimizer: torch.optim.Optimizer | None) -> None:
         commit = carry_state(optimizer, self.model, swaps, "reset") if optimizer is not None and swaps else None
         replace(self.model, swaps)
         if commit is not None:
             commit()
+        self.phase = state["phase"]
+        return swaps
+
+    def undo(self, swaps: list[Swap], phase: int | None) -> None:
+        """Take back what :meth:`load_state_dict` has done to the model: the old layers, their weights, the phase."""
+        replace(self.model, [Swap(swap.name, swap.new, swap.old) for swap in swaps])
+        self.phase = phase
 
     def _layer(self, name: str) -> nn.Module:
         """The target layer as it is now.

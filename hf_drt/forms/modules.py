@@ -7,6 +7,7 @@ same object without its tensors), so that inflation gives back the same class wi
 
 import copy
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +81,7 @@ class LowRankLinear(nn.Module):
     """
 
     form: Factored | Adapter
+    tensors: ClassVar[tuple[str, ...]]  # names of the form's own parameters
 
     def __init__(self, dense: nn.Module, form: Factored | Adapter):
         super().__init__()
@@ -139,13 +141,13 @@ class LowRankLinear(nn.Module):
                 f"{prefix}weight is a dense weight of shape {tuple(sentinel.shape)}, but the layer is in form "
                 f"{self.form}. Convert the layer to Dense() first, or load a checkpoint of the same form."
             )
-        elif sentinel is not None:  # of a low-rank layer, but of which form?
-            own = {prefix + name for name in self._parameters if name != "bias"}
-            if lacking := sorted(own - set(state_dict)):
-                error_msgs.append(
-                    f"{prefix[:-1]} is in form {self.form} here, but in another in the checkpoint, which lacks "
-                    f"{', '.join(lacking)}. Load a checkpoint of the same form."
-                )
+        # Of another low-rank form? Own tensors may be missing rightly: a sharded checkpoint is loaded in pieces.
+        others = {name for cls in LowRankLinear.__subclasses__() for name in cls.tensors} - set(self.tensors)
+        if foreign := sorted(prefix + name for name in others if prefix + name in state_dict):
+            error_msgs.append(
+                f"{prefix[:-1]} is in form {self.form} here, but in another in the checkpoint, which holds "
+                f"{', '.join(foreign)}. Load a checkpoint of the same form."
+            )
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -153,6 +155,8 @@ class LowRankLinear(nn.Module):
 
 class FactoredLinear(LowRankLinear):
     """``y = U (V x) + b`` with ``U (out, r)`` and ``V (r, in)``: W = U V never exists."""
+
+    tensors = ("U", "V")
 
     def __init__(self, dense: nn.Module, form: Factored, U: nn.Parameter, V: nn.Parameter, bias: nn.Parameter | None):
         super().__init__(dense, form)
@@ -171,6 +175,8 @@ class FactoredLinear(LowRankLinear):
 
 class AdapterLinear(LowRankLinear):
     """``y = base x + (alpha / r) lora_B (lora_A x) + b``; ``base`` is frozen and stored in the dense layout."""
+
+    tensors = ("base", "lora_A", "lora_B")
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """One optimizer through every phase: groups, moments, and the rules around a step."""
 
-from hf_drt.optim.carry import carry_state, unwrap
+from hf_drt.optim.carry import carry_state, remembered, unwrap
 from hf_drt.optim.groups import add_form_groups, form_group_options, locate
 from hf_drt.optim.moments import OPTIMIZERS, moment_keys
 from hf_drt.optim.step import StepRules, frobenius_decay_, rewarmup_factor
@@ -14,6 +14,7 @@ __all__ = [
     "frobenius_decay_",
     "locate",
     "moment_keys",
+    "remembered",
     "rewarmup_factor",
     "unwrap",
 ]

@@ -55,3 +55,18 @@ def carry_state(
                 group["param_names"] = [names[id(p)] for p in params]
 
     return commit
+
+
+def remembered(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """The returned function gives the optimizer back the parameters and state that it has now."""
+    optimizer = unwrap(optimizer)
+    lists = [group["params"] for group in optimizer.param_groups]
+    states = dict(optimizer.state)
+
+    def restore() -> None:
+        for group, params in zip(optimizer.param_groups, lists, strict=True):
+            group["params"] = params
+        optimizer.state.clear()
+        optimizer.state.update(states)
+
+    return restore

@@ -23,7 +23,7 @@ def form_group_options(config: DRTConfig) -> dict[str, dict[str, Any]]:
     """Options by form, of those forms that need a group of their own."""
     options: dict[str, dict[str, Any]] = {}
     if config.factored_lr_scale != 1 or config.frobenius_decay:
-        options["factored"] = {LR_SCALE: config.factored_lr_scale}
+        options["factored"] = {LR_SCALE: config.factored_lr_scale, FROBENIUS: config.frobenius_decay}
     if config.adapter_lr_scale != 1:
         options["adapter"] = {LR_SCALE: config.adapter_lr_scale}
     return options
@@ -52,7 +52,7 @@ def add_form_groups(optimizer: torch.optim.Optimizer, targets: dict[str, nn.Modu
         group = optimizer.param_groups[parent]
         for form, extra in options.items():
             copied = {key: value for key, value in group.items() if key != "params"}
-            if form == "factored" and config.frobenius_decay:
+            if extra.get(FROBENIUS):
                 extra = extra | {FROBENIUS: copied.get("weight_decay", 0.0), "weight_decay": 0.0}
             optimizer.add_param_group(copied | extra | {"params": [], FORM: form, PARENT: parent})
     for name, module in targets.items():

@@ -52,8 +52,7 @@ class StepRules:
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         factor = self._factor()
-        if self._scheduled:  # the step before has raised, and left its scaled rates behind
-            self._after(optimizer, args, kwargs)
+        self._restore(optimizer)  # where the step before has raised, and left its scaled rates behind
         self._scheduled = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * (factor * group.get(LR_SCALE, 1.0))
@@ -61,7 +60,10 @@ class StepRules:
                 _decay_products(group["params"], float(group["lr"]) * group[FROBENIUS])
 
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        for group, lr in zip(optimizer.param_groups, self._scheduled, strict=True):
+        self._restore(optimizer)
+
+    def _restore(self, optimizer: torch.optim.Optimizer) -> None:
+        for group, lr in zip(optimizer.param_groups, self._scheduled, strict=False):
             group["lr"] = lr
         self._scheduled = []
 
@@ -69,7 +71,10 @@ class StepRules:
     def clear(cls, optimizer: torch.optim.Optimizer) -> None:
         """Take the rules off an optimizer, whoever installed them; two sets would scale the rates twice."""
         rules = cls._installed.pop(optimizer, None)
-        for handle in rules._handles if rules is not None else ():
+        if rules is None:
+            return
+        rules._restore(optimizer)
+        for handle in rules._handles:
             handle.remove()
 
 

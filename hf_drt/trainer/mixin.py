@@ -27,6 +27,7 @@ from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.distributed import rebuild_ddp
 from hf_drt.export import dense_state_dict
+from hf_drt.optim import form_group_options, remembered
 from hf_drt.schedule import Run, Schedule
 from hf_drt.selection import find_targets
 from hf_drt.state import STATE_NAME, CheckpointError
@@ -46,7 +47,7 @@ from hf_drt.trainer.refusals import refuse_unsupported
 
 # The seams and their parameters; tests/unit/test_seams.py fails first if transformers moves one.
 SEAMS: dict[str, tuple[str, ...]] = {
-    "train": ("resume_from_checkpoint",),
+    "train": ("resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
     "_prepare_for_training": ("max_steps", "train_dataloader", "resume_from_checkpoint"),
     "create_optimizer": ("model",),
     "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
@@ -84,8 +85,7 @@ class DRTTrainerMixin:
         super().__init__(*args, **kwargs)
         self._drt_given = drt
         config = self._drt_config()
-        if any(isinstance(callback, DRTCallback) for callback in self.callback_handler.callbacks):
-            raise ValueError("DRTCallback is part of this trainer. Pass its settings as drt=, or as drt_* arguments.")
+        self._drt_refuse_callbacks()
         if config.schedule is None:
             return
         callback = DRTCallback(config, log=self.log)
@@ -98,6 +98,11 @@ class DRTTrainerMixin:
         self.add_callback(callback)
         self._drt_callback = callback
 
+    def _drt_refuse_callbacks(self) -> None:
+        others = (callback for callback in self.callback_handler.callbacks if callback is not self._drt_callback)
+        if any(isinstance(callback, DRTCallback) for callback in others):
+            raise ValueError("DRTCallback is part of this trainer. Pass its settings as drt=, or as drt_* arguments.")
+
     def _drt_config(self) -> DRTConfig:
         """``drt=``, over the arguments as they are now: a hyperparameter search changes them between runs."""
         if self._drt_given is None or isinstance(self._drt_given, str):
@@ -108,6 +113,7 @@ class DRTTrainerMixin:
     # ---- the plan, and the model in its first phase
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        self._drt_refuse_callbacks()
         if self._drt_callback is not None:
             controller = self._drt_controller(max_steps, train_dataloader)
             if resume_from_checkpoint is None:
@@ -120,6 +126,11 @@ class DRTTrainerMixin:
         """The controller of this model and run: the present one if it fits, else a new one."""
         callback = self._drt_callback
         config = self._drt_config()
+        if self.optimizer is not None and form_group_options(config) != form_group_options(callback.config):
+            raise ValueError(
+                "factored_lr_scale, adapter_lr_scale and frobenius_decay decide the optimizer's groups, and cannot "
+                "change between two train() calls with one optimizer. Make a new trainer."
+            )
         callback.config, callback.schedule = config, Schedule.parse(config.schedule)
         epoch = updates_per_epoch(train_dataloader, self.args.gradient_accumulation_steps)
         run = Run(max_steps, epoch, self._drt_lr_curve(max_steps))
@@ -213,14 +224,15 @@ class DRTTrainerMixin:
 
     def _drt_restore_structure(self, folder: str, controller: DynamicRank, state: dict[str, Any]) -> None:
         """The checkpoint's structure, and an optimizer over it that the checkpoint's fits; or all as it was."""
-        phase, had_optimizer = controller.phase, self.optimizer is not None
-        swaps = controller.load_state_dict(state, self.optimizer)
+        phase, optimizer = controller.phase, self.optimizer
+        restore = remembered(optimizer) if optimizer is not None else lambda: None
+        swaps = controller.load_state_dict(state, optimizer)
         try:
             check_optimizer(folder, self.create_optimizer())
         except Exception:
-            controller.undo(swaps, phase, self.optimizer if had_optimizer else None)
-            if not had_optimizer:
-                self.optimizer = None
+            controller.undo(swaps, phase)
+            self.optimizer = optimizer
+            restore()
             raise
 
     def _load_best_model(self) -> None:

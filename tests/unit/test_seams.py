@@ -1,0 +1,62 @@
+"""The methods of transformers.Trainer that hf_drt overrides or calls are where it expects them."""
+
+import inspect
+
+import pytest
+from transformers import Seq2SeqTrainer, Trainer
+
+from hf_drt import DRTTrainerMixin
+from hf_drt.trainer.mixin import SEAMS
+
+
+def parameters(method) -> tuple[str, ...]:
+    return tuple(inspect.signature(method).parameters)[1:]
+
+
+@pytest.mark.parametrize("base", [Trainer, Seq2SeqTrainer])
+@pytest.mark.parametrize(("name", "expected"), SEAMS.items(), ids=SEAMS.keys())
+def test_the_trainer_has_the_method_with_these_parameters(base, name, expected):
+    moved = f"transformers has moved Trainer.{name}; hf_drt/trainer/mixin.py overrides it"
+    assert callable(getattr(base, name, None)), moved
+    found = parameters(getattr(base, name))
+    assert found == expected, f"{moved}: its parameters were {expected} and are {found}"
+
+
+def test_every_method_that_the_mixin_overrides_is_listed():
+    overridden = {name for name, value in vars(DRTTrainerMixin).items() if callable(value) and hasattr(Trainer, name)}
+    assert overridden - {"__init__"} <= set(SEAMS)
+
+
+def test_every_seam_is_overridden_or_called():
+    source = inspect.getsource(DRTTrainerMixin)
+    assert [name for name in SEAMS if f"def {name}(" not in source and f"self.{name}(" not in source] == []
+
+
+@pytest.mark.parametrize("name", [name for name in SEAMS if name in vars(DRTTrainerMixin)])
+def test_an_override_takes_what_the_trainer_passes(name):
+    override = inspect.signature(getattr(DRTTrainerMixin, name))
+    original = inspect.signature(getattr(Trainer, name)).parameters
+    override.bind(*original)  # by position
+    if any(p.kind is p.VAR_POSITIONAL for p in override.parameters.values()):
+        return
+    assert parameters(getattr(DRTTrainerMixin, name)) == parameters(getattr(Trainer, name))
+
+
+def test_the_trainer_loads_weights_before_it_makes_the_optimizer():
+    # Structure and weights are restored in the former, so that the latter finds the parameters of the checkpoint.
+    train = inspect.getsource(Trainer.train)
+    assert "self._load_from_checkpoint(resume_from_checkpoint)" in train
+    assert train.index("self._load_from_checkpoint(") < train.index("return inner_training_loop(")
+    loop = inspect.getsource(Trainer._inner_training_loop)
+    assert loop.index("self._init_training_state(") < loop.index("self._prepare_for_training(")
+    prepare = inspect.getsource(Trainer._prepare_for_training)
+    assert prepare.index("self.create_optimizer()") < prepare.index("self.create_scheduler(")
+    assert prepare.index("self.create_scheduler(") < prepare.index("self._load_optimizer_and_scheduler(")
+
+
+def test_the_trainer_says_whether_it_made_the_scheduler_itself():
+    assert "self._created_lr_scheduler = True" in inspect.getsource(Trainer.create_scheduler)
+
+
+def test_max_steps_is_the_last_of_the_initial_values():
+    assert inspect.getsource(Trainer.set_initial_training_values).rstrip().endswith("max_steps,\n        )")
