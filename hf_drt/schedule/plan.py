@@ -41,7 +41,7 @@ class Plan:
         if self.max_steps < 1:
             raise ValueError(f"the plan '{self}' never trains: the run has {self.max_steps} update steps.")
         if not self.phases or self.phases[0].start != 0:
-            raise ValueError(f"the first phase must start at step 0, got the plan '{self}'. Begin with factored@0.")
+            raise ValueError(f"the first phase must start at step 0, got the plan '{self}'.")
         for before, after in pairwise(self.phases):
             if after.start <= before.start:
                 raise ValueError(

@@ -63,7 +63,8 @@ class Schedule:
         """Read a schedule: phases separated by blanks, or a preset.
 
         Raises:
-            ValueError: The text is empty, a phase cannot be read, or two neighbours are both dense.
+            ValueError: The text is empty, a phase cannot be read, the first one does not start at 0, or two neighbours
+                are both dense.
         """
         words = text.split()
         if not words:
@@ -71,6 +72,9 @@ class Schedule:
         if "@" not in text:
             words = (expand(text) or _not_a_schedule(text)).split()
         entries = tuple(map(Entry.parse, words))
+        first = entries[0]
+        if first.at.unit in ("share", "steps", "epochs") and first.at.value != 0:
+            raise ValueError(f"the first phase must start at step 0, got '{first}'. Write {first.kind}@0.")
         for before, after in pairwise(entries):
             if before.kind == after.kind == "dense":
                 raise ValueError(f"'{before} {after}' is one dense phase; drop the second.")

@@ -255,8 +255,8 @@ RUNS = [
     ("factored@0 dense@1ep", {}, r"'@1ep' needs data of known length; give the boundary in % or steps"),
     ("factored@0 dense@2ep", {"steps_per_epoch": 50}, r"'dense@100' never trains: the run ends at step 100"),
     # order
-    ("dense@40%", {}, r"the first phase must start at step 0, got the plan 'dense@40'\. Begin with factored@0"),
-    ("factored@1 dense@40%", {}, r"the first phase must start at step 0, got the plan 'factored@1 dense@40'"),
+    ("dense@40%", {}, r"the first phase must start at step 0, got 'dense@40%'\. Write dense@0\."),
+    ("factored@1 dense@40%", {}, r"the first phase must start at step 0, got 'factored@1'\. Write factored@0\."),
     (
         "factored@0 dense@40.1% adapter@40.2%",
         {},

@@ -184,6 +184,7 @@ def not_dense_twice(phases: list[str]) -> bool:
 @reproducibly
 @given(st.lists(PHASES, min_size=1, max_size=6).filter(not_dense_twice))
 def test_any_schedule_survives_writing_and_reading(phases):
+    phases[0] = phases[0].partition("@")[0] + "@0"  # the only first boundary that is allowed
     schedule = Schedule.parse(" ".join(phases))
     assert len(schedule.entries) == len(phases)
     assert Schedule.parse(str(schedule)) == schedule
