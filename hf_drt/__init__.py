@@ -4,7 +4,7 @@ from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank, Transition
 from hf_drt.export import dense_state_dict
 from hf_drt.forms import Adapter, Dense, Factored, Form, convert, effective_weight, empty_like, form_of
-from hf_drt.schedule import Phase, Plan, Schedule
+from hf_drt.schedule import Phase, Plan, Run, Schedule
 from hf_drt.selection import Selection, find_targets
 from hf_drt.state import CheckpointError
 from hf_drt.trainer import (
@@ -34,6 +34,7 @@ __all__ = [
     "Form",
     "Phase",
     "Plan",
+    "Run",
     "Schedule",
     "Selection",
     "Transition",

@@ -45,8 +45,8 @@ class DRTConfig:
     exclude: list[str] | None = _option(None, "Regular expressions; layers whose name matches one stay dense.")
     start: Start = _option(
         "auto",
-        "What 'lowrank' and the presets begin with: factored form for a model from 'scratch', adapter form for a "
-        "'pretrained' one, whose weights a truncation would destroy. 'auto' looks where the weights come from.",
+        "What 'lowrank' in a schedule or preset stands for: factored form for a model from 'scratch', adapter form for "
+        "a 'pretrained' one, whose weights a truncation would destroy. 'auto' looks where the weights come from.",
     )
     adapter_alpha: float = _option(16.0, "Numerator of the adapter's scaling alpha / rank, above 0.")
     adapter_init: AdapterInit = _option(

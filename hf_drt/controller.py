@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 import time
 import weakref
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from hf_drt.config import DRTConfig
 from hf_drt.cost import PlanCost, plan_cost
 from hf_drt.distributed import Job, decompositions
 from hf_drt.forms import (
+    Conversion,
     Dense,
     Form,
     break_even_rank,
@@ -38,6 +40,7 @@ from hf_drt.optim import (
     rewarmup_factor,
     unwrap,
 )
+from hf_drt.pretrained import resolved_plan
 from hf_drt.schedule import Plan, Run, Schedule
 from hf_drt.selection import find_targets, has_hooks, is_linear
 from hf_drt.spectral import effective_rank, factored_singular_values, singular_values
@@ -81,14 +84,14 @@ class Transition:
 class DynamicRank:
     """Keeps a model's linear layers in the form that a plan asks for.
 
-    The whole state is one integer, the phase the model is in; a change is decided by comparing it with the plan, never
-    by ``step == k``, so that a resumed run does not make it twice.
+    What it keeps of a run is one integer, the phase the model is in; a change is decided by comparing it with the plan,
+    never by ``step == k``, so that a resumed run does not make it twice.
 
     Example::
 
         drt = DynamicRank(model, DRTConfig(schedule="factored@0 dense@40% adapter@80%"), max_steps=1000)
         drt.apply(0)                                    # the first phase, before the optimizer is made
-        optimizer = torch.optim.AdamW(model.parameters())
+        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
         for step, batch in enumerate(batches):
             drt.begin_step(step, optimizer)             # changes form where a phase begins
             model(**batch).loss.backward()
@@ -100,8 +103,8 @@ class DynamicRank:
         model: Any ``nn.Module`` with transformer blocks (:mod:`hf_drt.selection`).
         config: Settings; ``config.schedule`` is not read if ``plan`` is given.
         max_steps: Update steps of the run; not read if ``plan`` is given.
-        plan: Resolved phases, in place of ``config.schedule`` and ``max_steps``.
-        pretrained: Whether 'lowrank' in the schedule means adapter form, where ``config.start`` is 'auto'.
+        plan: Resolved phases, in place of ``config.schedule`` and ``max_steps``; needed where a boundary is in epochs
+            or an LR anchor: ``Schedule.parse(text).resolve(Run(max_steps, steps_per_epoch, lr))``.
         seed: Seed of new adapter directions where ``config.seed`` is None.
 
     Attributes:
@@ -121,7 +124,6 @@ class DynamicRank:
         max_steps: int | None = None,
         *,
         plan: Plan | None = None,
-        pretrained: bool = False,
         seed: int = 0,
     ):
         self.model, self.config = model, config
@@ -129,12 +131,15 @@ class DynamicRank:
         # Names and shapes only: a reference to a module would keep its old weights alive after a switch.
         self.targets = {name: weight_shape(module) for name, module in selection.targets.items()}
         self.skipped = selection.skipped
-        self.plan = plan if plan is not None else _plan_from(config, max_steps, pretrained)
+        self.plan = plan if plan is not None else _plan_from(config, max_steps, model)
         self.seed = config.seed if config.seed is not None else seed
         self.phase: int | None = None
         self._step = 0
         self._installed: weakref.ref | None = None
         self._check_phases()
+        for pattern in config.rank_pattern or {}:
+            if not any(re.search(pattern, name) for name in self.targets):
+                logger.warning("rank_pattern: %r matches none of the %d layers.", pattern, len(self.targets))
 
     # ---- what a phase asks for
 
@@ -153,7 +158,8 @@ class DynamicRank:
                 raise ValueError(
                     f"phase '{phase}' leaves all {len(dense)} layers dense: their ranks reach break-even, e.g. "
                     f"{break_even_rank(*shape):.4g} for {name} of shape (out, in) = {shape}, from where factors cost "
-                    "more than W. Lower rank_ratio or rank, or rank_multiple for small layers."
+                    "more than W. Lower the rank (in the schedule, rank_pattern, rank or rank_ratio), or rank_multiple "
+                    "for small layers."
                 )
             if dense:
                 logger.warning(
@@ -199,7 +205,7 @@ class DynamicRank:
         """Bring the model into the phase of update ``step``.
 
         All new layers and optimizer entries are made before the first old one is touched: if anything fails, model
-        and optimizer are as they were. Nothing happens if the model is in the phase already.
+        and optimizer are as they were. Layers that are in the phase's form already stay as they are.
 
         Args:
             step: Update step that is about to be made, 0-based.
@@ -246,7 +252,7 @@ class DynamicRank:
             function_error=difference,
         )
 
-    def _prepare_swaps(self, index: int) -> tuple[list[Swap], list]:
+    def _prepare_swaps(self, index: int) -> tuple[list[Swap], list[Conversion]]:
         # A phase of the same kind as the one before is a restart: re-balanced factors, a merged and renewed adapter.
         restart = (
             self.phase is not None
@@ -316,9 +322,10 @@ class DynamicRank:
         if commit is not None:
             commit()
         self.phase = state["phase"]
+        self._step = self.plan.phases[self.phase].start
         return swaps
 
-    def undo(self, swaps: list[Swap], phase: int | None) -> None:
+    def undo_load(self, swaps: list[Swap], phase: int | None) -> None:
         """Take back what :meth:`load_state_dict` has done to the model: the old layers, their weights, the phase."""
         replace(self.model, [Swap(swap.name, swap.new, swap.old) for swap in swaps])
         self.phase = phase
@@ -387,17 +394,10 @@ class DynamicRank:
         self.phase = None
 
 
-def _plan_from(config: DRTConfig, max_steps: int | None, pretrained: bool) -> Plan:
+def _plan_from(config: DRTConfig, max_steps: int | None, model: nn.Module) -> Plan:
     if config.schedule is None or max_steps is None:
         raise ValueError("DynamicRank needs either a plan, or config.schedule and max_steps.")
-    return Schedule.parse(config.schedule).resolve(Run(max_steps), lowrank_kind(config, pretrained))
-
-
-def lowrank_kind(config: DRTConfig, pretrained: bool) -> str:
-    """What 'lowrank' stands for: truncation would destroy pretrained weights, so those start in adapter form."""
-    if config.start == "auto":
-        return "adapter" if pretrained else "factored"
-    return "adapter" if config.start == "pretrained" else "factored"
+    return resolved_plan(Schedule.parse(config.schedule), Run(max_steps), config, model)
 
 
 def _spectrum(module: nn.Module) -> Tensor:

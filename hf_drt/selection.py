@@ -5,6 +5,7 @@ transformers' classes are recognised by qualified name, so that nothing here imp
 
 import ast
 import inspect
+import logging
 import re
 import textwrap
 from collections import Counter
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_drt.forms import LowRankLinear, is_transposed
+
+logger = logging.getLogger(__name__)
 
 _CHECKPOINTING_LAYER = "transformers.modeling_layers.GradientCheckpointingLayer"
 _ROUTER_LEAF = re.compile(r"router|gate|gating|classifier_router|switch", re.IGNORECASE)
@@ -81,7 +84,15 @@ def find_targets(model: nn.Module, include: list[str] | None = None, exclude: li
             f"linear layers are left out as follows: {selection.summary()}. include={include}, exclude={exclude}; "
             "patterns are regular expressions on names such as those of model.named_modules()."
         )
+    _warn_of_idle_patterns("include", include, [*targets, *skipped])
+    _warn_of_idle_patterns("exclude", exclude, [*targets, *skipped])
     return selection
+
+
+def _warn_of_idle_patterns(option: str, patterns: list[str] | None, names: list[str]) -> None:
+    for pattern in patterns or ():
+        if not any(re.search(pattern, name) for name in names):
+            logger.warning("%s: %r matches none of the %d linear layers.", option, pattern, len(names))
 
 
 def block_roots(model: nn.Module) -> dict[str, nn.Module]:

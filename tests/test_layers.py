@@ -20,11 +20,12 @@ ALLOWED = {
     "distributed": {"spectral", "forms"},
     "export":     {"forms"},
     "structure":  {"schedule", "forms"},
+    "pretrained": {"config", "schedule"},
     "optim":      {"spectral", "config", "forms", "surgery"},
     "controller": {"spectral", "config", "schedule", "forms", "cost", "selection", "surgery", "optim",
-                   "distributed", "structure"},
+                   "distributed", "structure", "pretrained"},
     "trainer":    {"config", "schedule", "forms", "selection", "export", "optim", "controller", "state",
-                   "distributed"},
+                   "distributed", "pretrained"},
 }
 STDLIB_ONLY = {"config", "schedule", "state"}
 KNOWS_TRANSFORMERS = {"trainer"}

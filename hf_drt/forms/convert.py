@@ -13,7 +13,6 @@ from hf_drt.forms.modules import (
     FactoredLinear,
     LowRankLinear,
     as_matrix,
-    form_of,
     is_transposed,
     kaiming_rows,
     trainable_weights,
@@ -270,6 +269,3 @@ def _padded(tensor: Tensor, rank: int, dim: int) -> Tensor:
     result = tensor.new_zeros(shape)
     result.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
     return result
-
-
-__all__ = ["Conversion", "convert", "effective_weight", "empty_like", "form_of", "prepare", "spectral_factors"]

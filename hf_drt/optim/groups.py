@@ -114,7 +114,8 @@ def spliced_groups(
         old_weights, new_weights = trainable_weights(old), list(trainable_weights(new))
         place = min(order[id(p)] for p in old.parameters() if p is not old.bias)
         order |= {id(p): place for p in new_weights}
-        replaced |= {id(p): [] for p in old_weights}
+        # The frozen base too, where the optimizer was made over all parameters: it would stand there twice as W.
+        replaced |= {id(p): [] for p in old.parameters() if p is not old.bias}
         if home == target:
             replaced[id(old_weights[0])] = new_weights
         else:

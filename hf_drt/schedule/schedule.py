@@ -74,7 +74,10 @@ class Schedule:
         entries = tuple(map(Entry.parse, words))
         first = entries[0]
         if first.at.unit in ("share", "steps", "epochs") and first.at.value != 0:
-            raise ValueError(f"the first phase must start at step 0, got '{first}'. Write {first.kind}@0.")
+            raise ValueError(
+                f"the first phase must start at step 0, got '{first}'. Write {first.kind}@0, or a phase before it, "
+                f"e.g. lowrank@0 {first}."
+            )
         for before, after in pairwise(entries):
             if before.kind == after.kind == "dense":
                 raise ValueError(f"'{before} {after}' is one dense phase; drop the second.")
@@ -97,11 +100,6 @@ class Schedule:
             for entry in self.entries
         )
         return Plan(tuple(phases), run.max_steps)
-
-    @property
-    def needs_epochs(self) -> bool:
-        """Whether a boundary is given in epochs."""
-        return any(entry.at.unit == "epochs" for entry in self.entries)
 
     def __str__(self) -> str:
         return " ".join(map(str, self.entries))

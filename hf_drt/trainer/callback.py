@@ -13,12 +13,12 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank, Transition
 from hf_drt.optim import form_group_options
+from hf_drt.pretrained import resolved_plan
 from hf_drt.schedule import Run, Schedule
 from hf_drt.selection import find_targets
 from hf_drt.state import write_state
 from hf_drt.trainer.lr import existing_curve
 from hf_drt.trainer.meter import PhaseMeter
-from hf_drt.trainer.pretrained import resolved_plan
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class DRTCallback(TrainerCallback):
             return
         self._check_alone(args, kwargs["model"])
         if get_last_checkpoint(args.output_dir) is not None:
-            logger.warning(_LIMITS)
+            logger.warning("output_dir holds checkpoints. If you mean to resume from one: %s", _LIMITS)
 
     def _check_alone(self, args: TrainingArguments, model: Any) -> None:
         """What a callback cannot do in a plain Trainer is refused, not done wrong."""
@@ -91,7 +91,9 @@ class DRTCallback(TrainerCallback):
             self._begin_alone(args, state, kwargs)
         self.meter.start_phase(self.controller.phase, args.device)
         if self.first_transition is not None:
-            self._log(state, _switch_row(self.first_transition))
+            cost = self.controller.cost()
+            row = {"drt_plan_flops": round(cost.flops, 4), "drt_plan_parameters": round(cost.parameters, 4)}
+            self._log(state, row | _switch_row(self.first_transition))
             self.first_transition = None
         cost = self.controller.cost()
         logger.info(

@@ -71,7 +71,10 @@ def last_complete_checkpoint(folder: str | Path) -> str:
             logger.warning("%s is passed over: %s", path.name, error)
         else:
             return str(path)
-    raise CheckpointError(f"{folder} holds no complete checkpoint. {' '.join(problems) or 'It has none at all.'}")
+    raise CheckpointError(
+        f"{folder} holds no complete checkpoint. {' '.join(problems) or 'It has none at all.'} Train without "
+        "resume_from_checkpoint to begin anew."
+    )
 
 
 def stored_batch_size(folder: str | Path) -> int | None:

@@ -1,4 +1,4 @@
-"""DRTTrainerMixin: the only file that reaches into private methods of ``transformers.Trainer``.
+"""DRTTrainerMixin: the only file that overrides methods of ``transformers.Trainer``.
 
 What each override is for:
 
@@ -28,9 +28,10 @@ from hf_drt.controller import DynamicRank
 from hf_drt.distributed import rebuild_ddp
 from hf_drt.export import dense_state_dict
 from hf_drt.optim import form_group_options, remembered
+from hf_drt.pretrained import resolved_plan
 from hf_drt.schedule import Run, Schedule
 from hf_drt.selection import find_targets
-from hf_drt.state import STATE_NAME, CheckpointError
+from hf_drt.state import STATE_NAME, CheckpointError, read_state
 from hf_drt.trainer.arguments import PREFIX
 from hf_drt.trainer.callback import DRTCallback, updates_per_epoch
 from hf_drt.trainer.checkpoint import (
@@ -41,7 +42,6 @@ from hf_drt.trainer.checkpoint import (
 )
 from hf_drt.trainer.lr import existing_curve, simulated_curve
 from hf_drt.trainer.meter import PhaseMeter
-from hf_drt.trainer.pretrained import resolved_plan
 from hf_drt.trainer.probe import Probe
 from hf_drt.trainer.refusals import refuse_unsupported
 
@@ -58,6 +58,8 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "_issue_warnings_after_load": ("load_result",),
     "set_initial_training_values": ("args", "dataloader"),
     "create_scheduler": ("num_training_steps", "optimizer"),
+    "_prepare_inputs": ("inputs",),  # used by probe.py
+    "compute_loss_context_manager": (),  # used by probe.py
 }
 
 
@@ -230,7 +232,7 @@ class DRTTrainerMixin:
         try:
             check_optimizer(folder, self.create_optimizer())
         except Exception:
-            controller.undo(swaps, phase)
+            controller.undo_load(swaps, phase)
             self.optimizer = optimizer
             restore()
             raise
@@ -258,8 +260,8 @@ def _refuse_low_rank(folder: str) -> None:
     """A checkpoint of dynamic-rank training must not be resumed without it."""
     if (Path(folder) / STATE_NAME).is_file():
         raise CheckpointError(
-            f"{folder} was written by dynamic-rank training, which is off here. Set drt_schedule as it was then; it "
-            f"stands in {STATE_NAME}."
+            f"{folder} was written by dynamic-rank training, which is off here. Its plan is "
+            f"drt_schedule='{read_state(folder).get('plan')}'; set it and the other drt settings as they were then."
         )
 
 

@@ -429,7 +429,7 @@ def test_truncating_a_pretrained_model_on_purpose_is_warned_of(tmp_path, caplog)
     model = pretrained(tmp_path / "model")
     trainer = tiny.trainer(tmp_path / "out", model, drt_schedule="factored@0 dense@50%", max_steps=2)
     trainer.train()
-    assert "the plan 'factored@0 dense@1' begins by truncating pretrained weights" in caplog.text
+    assert "phase 'factored@0' truncates pretrained weights" in caplog.text
     caplog.clear()
     model = pretrained(tmp_path / "model")
     trainer = tiny.trainer(
@@ -483,3 +483,65 @@ def test_group_settings_cannot_change_between_two_runs_of_one_trainer(tmp_path, 
         setattr(trainer.args, name, value)
     with pytest.raises(ValueError, match=r"cannot change between two train\(\) calls with one optimizer"):
         trainer.train()
+
+
+# ---- the hand-written loop
+
+
+@pytest.mark.parametrize("schedule", ["adapter@0 dense@3 adapter@6", "factored@0 dense@3 adapter@6"])
+@pytest.mark.parametrize("everything", [True, False], ids=["all parameters", "trainable ones"])
+def test_every_weight_is_stepped_once_whatever_the_optimizer_was_made_over(schedule, everything):
+    """A frozen base in the optimizer must not stand there twice when it is W again."""
+    drt = start(schedule, max_steps=8)
+    optimizer = torch.optim.AdamW([p for p in drt.model.parameters() if everything or p.requires_grad])
+    for step in range(8):
+        drt.begin_step(step, optimizer)
+        drt.model(**tiny.batch()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        params = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        assert len(params) == len(set(params))
+        assert {id(p) for p in drt.model.parameters() if p.requires_grad} <= set(params)
+
+
+@pytest.mark.parametrize("at", [2, 3, 5, 6, 7])
+def test_a_loop_saved_and_restored_as_the_readme_says_goes_on_bitwise(at):
+    def run(first, drt, optimizer, last=8):
+        for step in range(first, last):
+            drt.begin_step(step, optimizer)
+            drt.model(**tiny.batch()).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def made(drt):
+        return torch.optim.AdamW(p for p in drt.model.parameters() if p.requires_grad)
+
+    schedule = "adapter@0 dense@3 factored@6"
+    straight = start(schedule, max_steps=8)
+    run(0, straight, made(straight))
+    first = start(schedule, max_steps=8)
+    optimizer = made(first)
+    run(0, first, optimizer, at)
+    stored = copy.deepcopy((first.state_dict(), first.model.state_dict(), optimizer.state_dict()))
+    second = DynamicRank(tiny.llama(), first.config, 8)
+    second.load_state_dict(stored[0])
+    second.model.load_state_dict(stored[1])
+    optimizer = made(second)
+    optimizer.load_state_dict(stored[2])
+    run(at, second, optimizer)
+    for p, q in zip(straight.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_pretrained_model_is_recognised_without_a_trainer(tmp_path):
+    tiny.llama().save_pretrained(tmp_path)
+    model = T.LlamaForCausalLM.from_pretrained(tmp_path)
+    drt = DynamicRank(model, DRTConfig(schedule="fixed", rank=4), 4)
+    assert str(drt.plan) == "adapter@0"
+
+
+@pytest.mark.parametrize("option", ["include", "exclude", "rank_pattern"])
+def test_a_pattern_that_matches_nothing_is_named_in_the_log(caplog, option):
+    value = {"nosuch": 4} if option == "rank_pattern" else ["nosuch", "proj"] if option == "include" else ["nosuch"]
+    DynamicRank(tiny.llama(), DRTConfig(schedule="factored@0", rank=4, **{option: value}), 4)
+    assert f"{option}: 'nosuch' matches none of the" in caplog.text

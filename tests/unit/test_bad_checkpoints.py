@@ -429,7 +429,9 @@ def test_a_model_of_another_size_is_refused(run, tmp_path, phase, config, messag
 def test_resuming_with_dynamic_rank_training_off_is_refused(run, tmp_path, phase):
     trainer = trainer_of(tmp_path, drt_schedule=None)
     assert_resume_refused(
-        run / phase, r"was written by dynamic-rank training, which is off here\. Set drt_sch", trainer=trainer
+        run / phase,
+        r"was written by dynamic-rank training, which is off here\. Its plan is drt_schedule=",
+        trainer=trainer,
     )
 
 

@@ -255,8 +255,12 @@ RUNS = [
     ("factored@0 dense@1ep", {}, r"'@1ep' needs data of known length; give the boundary in % or steps"),
     ("factored@0 dense@2ep", {"steps_per_epoch": 50}, r"'dense@100' never trains: the run ends at step 100"),
     # order
-    ("dense@40%", {}, r"the first phase must start at step 0, got 'dense@40%'\. Write dense@0\."),
-    ("factored@1 dense@40%", {}, r"the first phase must start at step 0, got 'factored@1'\. Write factored@0\."),
+    ("dense@40%", {}, r"the first phase must start at step 0, got 'dense@40%'\. Write dense@0, or a phase before it"),
+    (
+        "factored@1 dense@40%",
+        {},
+        r"the first phase must start at step 0, got 'factored@1'\. Write factored@0, or a phase before it",
+    ),
     (
         "factored@0 dense@40.1% adapter@40.2%",
         {},
@@ -418,7 +422,7 @@ def config_of(**settings) -> DRTConfig:
             config_of(rank_ratio=1.0),
             10,
             rf"phase 'factored@0' leaves all 14 layers dense: their ranks reach break-even, e\.g\. 16 for {Q} of shape "
-            r"\(out, in\) = \(32, 32\), .*Lower rank_ratio or rank, or rank_multiple for small layers",
+            r"\(out, in\) = \(32, 32\), .*Lower the rank .*, or rank_multiple for small layers",
         ),
         (config_of(rank_multiple=64), 10, r"leaves all 14 layers dense: their ranks reach break-even"),
         (config_of(schedule="dense@0 adapter:500@5"), 10, r"phase 'adapter:500@5' leaves all 14 layers dense"),

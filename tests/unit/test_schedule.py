@@ -268,11 +268,6 @@ def test_a_share_is_rounded_to_the_nearest_step(share, max_steps):
     assert abs(Boundary.parse(f"{share}%").resolve(Run(max_steps)) - exact) <= Fraction(1, 2) + Fraction(1, 10**6)
 
 
-def test_only_schedules_in_epochs_need_epochs():
-    assert Schedule.parse("factored@0 dense@1ep").needs_epochs
-    assert not any(Schedule.parse(text).needs_epochs for text in (*OPTIONS, "factored@0 dense@lr<0.5 adapter@90%"))
-
-
 # ---- LR anchors
 
 

@@ -5,7 +5,6 @@ import logging
 from torch import nn
 
 from hf_drt.config import DRTConfig
-from hf_drt.controller import lowrank_kind
 from hf_drt.schedule import Plan, Run, Schedule
 
 logger = logging.getLogger(__name__)
@@ -21,9 +20,12 @@ def is_pretrained(model: nn.Module) -> bool:
 
 
 def resolved_plan(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Module) -> Plan:
-    """The plan, with 'lowrank' resolved by where the weights come from, and a warning where that may be wrong."""
-    pretrained = is_pretrained(model)
-    lowrank = lowrank_kind(config, pretrained)
+    """The plan, with 'lowrank' resolved by where the weights come from, and a warning where that may be wrong.
+
+    Raises:
+        ValueError: As :meth:`hf_drt.schedule.Schedule.resolve`.
+    """
+    pretrained = is_pretrained(model) if config.start == "auto" else config.start == "pretrained"
     origin = getattr(getattr(model, "config", None), "name_or_path", "")
     if config.start == "auto" and not pretrained and origin and any(e.kind == "lowrank" for e in schedule.entries):
         logger.warning(
@@ -32,9 +34,11 @@ def resolved_plan(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Mod
             "start='pretrained': truncation would destroy them.",
             origin,
         )
-    plan = schedule.resolve(run, lowrank)
-    if pretrained and config.start != "scratch" and plan.phases[0].kind == "factored":
+    plan = schedule.resolve(run, "adapter" if pretrained else "factored")
+    factored = next((phase for phase in plan.phases if phase.kind == "factored"), None)
+    if pretrained and factored is not None:
         logger.warning(
-            "the plan '%s' begins by truncating pretrained weights. Adapter form keeps them: write adapter@0.", plan
+            "phase '%s' truncates pretrained weights, which usually destroys them; adapter form keeps them.",
+            factored,
         )
     return plan
