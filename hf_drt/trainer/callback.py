@@ -90,12 +90,11 @@ class DRTCallback(TrainerCallback):
         if not self.in_drt_trainer:
             self._begin_alone(args, state, kwargs)
         self.meter.start_phase(self.controller.phase, args.device)
+        cost = self.controller.cost()
         if self.first_transition is not None:
-            cost = self.controller.cost()
             row = {"drt_plan_flops": round(cost.flops, 4), "drt_plan_parameters": round(cost.parameters, 4)}
             self._log(state, row | _switch_row(self.first_transition))
             self.first_transition = None
-        cost = self.controller.cost()
         logger.info(
             "dynamic-rank plan: %s (of %d update steps) on %d layers; on average %.2f of their dense training FLOPs "
             "and %.2f of their trainable parameters",
