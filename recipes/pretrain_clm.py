@@ -42,7 +42,7 @@ DEFAULTS = {
     "max_steps": 500,
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 16,
-    "learning_rate": 3e-3,
+    "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 50,
     "weight_decay": 0.1,
