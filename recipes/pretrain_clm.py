@@ -32,7 +32,6 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_drt import DRTTrainer, DRTTrainingArguments
 
@@ -179,7 +178,7 @@ def main(arguments: list[str] | None = None) -> DRTTrainer:
     logging.getLogger("hf_drt").setLevel(logging.INFO)  # the plan and its cost, and every switch
     trainer = build_trainer(recipe, args)
     checkpoint = args.resume_from_checkpoint
-    trainer.train(get_last_checkpoint(args.output_dir) if checkpoint == "last" else checkpoint)
+    trainer.train(True if checkpoint == "last" else checkpoint)  # True: the last complete one
     loss = trainer.evaluate()["eval_loss"]
     if trainer.drt is not None:
         print_phase_table(trainer)
