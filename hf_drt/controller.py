@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from hf_drt.config import DRTConfig
 from hf_drt.cost import PlanCost, plan_cost
-from hf_drt.distributed import Job, decompositions
 from hf_drt.forms import (
-    Conversion,
     Dense,
     Form,
     break_even_rank,
@@ -24,7 +22,6 @@ from hf_drt.forms import (
     effective_weight,
     empty_like,
     form_of,
-    prepare,
     resolve_form,
     trainable_weights,
     weight_shape,
@@ -33,7 +30,8 @@ from hf_drt.forms.modules import FactoredLinear
 from hf_drt.optim import (
     StepRules,
     add_form_groups,
-    carry_state,
+    carry_groups,
+    carry_moments,
     form_group_options,
     locate,
     moment_keys,
@@ -46,6 +44,7 @@ from hf_drt.selection import find_targets, has_hooks, is_linear
 from hf_drt.spectral import effective_rank, factored_singular_values, singular_values
 from hf_drt.structure import LASTING, check_structure, structure
 from hf_drt.surgery import Swap, replace
+from hf_drt.transition import change_forms
 
 logger = logging.getLogger(__name__)
 
@@ -204,8 +203,8 @@ class DynamicRank:
     ) -> Transition:
         """Bring the model into the phase of update ``step``.
 
-        All new layers and optimizer entries are made before the first old one is touched: if anything fails, model
-        and optimizer are as they were. Layers that are in the phase's form already stay as they are.
+        If anything fails, model and optimizer are as they were (:mod:`hf_drt.transition`). Layers that are in the
+        phase's form already stay as they are.
 
         Args:
             step: Update step that is about to be made, 0-based.
@@ -218,23 +217,17 @@ class DynamicRank:
         started = time.perf_counter()
         index = self.plan.index_at(step)
         before = probe() if probe is not None and self.match(step) else None
-        swaps, conversions = self._prepare_swaps(index)
         parameters = _trainable_parameters(self.model)
-        if swaps:
-            commit = carry_state(optimizer, self.model, swaps, self.config.moments) if optimizer is not None else None
-            replace(self.model, swaps)
-            for conversion in conversions:
-                conversion.commit()
-            if commit is not None:
-                commit()
-        errors = {swap.name: c.error for swap, c in zip(swaps, conversions, strict=True)}
-        merge_error = max((c.merge_error for c in conversions), default=0.0)
-        if merge_error > 0.1:
+        forms = self._changes(index)
+        outcome = change_forms(
+            self.model, forms, optimizer, self.config.moments, lambda name: self._generator(index, name)
+        )
+        if outcome.merge_error > 0.1:
             logger.warning(
                 "update step %d: rounding to the weights' dtype loses %.0f %% of what a layer has learned since the "
                 "last switch. Keep the weights in float32, and use bf16 or fp16 autocast.",
                 step,
-                100 * merge_error,
+                100 * outcome.merge_error,
             )
         self.phase, self._step = index, step
         seconds = time.perf_counter() - started
@@ -244,37 +237,32 @@ class DynamicRank:
             step=step,
             phase=index,
             kind=self.plan.phases[index].kind,
-            layers=len(swaps),
+            layers=len(forms),
             seconds=seconds,
             parameters=(parameters, _trainable_parameters(self.model)),
-            errors=errors,
-            merge_error=merge_error,
+            errors=outcome.errors,
+            merge_error=outcome.merge_error,
             function_error=difference,
         )
 
-    def _prepare_swaps(self, index: int) -> tuple[list[Swap], list[Conversion]]:
+    def _changes(self, index: int) -> dict[str, Form]:
+        """The layers that change, and their new forms, from what the model is in now."""
         # A phase of the same kind as the one before is a restart: re-balanced factors, a merged and renewed adapter.
         restart = (
             self.phase is not None
             and index != self.phase
             and self.plan.phases[index].kind == self.plan.phases[self.phase].kind
         )
-        layers = {name: self._layer(name) for name in self.targets}
-        wanted = {
-            name: form
-            for name, form in self.forms(index).items()
-            if form_of(layers[name]) != form or (restart and form != Dense())
-        }
-        for name in wanted:
-            if has_hooks(layers[name]):
-                logger.warning("%s has hooks, which are lost as it changes form; set them again, or exclude it.", name)
-        parts = decompositions([Job(layers[name], form) for name, form in wanted.items()])
-        conversions = [
-            prepare(layers[name], form, self._generator(index, name), part)
-            for (name, form), part in zip(wanted.items(), parts, strict=True)
-        ]
-        swaps = [Swap(name, layers[name], c.module) for name, c in zip(wanted, conversions, strict=True)]
-        return swaps, conversions
+        changes = {}
+        for name, form in self.forms(index).items():
+            layer = self._layer(name)
+            if form_of(layer) != form or (restart and form != Dense()):
+                changes[name] = form
+                if has_hooks(layer):
+                    logger.warning(
+                        "%s has hooks, which are lost as it changes form; set them again, or exclude it.", name
+                    )
+        return changes
 
     def _generator(self, phase: int, name: str) -> torch.Generator:
         """A CPU generator from (seed, phase, layer): equal on all processes, and the global one is left alone."""
@@ -317,10 +305,12 @@ class DynamicRank:
             for name, form in self.forms(state["phase"]).items()
             if form_of(self._layer(name)) != form
         ]
-        commit = carry_state(optimizer, self.model, swaps, "reset") if optimizer is not None and swaps else None
+        place = carry_groups(optimizer, self.model, swaps) if optimizer is not None and swaps else None
         replace(self.model, swaps)
-        if commit is not None:
-            commit()
+        if place is not None:
+            place()
+            for swap in swaps:
+                carry_moments(optimizer, swap.old, swap.new, "reset")
         self.phase = state["phase"]
         self._step = self.plan.phases[self.phase].start
         return swaps

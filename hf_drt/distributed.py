@@ -1,6 +1,8 @@
 """A change of form on several processes: decompositions shared out, and DistributedDataParallel built anew in place."""
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,28 +37,31 @@ def shares(costs: list[float], count: int) -> list[int]:
     return owner
 
 
-def decompositions(jobs: list[Job]) -> list[SVD | None]:
-    """:func:`hf_drt.forms.decompose` of every job, each done by one process and sent to all.
+def decompositions(jobs: list[Job]) -> Iterator[SVD | None]:
+    """:func:`hf_drt.forms.decompose` of every job in turn, each done by one process and sent to all.
 
-    All processes end with the same bits, whatever their hardware. On one process it is a plain loop.
+    All processes end with the same bits, whatever their hardware, and must take all results. On one process each is
+    made when it is asked for.
 
     Raises:
         ValueError: A decomposition failed on any process; raised on all of them, since one that waits for another
             would wait for ever.
     """
     if processes() == 1:
-        return [decompose(job.module, job.form) for job in jobs]
+        yield from (decompose(job.module, job.form) for job in jobs)
+        return
     owners = shares([_cost(job) for job in jobs], processes())
-    results: list[SVD | None] = [None] * len(jobs)
+    own: dict[int, SVD | None] = {}
     error: ValueError | None = None
     for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
         if owner == dist.get_rank():
             try:
-                results[index] = decompose(job.module, job.form)
+                own[index] = decompose(job.module, job.form)
             except ValueError as failure:
                 error = failure
     _raise_everywhere(error, jobs)
-    return [_broadcast(job, owner, part) for job, owner, part in zip(jobs, owners, results, strict=True)]
+    for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
+        yield _broadcast(job, owner, own.pop(index, None))
 
 
 def _cost(job: Job) -> float:
@@ -87,12 +92,14 @@ def _broadcast(job: Job, owner: int, part: SVD | None) -> SVD | None:
     return part
 
 
-def rebuild_ddp(ddp: DistributedDataParallel, options: dict[str, Any]) -> None:
-    """Build the reducer anew over the wrapped module's present parameters, in the same DDP object.
+@contextlib.contextmanager
+def renewed_reducer(ddp: DistributedDataParallel, options: dict[str, Any]) -> Iterator[None]:
+    """Within the block the wrapped module may change its parameters; after it the same DDP object reduces the new ones.
 
     A reducer knows the parameters that existed when it was made: new ones would never be reduced, and the processes
-    drift apart without an error. Every reference to the object, as in the Trainer's loop, stays valid; communication
-    hooks are kept. The constructor sends rank 0's parameters to all.
+    drift apart without an error. It goes first, since its buckets keep the old parameters and a copy of all gradients
+    alive, and its hooks would fire next to the new ones. The DDP object stays, with its communication hooks, so that
+    every reference to it, as in the Trainer's loop, stays valid. The constructor sends rank 0's parameters to all.
 
     Args:
         ddp: The wrapper in use.
@@ -105,10 +112,12 @@ def rebuild_ddp(ddp: DistributedDataParallel, options: dict[str, Any]) -> None:
         "process_group": ddp.process_group,
     }
     module = ddp.module
-    # The old reducer's hooks on gradients go first, or they would fire next to the new ones.
     ddp.logger = None
     ddp.reducer = None
-    allowed = inspect.signature(DistributedDataParallel.__init__).parameters
-    DistributedDataParallel.__init__(ddp, module, **kept, **{k: v for k, v in options.items() if k in allowed})
-    for hook, state in hooks:
-        ddp.register_comm_hook(state, hook)
+    try:
+        yield
+    finally:
+        allowed = inspect.signature(DistributedDataParallel.__init__).parameters
+        DistributedDataParallel.__init__(ddp, module, **kept, **{k: v for k, v in options.items() if k in allowed})
+        for hook, state in hooks:
+            ddp.register_comm_hook(state, hook)

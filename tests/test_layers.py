@@ -22,8 +22,9 @@ ALLOWED = {
     "structure":  {"schedule", "forms"},
     "pretrained": {"config", "schedule"},
     "optim":      {"spectral", "config", "forms", "surgery"},
+    "transition": {"forms", "surgery", "optim", "distributed"},
     "controller": {"spectral", "config", "schedule", "forms", "cost", "selection", "surgery", "optim",
-                   "distributed", "structure", "pretrained"},
+                   "structure", "pretrained", "transition"},
     "trainer":    {"config", "schedule", "forms", "selection", "export", "optim", "controller", "state",
                    "distributed", "pretrained"},
 }

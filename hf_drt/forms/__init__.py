@@ -1,19 +1,13 @@
 """One linear map, several parametrizations: Dense | Factored | Adapter."""
 
-from hf_drt.forms.convert import (
-    Conversion,
-    convert,
-    decompose,
-    decomposition_shapes,
-    effective_weight,
-    empty_like,
-    prepare,
-)
+from hf_drt.forms.conversion import Conversion
+from hf_drt.forms.convert import convert, decompose, decomposition_shapes, empty_like, prepare
 from hf_drt.forms.modules import (
     AdapterLinear,
     FactoredLinear,
     LowRankLinear,
     as_matrix,
+    effective_weight,
     form_of,
     is_transposed,
     tensor_shapes,

@@ -1,18 +1,17 @@
 """Conversion of one layer between forms: value-preserving, up to the truncation that a smaller rank forces.
 
-A conversion is built first and committed after, so that a failure in one layer leaves every layer as it was.
+A conversion is prepared first and committed after, so that a failure in one layer leaves every layer as it was.
 """
-
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from hf_drt.forms.conversion import Conversion, Merge
 from hf_drt.forms.modules import (
     AdapterLinear,
     FactoredLinear,
     LowRankLinear,
-    as_matrix,
+    effective_weight,
     is_transposed,
     kaiming_rows,
     trainable_weights,
@@ -20,37 +19,7 @@ from hf_drt.forms.modules import (
     with_weight,
 )
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form
-from hf_drt.spectral import SVD, balanced, factored_svd, svd, truncation_error, working_dtype
-
-
-@dataclass
-class Conversion:
-    """A layer in its new form, not yet in force.
-
-    Attributes:
-        module: The layer in its new form. It may hold Parameter objects of the old layer (bias; W between dense and
-            adapter form), whose pending values and ``requires_grad`` are set by :meth:`commit`.
-        error: Relative Frobenius error of the effective weight by truncation, ``||W_new - W_old||_F / ||W_old||_F``.
-        merge_error: What rounding to the parameter's dtype has cost where factors are merged into W, relative to what
-            they add to it: ``||cast(W) - W||_F / ||W - base||_F``, with base = 0 for Factored. About 1e-7 in float32;
-            1 where an adapter's update is lost in half precision.
-    """
-
-    module: nn.Module
-    error: float
-    merge_error: float = 0.0
-    values: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
-    trainable: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
-
-    def commit(self) -> nn.Module:
-        """Put the pending values in force and return the module."""
-        with torch.no_grad():
-            for parameter, value in self.values:
-                parameter.copy_(value)
-        for parameter, flag in self.trainable:
-            parameter.requires_grad_(flag)
-            parameter.grad = None
-        return self.module
+from hf_drt.spectral import SVD, balanced, factored_svd, svd, truncation_error
 
 
 def convert(module: nn.Module, form: Form, generator: torch.Generator | None = None) -> Conversion:
@@ -141,19 +110,6 @@ def empty_like(module: nn.Module, form: Form) -> nn.Module:
             return AdapterLinear(dense, form, base, empty(rank, into), empty(out, rank), module.bias)
 
 
-def effective_weight(module: nn.Module) -> Tensor:
-    """``W (out, in)`` of a layer in any form, merged in float32 or better."""
-    dtype = working_dtype(next(module.parameters()).dtype)
-    match module:
-        case FactoredLinear():
-            return module.U.detach().to(dtype) @ module.V.detach().to(dtype)
-        case AdapterLinear():
-            L, R, scale = module.pair()
-            base = as_matrix(module.base.detach(), module.transposed).to(dtype)
-            return torch.addmm(base, L.detach().to(dtype), R.detach().to(dtype), alpha=scale)
-    return as_matrix(module.weight.detach(), is_transposed(module)).to(dtype)
-
-
 def _check(module: nn.Module, form: Form) -> None:
     if not isinstance(form, Form):
         raise TypeError(f"{form!r} is no form; allowed are Dense(), Factored(rank) and Adapter(rank, alpha, init).")
@@ -183,23 +139,14 @@ def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
     return nn.Parameter(value.to(dtype=like.dtype, device=like.device).contiguous())
 
 
-def _merge_error(module: LowRankLinear, merged: Tensor) -> float:
-    """See :class:`Conversion`; ``merged`` is the new W in the stored layout, before it is cast."""
-    base = module.base.detach().to(merged.dtype) if isinstance(module, AdapterLinear) else torch.zeros_like(merged)
-    update = (merged - base).norm()
-    rounded = merged.to(next(module.parameters()).dtype).to(merged.dtype)
-    return 0.0 if update == 0 else ((rounded - merged).norm() / update).item()
-
-
 def _to_dense(module: nn.Module) -> Conversion:
     match module:
         case FactoredLinear():
-            W = as_matrix(effective_weight(module), module.transposed)
-            return Conversion(module.dense_with(_parameter(W, module.U)), 0.0, _merge_error(module, W))
+            W = _unformed(module.U)
+            return Conversion(module.dense_with(W), 0.0, Merge(W, lambda: effective_weight(module), module))
         case AdapterLinear(base=base):
-            W = as_matrix(effective_weight(module), module.transposed)
-            error = _merge_error(module, W)
-            return Conversion(module.dense_with(base), 0.0, error, [(base, W)], [(base, True)])
+            merge = Merge(base, lambda: effective_weight(module), module)
+            return Conversion(module.dense_with(base), 0.0, merge, [(base, True)])
     return Conversion(module, 0.0)
 
 
@@ -214,33 +161,46 @@ def _to_factored(module: nn.Module, form: Factored, generator: torch.Generator |
 
 def _to_adapter(module: nn.Module, form: Adapter, generator: torch.Generator | None, parts: SVD | None) -> Conversion:
     out, into = weight_shape(module)
-    dense, transposed = _dense_module(module), is_transposed(_dense_module(module))
     like = next(p for name, p in module.named_parameters() if name != "bias")
-    W = None
     if parts is not None:
         # 1 / scaling is spread over both factors, so that they stay balanced.
         L, A = (factor / form.scaling**0.5 for factor in spectral_factors(parts, form.rank, generator))
-        W = torch.addmm(effective_weight(module), L, A, alpha=-form.scaling)
     else:
-        A = kaiming_rows(form.rank, into, generator)
-        L = torch.zeros(out, form.rank)
-        if isinstance(module, LowRankLinear):
-            W = effective_weight(module)
-    error = _merge_error(module, as_matrix(W, transposed)) if isinstance(module, LowRankLinear) else 0.0
-    base, values = _frozen_base(module, W, transposed)
-    adapter = AdapterLinear(dense, form, base, _parameter(A, like), _parameter(L, like), module.bias)
+        L, A = torch.zeros(out, form.rank), kaiming_rows(form.rank, into, generator)
+    base = _future_base(module)
+    adapter = AdapterLinear(_dense_module(module), form, base, _parameter(A, like), _parameter(L, like), module.bias)
     adapter.training = module.training
-    return Conversion(adapter, 0.0, error, values, [(base, False)])
+    return Conversion(adapter, 0.0, _base_merge(module, adapter, parts is not None), [(base, False)])
 
 
-def _frozen_base(
-    module: nn.Module, W: Tensor | None, transposed: bool
-) -> tuple[nn.Parameter, list[tuple[nn.Parameter, Tensor]]]:
-    """The Parameter that becomes the adapter's base, and its pending value: the old W's object wherever one exists."""
-    if isinstance(module, FactoredLinear):
-        return _parameter(as_matrix(W, transposed), module.U), []
-    base = module.base if isinstance(module, AdapterLinear) else module.weight
-    return base, [] if W is None else [(base, as_matrix(W, transposed))]
+def _future_base(module: nn.Module) -> nn.Parameter:
+    """The Parameter that becomes the adapter's base: the old W's object wherever one exists."""
+    match module:
+        case FactoredLinear():
+            return _unformed(module.U)
+        case AdapterLinear():
+            return module.base
+    return module.weight
+
+
+def _base_merge(module: nn.Module, adapter: AdapterLinear, principal: bool) -> Merge | None:
+    """What has to be merged into the base; nothing where a new adapter of product zero stands on the old W."""
+    source = module if isinstance(module, LowRankLinear) else None
+    if principal:
+        return Merge(adapter.base, lambda: _without(module, adapter), source)
+    return None if source is None else Merge(adapter.base, lambda: effective_weight(module), source)
+
+
+def _without(module: nn.Module, adapter: AdapterLinear) -> Tensor:
+    """The old effective W minus the new adapter's product, as cast: so the base takes up what the cast has cost."""
+    W = effective_weight(module)
+    L, R, scale = adapter.pair()
+    return torch.addmm(W, L.detach().to(W.dtype), R.detach().to(W.dtype), alpha=-scale)
+
+
+def _unformed(like: Tensor) -> nn.Parameter:
+    """A Parameter of no elements, to be filled by a :class:`Merge`."""
+    return nn.Parameter(like.new_empty(0))
 
 
 def spectral_factors(parts: SVD, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

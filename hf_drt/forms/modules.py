@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hf_drt.forms.lazy import EffectiveWeight
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form
+from hf_drt.spectral import working_dtype
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 
@@ -209,3 +210,16 @@ def kaiming_rows(rank: int, width: int, generator: torch.Generator | None) -> Te
     """
     bound = 1 / math.sqrt(width)
     return torch.empty(rank, width).uniform_(-bound, bound, generator=generator or torch.Generator().manual_seed(0))
+
+
+def effective_weight(module: nn.Module) -> Tensor:
+    """``W (out, in)`` of a layer in any form, merged in float32 or better."""
+    dtype = working_dtype(next(module.parameters()).dtype)
+    match module:
+        case FactoredLinear():
+            return module.U.detach().to(dtype) @ module.V.detach().to(dtype)
+        case AdapterLinear():
+            L, R, scale = module.pair()
+            base = as_matrix(module.base.detach(), module.transposed).to(dtype)
+            return torch.addmm(base, L.detach().to(dtype), R.detach().to(dtype), alpha=scale)
+    return as_matrix(module.weight.detach(), is_transposed(module)).to(dtype)

@@ -1,4 +1,4 @@
-"""carry_state: one optimizer through a change of form."""
+"""One optimizer through a change of form: the parameters' places, then each layer's state."""
 
 from collections.abc import Callable
 
@@ -18,36 +18,22 @@ def unwrap(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-def carry_state(
-    optimizer: torch.optim.Optimizer, model: nn.Module, swaps: list[Swap], policy: str
-) -> Callable[[], None]:
-    """Stage the optimizer's part of a change of form; the returned function puts it in force, after the model's.
+def carry_groups(optimizer: torch.optim.Optimizer, model: nn.Module, swaps: list[Swap]) -> Callable[[], None]:
+    """Stage the new parameters' places in the optimizer; the returned function puts them in force, after the model's.
 
     Args:
         optimizer: Holds the trainable weights of every ``swap.old``.
         model: The model before the swaps.
-        swaps: Layers that change form; the values of ``swap.new``'s trainable low-rank weights must be set.
-        policy: 'project' carries the moments over (:mod:`hf_drt.optim.moments`), 'reset' drops them. The state of
-            every other parameter is kept in both.
+        swaps: Layers that change form.
 
     Raises:
         ValueError: The optimizer is not supported, or lacks a weight. Nothing has changed then.
     """
     optimizer = unwrap(optimizer)
-    keys = moment_keys(optimizer)
+    moment_keys(optimizer)
     lists = spliced_groups(optimizer, model, [(swap.name, swap.old, swap.new) for swap in swaps])
-    states = {}
-    if policy == "project":
-        for swap in swaps:
-            old = [optimizer.state.get(weight, {}) for weight in trainable_weights(swap.old)]
-            with torch.no_grad():
-                states |= dict(zip(trainable_weights(swap.new), project(swap.old, swap.new, old, keys), strict=True))
 
     def commit() -> None:
-        for swap in swaps:
-            for weight in trainable_weights(swap.old):
-                optimizer.state.pop(weight, None)
-        optimizer.state.update({weight: state for weight, state in states.items() if state})
         names = {id(p): name for name, p in model.named_parameters()}
         for group, params in zip(optimizer.param_groups, lists, strict=True):
             group["params"] = params
@@ -55,6 +41,25 @@ def carry_state(
                 group["param_names"] = [names[id(p)] for p in params]
 
     return commit
+
+
+@torch.no_grad()
+def carry_moments(optimizer: torch.optim.Optimizer, old: nn.Module, new: nn.Module, policy: str) -> None:
+    """One layer's optimizer state: the old weights' is dropped, the new ones' begins.
+
+    Args:
+        optimizer: As in :func:`carry_groups`.
+        old, new: The layer before and after; the low-rank weights of both must have their values.
+        policy: 'project' carries the moments over (:mod:`hf_drt.optim.moments`), 'reset' starts anew.
+    """
+    optimizer = unwrap(optimizer)
+    states = [optimizer.state.pop(weight, {}) for weight in trainable_weights(old)]
+    if policy == "project":
+        for weight, state in zip(
+            trainable_weights(new), project(old, new, states, moment_keys(optimizer)), strict=True
+        ):
+            if state:
+                optimizer.state[weight] = state
 
 
 def remembered(optimizer: torch.optim.Optimizer) -> Callable[[], None]:

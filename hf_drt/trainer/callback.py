@@ -1,9 +1,11 @@
 """DRTCallback: drives a DynamicRank through the events of a Trainer's loop, and reports what it does."""
 
+import contextlib
 import logging
 import math
 import statistics
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -56,7 +58,7 @@ class DRTCallback(TrainerCallback):
         self.probe: Callable[[], torch.Tensor | None] | None = None
         self.first_transition: Transition | None = None
         self.batches: list[Any] = []
-        self.after_switch: Callable[[], None] = lambda: None
+        self.around_switch: Callable[[], AbstractContextManager] = contextlib.nullcontext
         self.in_drt_trainer = False
 
     # ---- on its own: what DRTTrainer does before the loop
@@ -121,9 +123,10 @@ class DRTCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        transition = self.controller.begin_step(state.global_step, kwargs["optimizer"], self.probe)
+        switch = self.around_switch() if self.controller.match(state.global_step) else contextlib.nullcontext()
+        with switch:
+            transition = self.controller.begin_step(state.global_step, kwargs["optimizer"], self.probe)
         if transition is not None:
-            self.after_switch()
             self.meter.start_phase(transition.phase, args.device)
             self._log(state, _switch_row(transition))
             logger.info("update step %d: phase %d (%s)", transition.step, transition.phase, transition.kind)

@@ -25,7 +25,7 @@ from transformers import Seq2SeqTrainer, Trainer
 
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
-from hf_drt.distributed import rebuild_ddp
+from hf_drt.distributed import renewed_reducer
 from hf_drt.export import dense_state_dict
 from hf_drt.optim import form_group_options, remembered
 from hf_drt.pretrained import resolved_plan
@@ -96,7 +96,7 @@ class DRTTrainerMixin:
         find_targets(self.model, config.include, config.exclude)
         self._drt_probe = Probe(self)
         callback.probe = self._drt_probe
-        callback.after_switch = self._drt_after_switch
+        callback.around_switch = self._drt_around_switch
         self.add_callback(callback)
         self._drt_callback = callback
 
@@ -119,9 +119,9 @@ class DRTTrainerMixin:
         if self._drt_callback is not None:
             controller = self._drt_controller(max_steps, train_dataloader)
             if resume_from_checkpoint is None:
-                self._drt_callback.first_transition = controller.apply(self.state.global_step, self.optimizer)
+                with self._drt_around_switch():  # a second train() finds its model wrapped
+                    self._drt_callback.first_transition = controller.apply(self.state.global_step, self.optimizer)
                 self._drt_callback.meter = PhaseMeter()
-                self._drt_after_switch()  # a second train() finds its model wrapped
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _drt_controller(self, max_steps: int, train_dataloader: Any) -> DynamicRank:
@@ -163,12 +163,15 @@ class DRTTrainerMixin:
             self.drt.install(optimizer)
         return optimizer
 
-    def _drt_after_switch(self) -> None:
-        """The distributed engine and the compiler see the new parameters."""
+    @contextlib.contextmanager
+    def _drt_around_switch(self) -> Iterator[None]:
+        """After the block, in which the model changes form, distributed engine and compiler see the new parameters."""
         wrapped = getattr(self.model_wrapped, "_orig_mod", self.model_wrapped)
-        if isinstance(wrapped, DistributedDataParallel):
-            handler = self.accelerator.ddp_handler
-            rebuild_ddp(wrapped, handler.to_kwargs() if handler is not None else {})
+        with contextlib.ExitStack() as stack:
+            if isinstance(wrapped, DistributedDataParallel):
+                handler = self.accelerator.ddp_handler
+                stack.enter_context(renewed_reducer(wrapped, handler.to_kwargs() if handler is not None else {}))
+            yield
         if self.args.torch_compile:
             # Graphs of old structures count against dynamo's recompile limit, past which it runs eagerly in silence.
             torch._dynamo.reset()
@@ -219,10 +222,10 @@ class DRTTrainerMixin:
         max_steps = self.set_initial_training_values(self.args, dataloader)[-1]
         controller = self._drt_controller(max_steps, dataloader)
         state = checked_state(resume_from_checkpoint, controller, for_resume=True)
-        self._drt_restore_structure(resume_from_checkpoint, controller, state)
-        self._drt_callback.meter.load_state_dict(state.get("meter", {}))
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._drt_after_switch()
+        with self._drt_around_switch():
+            self._drt_restore_structure(resume_from_checkpoint, controller, state)
+            self._drt_callback.meter.load_state_dict(state.get("meter", {}))
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _drt_restore_structure(self, folder: str, controller: DynamicRank, state: dict[str, Any]) -> None:
         """The checkpoint's structure, and an optimizer over it that the checkpoint's fits; or all as it was."""
@@ -238,11 +241,12 @@ class DRTTrainerMixin:
             raise
 
     def _load_best_model(self) -> None:
-        if self.drt is not None:
+        if self.drt is None:
+            return super()._load_best_model()
+        with self._drt_around_switch():
             state = checked_state(self.state.best_model_checkpoint, self.drt, for_resume=False)
             self.drt.load_state_dict(state, self.optimizer)
-        super()._load_best_model()
-        self._drt_after_switch()
+            super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if self.drt is not None:

@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from hf_drt import DRTConfig, DynamicRank, Plan
 from hf_drt.forms import Adapter, Dense, Factored, convert, prepare, trainable_weights
-from hf_drt.optim import StepRules, carry_state, frobenius_decay_, rewarmup_factor
+from hf_drt.optim import StepRules, carry_groups, carry_moments, frobenius_decay_, rewarmup_factor
 from hf_drt.optim.groups import FORM, FROBENIUS, LR_SCALE
 from hf_drt.optim.moments import MomentKeys, project
 from hf_drt.schedule import Phase
@@ -191,7 +191,7 @@ def test_the_state_of_a_zero_adapter_starts_anew_for_lora_a():
 
 
 @pytest.mark.parametrize("policy", ["project", "reset"])
-def test_carry_state_is_staged_and_leaves_everything_as_it_was_until_the_commit(policy):
+def test_the_optimizer_stays_as_it_was_until_the_commit_and_has_the_new_weights_after_it(policy):
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(torch.randn(3, 16)).sum().backward()
@@ -199,13 +199,16 @@ def test_carry_state_is_staged_and_leaves_everything_as_it_was_until_the_commit(
     before = copy.deepcopy(optimizer.state_dict())
     conversion = prepare(model[0], Factored(4))
     swaps = [Swap("0", model[0], conversion.module)]
-    commit = carry_state(optimizer, model, swaps, policy)
+    commit = carry_groups(optimizer, model, swaps)
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
     assert torch.equal(after["state"][0]["exp_avg"], before["state"][0]["exp_avg"])
     replace(model, swaps)
-    conversion.commit()
     commit()
+    carry_moments(optimizer, swaps[0].old, swaps[0].new, policy)
+    conversion.commit()
+    assert set(optimizer.state) <= set(model.parameters())
+    assert (model[0].U in optimizer.state) == (policy == "project")
     assert [id(p) for g in optimizer.param_groups for p in g["params"]] == [id(p) for p in model.parameters()]
 
 

@@ -1,0 +1,79 @@
+"""Conversion: one layer on its way to another form, decided but not yet in force."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hf_drt.forms.modules import AdapterLinear, LowRankLinear, as_matrix, is_transposed
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A full-size weight that has still to be formed.
+
+    Attributes:
+        into: The Parameter that receives it, in the stored layout; of no elements where the layer had none so far.
+        matrix: Gives ``W (out, in)``, in float32 or better.
+        source: The layer whose factors go into W, and may be lost to rounding there; None if there are none.
+    """
+
+    into: nn.Parameter
+    matrix: Callable[[], Tensor]
+    source: LowRankLinear | None
+
+    def run(self, transposed: bool) -> float:
+        """Form the weight, cast it once, and return what the cast has cost (:attr:`Conversion.merge_error`)."""
+        W = self.matrix()
+        stored = as_matrix(W.to(self.into.dtype), transposed)
+        error = _rounding(self.source, W, as_matrix(stored, transposed)) if self.source is not None else 0.0
+        if self.into.shape == stored.shape:
+            self.into.copy_(stored)
+        else:
+            self.into.data = stored.contiguous()
+        return error
+
+
+@dataclass
+class Conversion:
+    """A layer in its new form, not yet in force.
+
+    Everything that can fail, and everything of low rank, is in it already; a weight of full size is formed by
+    :meth:`commit`, so that the conversions of a whole model need no second copy of it.
+
+    Attributes:
+        module: The layer in its new form. It may hold Parameter objects of the old layer (bias; W between dense and
+            adapter form), whose values and ``requires_grad`` are set by :meth:`commit`.
+        error: Relative Frobenius error of the effective weight by truncation, ``||W_new - W_old||_F / ||W_old||_F``.
+        merge: The weight that has to be formed, if any.
+        merge_error: Set by :meth:`commit`: what rounding to the parameter's dtype has cost where factors are merged
+            into W, relative to what they add to it, ``||cast(W) - W||_F / ||W - base||_F``, with base = 0 for Factored.
+            0 in float32; 1 where an adapter's update is lost in half precision.
+    """
+
+    module: nn.Module
+    error: float
+    merge: Merge | None = None
+    trainable: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
+    merge_error: float = 0.0
+
+    def commit(self) -> nn.Module:
+        """Form the weight, set what is trainable, let go of the old layer, and return the new one."""
+        if self.merge is not None:
+            dense = self.module._shell[0] if isinstance(self.module, LowRankLinear) else self.module
+            with torch.no_grad():
+                self.merge_error = self.merge.run(is_transposed(dense))
+            self.merge = None
+        for parameter, flag in self.trainable:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+        return self.module
+
+
+def _rounding(source: LowRankLinear, W: Tensor, rounded: Tensor) -> float:
+    if rounded.dtype == W.dtype:
+        return 0.0
+    base = as_matrix(source.base.detach(), source.transposed) if isinstance(source, AdapterLinear) else 0.0
+    update = (W - base).norm()
+    return 0.0 if update == 0 else ((rounded.to(W.dtype) - W).norm() / update).item()

@@ -1,0 +1,75 @@
+"""A change of form of many layers: prepared as a whole, then put in force layer by layer.
+
+All that can fail comes first, so that a failure leaves model and optimizer as they were. What it prepares is of low
+rank; weights of full size are formed one at a time, each in the place of what it is made of. So the peak of memory is
+that of the larger of the two phases, plus one layer.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from hf_drt.distributed import Job, decompositions
+from hf_drt.forms import Conversion, Form, prepare
+from hf_drt.optim import carry_groups, carry_moments
+from hf_drt.surgery import Swap, replace
+
+
+@dataclass
+class Outcome:
+    """What a change of form did to the weights.
+
+    Attributes:
+        errors: Relative Frobenius error by truncation, by layer.
+        merge_error: Largest share of an update that rounding has cost (:class:`hf_drt.forms.Conversion`).
+    """
+
+    errors: dict[str, float] = field(default_factory=dict)
+    merge_error: float = 0.0
+
+
+def change_forms(
+    model: nn.Module,
+    forms: dict[str, Form],
+    optimizer: torch.optim.Optimizer | None,
+    moments: str,
+    generator: Callable[[str], torch.Generator],
+) -> Outcome:
+    """Give layers of a model a new form.
+
+    Args:
+        model: The model, unwrapped.
+        forms: The form of every layer that changes, by name; the form that it is in already means a restart.
+        optimizer: The optimizer over the model's trainable parameters, if there is one.
+        moments: 'project' or 'reset', see :func:`hf_drt.optim.carry_moments`.
+        generator: Gives the random generator of a layer's new directions, by name.
+
+    Raises:
+        ValueError: A rank or weight is not valid, or the optimizer is not supported or lacks a weight. Nothing has
+            changed then.
+    """
+    conversions = list(_prepared(model, forms, generator))
+    swaps = [Swap(name, model.get_submodule(name), c.module) for name, c in zip(forms, conversions, strict=True)]
+    place = carry_groups(optimizer, model, swaps) if optimizer is not None else None
+    replace(model, swaps)
+    if place is not None:
+        place()
+    outcome = Outcome()
+    while swaps:  # popped, so that each old layer is free before the next new weight is formed
+        swap, conversion = swaps.pop(0), conversions.pop(0)
+        if optimizer is not None:
+            carry_moments(optimizer, swap.old, swap.new, moments)
+        conversion.commit()
+        outcome.errors[swap.name] = conversion.error
+        outcome.merge_error = max(outcome.merge_error, conversion.merge_error)
+    return outcome
+
+
+def _prepared(
+    model: nn.Module, forms: dict[str, Form], generator: Callable[[str], torch.Generator]
+) -> Iterator[Conversion]:
+    jobs = [Job(model.get_submodule(name), form) for name, form in forms.items()]
+    for name, job, parts in zip(forms, jobs, decompositions(jobs), strict=True):
+        yield prepare(job.module, job.form, generator(name), parts)
