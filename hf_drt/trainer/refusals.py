@@ -14,20 +14,10 @@ def refuse_unsupported(trainer: Any, config: DRTConfig) -> None:
     Raises:
         ValueError: Names what was found and what to do.
     """
-    args, model = trainer.args, trainer.model
-    reasons = {
-        "DeepSpeed, which partitions parameters": trainer.is_deepspeed_enabled,
-        "FSDP, which shards or flattens parameters": trainer.is_fsdp_enabled or bool(args.fsdp),
-        "nn.DataParallel, which replicates the model in every step": args.n_gpu > 1,
-        "a quantized model": getattr(model, "is_quantized", False),
-        "a PEFT model, which has changed the layers already": hasattr(model, "peft_config"),
-    }
-    for reason, applies in reasons.items():
+    for found, (applies, remedy) in _engines(trainer).items():
         if applies:
-            raise ValueError(
-                f"dynamic-rank training does not support {reason}. Train the original model on one device, or on "
-                "several with one process each (DistributedDataParallel); or unset drt_schedule."
-            )
+            raise ValueError(f"dynamic-rank training does not support {found}. {remedy} Or unset drt_schedule.")
+    args = trainer.args
     if args.push_to_hub and args.hub_strategy != HubStrategy.END and args.save_strategy != SaveStrategy.NO:
         raise ValueError(
             f"hub_strategy={args.hub_strategy.value} would publish weights in low-rank form, which plain transformers "
@@ -40,3 +30,45 @@ def refuse_unsupported(trainer: Any, config: DRTConfig) -> None:
             "factored_lr_scale, adapter_lr_scale and frobenius_decay add parameter groups, but a scheduler was passed "
             "that already counts them. Pass optimizers=(optimizer, None), or override create_scheduler."
         )
+
+
+_DISTRIBUTED = "Use FSDP2 (--fsdp with fsdp_config={'version': 2}), or DistributedDataParallel (torchrun alone)."
+_ORIGINAL = "Train the original model."
+
+
+def _engines(trainer: Any) -> dict[str, tuple[bool, str]]:
+    """What was found, whether it applies, and the way out."""
+    args, model = trainer.args, trainer.model
+    return {
+        "FSDP1, which flattens the parameters of a block into one": (_fsdp_version(trainer) == 1, _DISTRIBUTED),
+        "FSDP on XLA, which wraps layers for good": (
+            bool(getattr(trainer, "is_fsdp_xla_enabled", False)),
+            _DISTRIBUTED,
+        ),
+        "DeepSpeed, which flattens parameters (ZeRO-1, 2) or partitions them (ZeRO-3)": (
+            trainer.is_deepspeed_enabled,
+            _DISTRIBUTED,
+        ),
+        "tensor parallelism, which has cut the weights into slices": (
+            (getattr(model, "_tp_size", None) or 1) > 1,
+            f"Load the model without tp_plan. {_DISTRIBUTED}",
+        ),
+        "a model that transformers has sharded while loading": (
+            bool(getattr(model, "is_distributed_loading_by_transformers", False)),
+            f"Load it without distributed_config. {_DISTRIBUTED}",
+        ),
+        "nn.DataParallel, which replicates the model in every step": (
+            args.n_gpu > 1,
+            "Start one process per device with torchrun or accelerate launch, or show it one device with "
+            "CUDA_VISIBLE_DEVICES=0.",
+        ),
+        "a quantized model": (bool(getattr(model, "is_quantized", False)), _ORIGINAL),
+        "a PEFT model, which has changed the layers already": (hasattr(model, "peft_config"), _ORIGINAL),
+    }
+
+
+def _fsdp_version(trainer: Any) -> int | None:
+    """1 or 2, or None without FSDP."""
+    if not trainer.is_fsdp_enabled:
+        return None
+    return getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1)

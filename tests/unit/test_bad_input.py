@@ -600,7 +600,7 @@ TRAINABLE = SimpleNamespace(is_trainable=True, is_qat_trainable=True)
         (
             lambda: with_attributes(is_quantized=True, hf_quantizer=TRAINABLE),
             {},
-            r"does not support a quantized model\. Train the original model on one device, .*; or unset drt_schedule",
+            r"does not support a quantized model\. Train the original model\. Or unset drt_schedule",
         ),
         (tiny.llama, {"drt_include": ["conv"]}, r"no layer to train in changing rank: .* 14 not matched by include"),
     ],
@@ -611,24 +611,41 @@ def test_a_trainer_refuses_what_would_go_wrong_in_silence(tmp_path, model, chang
         tiny.trainer(tmp_path, model(), **changes)
 
 
+def fsdp(version: int) -> SimpleNamespace:
+    return SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version)))
+
+
 def engine(**changes) -> SimpleNamespace:
     """What the refusals read of a trainer."""
     args = {
-        "fsdp": None, "n_gpu": 0, "world_size": 1, "push_to_hub": False,
+        "n_gpu": 0, "world_size": 1, "push_to_hub": False,
         "hub_strategy": HubStrategy.EVERY_SAVE, "save_strategy": SaveStrategy.STEPS,
     }  # fmt: skip
     inner = {key: changes.pop(key) for key in list(changes) if key in args}
-    outer = {"is_deepspeed_enabled": False, "is_fsdp_enabled": False, "eval_dataset": None, "lr_scheduler": None}
-    return SimpleNamespace(args=SimpleNamespace(**args | inner), model=nn.Linear(1, 1), **outer | changes)
+    outer = {
+        "is_deepspeed_enabled": False, "is_fsdp_enabled": False, "eval_dataset": None, "lr_scheduler": None,
+        "model": nn.Linear(1, 1),
+    }  # fmt: skip
+    return SimpleNamespace(args=SimpleNamespace(**args | inner), **outer | changes)
 
 
 @pytest.mark.parametrize(
     ("found", "config", "message"),
     [
-        ({"is_deepspeed_enabled": True}, {}, r"does not support DeepSpeed, which partitions parameters"),
-        ({"is_fsdp_enabled": True}, {}, r"does not support FSDP, which shards or flattens parameters"),
-        ({"fsdp": ["full_shard"]}, {}, r"does not support FSDP"),
-        ({"n_gpu": 2}, {}, r"does not support nn\.DataParallel, which replicates the model in every step"),
+        ({"is_deepspeed_enabled": True}, {}, r"DeepSpeed, which flattens .* \(ZeRO-1, 2\) .* \(ZeRO-3\)\. Use FSDP2"),
+        (
+            {"is_fsdp_enabled": True, "accelerator": fsdp(1)},
+            {},
+            r"support FSDP1, which flattens .*'version': 2.*torchrun",
+        ),
+        ({"is_fsdp_xla_enabled": True}, {}, r"does not support FSDP on XLA, .*DistributedDataParallel"),
+        ({"n_gpu": 2}, {}, r"does not support nn\.DataParallel, which replicates .* torchrun or accelerate launch"),
+        ({"model": SimpleNamespace(_tp_size=2)}, {}, r"does not support tensor parallelism, .* without tp_plan"),
+        (
+            {"model": SimpleNamespace(is_distributed_loading_by_transformers=True)},
+            {},
+            r"a model that transformers has sharded while loading\. Load it without distributed_config",
+        ),
         ({"push_to_hub": True}, {}, r"hub_strategy=every_save would publish weights in low-rank form, .*=end"),
         ({"push_to_hub": True, "hub_strategy": HubStrategy.CHECKPOINT}, {}, r"hub_strategy=checkpoint would publish"),
         (
