@@ -18,9 +18,7 @@ from hf_drt.forms import (
     Dense,
     Form,
     break_even_rank,
-    convert,
     effective_weight,
-    empty_like,
     form_of,
     resolve_form,
     trainable_weights,
@@ -30,8 +28,6 @@ from hf_drt.forms.modules import FactoredLinear
 from hf_drt.optim import (
     StepRules,
     add_form_groups,
-    carry_groups,
-    carry_moments,
     form_group_options,
     locate,
     moment_keys,
@@ -41,10 +37,11 @@ from hf_drt.optim import (
 from hf_drt.pretrained import resolved_plan
 from hf_drt.schedule import Plan, Run, Schedule
 from hf_drt.selection import find_targets, has_hooks, is_linear
+from hf_drt.sharding import gathered
 from hf_drt.spectral import effective_rank, factored_singular_values, singular_values
 from hf_drt.structure import LASTING, check_structure, structure
 from hf_drt.surgery import Swap, replace
-from hf_drt.transition import change_forms
+from hf_drt.transition import change_forms, empty_forms
 
 logger = logging.getLogger(__name__)
 
@@ -300,17 +297,9 @@ class DynamicRank:
             ValueError: As in :meth:`check_state`; the model is as it was then.
         """
         self.check_state(state)
-        swaps = [
-            Swap(name, self._layer(name), empty_like(self._layer(name), form))
-            for name, form in self.forms(state["phase"]).items()
-            if form_of(self._layer(name)) != form
-        ]
-        place = carry_groups(optimizer, self.model, swaps) if optimizer is not None and swaps else None
-        replace(self.model, swaps)
-        if place is not None:
-            place()
-            for swap in swaps:
-                carry_moments(optimizer, swap.old, swap.new, "reset")
+        forms = self.forms(state["phase"])
+        changed = {name: form for name, form in forms.items() if form_of(self._layer(name)) != form}
+        swaps = empty_forms(self.model, changed, optimizer)
         self.phase = state["phase"]
         self._step = self.plan.phases[self.phase].start
         return swaps
@@ -373,14 +362,13 @@ class DynamicRank:
         return plan_cost(self.plan, list(self.targets.values()), forms)
 
     def effective_ranks(self) -> dict[str, float]:
-        """Effective rank of every target layer; factored ones from r x r matrices only."""
-        return {name: effective_rank(_spectrum(self._layer(name))) for name in self.targets}
+        """Effective rank of every target layer; factored ones from r x r matrices only. Collective under FSDP2."""
+        return {name: effective_rank(_spectrum(gathered(self._layer(name)))) for name in self.targets}
 
     def to_dense(self) -> None:
         """Bring every target layer back to its dense form: a plain model, that loads anywhere."""
-        layers = {name: self._layer(name) for name in self.targets}
-        low_rank = {name: layer for name, layer in layers.items() if form_of(layer) != Dense()}
-        replace(self.model, [Swap(name, layer, convert(layer, Dense()).module) for name, layer in low_rank.items()])
+        low_rank = {name: Dense() for name in self.targets if form_of(self._layer(name)) != Dense()}
+        change_forms(self.model, low_rank, None, "reset", lambda name: self._generator(0, name))
         self.phase = None
 
 

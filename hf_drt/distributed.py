@@ -4,6 +4,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_drt.forms import Form, decompose, decomposition_shapes, weight_shape
+from hf_drt.sharding import gathered
 from hf_drt.spectral import SVD, working_dtype
 
 
@@ -41,27 +43,43 @@ def decompositions(jobs: list[Job]) -> Iterator[SVD | None]:
     """:func:`hf_drt.forms.decompose` of every job in turn, each done by one process and sent to all.
 
     All processes end with the same bits, whatever their hardware, and must take all results. On one process each is
-    made when it is asked for.
+    made when it is asked for. Of a sharded model a process holds the whole weight of one layer at a time.
 
     Raises:
         ValueError: A decomposition failed on any process; raised on all of them, since one that waits for another
             would wait for ever.
     """
     if processes() == 1:
-        yield from (decompose(job.module, job.form) for job in jobs)
+        yield from (decompose(gathered(job.module), job.form) for job in jobs)
         return
     owners = shares([_cost(job) for job in jobs], processes())
     own: dict[int, SVD | None] = {}
     error: ValueError | None = None
-    for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
-        if owner == dist.get_rank():
-            try:
-                own[index] = decompose(job.module, job.form)
-            except ValueError as failure:
-                error = failure
-    _raise_everywhere(error, jobs)
+    for index, module in _in_rounds(jobs, owners):
+        try:
+            own[index] = decompose(module, jobs[index].form)
+        except ValueError as failure:
+            error = failure
+    raise_everywhere(error, jobs)
     for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
         yield _broadcast(job, owner, own.pop(index, None))
+
+
+def _in_rounds(jobs: list[Job], owners: list[int]) -> Iterator[tuple[int, nn.Module]]:
+    """This process's jobs, and their layers with whole weights. In each round, in which all processes gather together,
+    every owner gets its next one."""
+    queues = [[i for i, owner in enumerate(owners) if owner == process] for process in range(processes())]
+    for positions in zip_longest(*queues):
+        mine = None
+        for index in sorted(i for i in positions if i is not None):
+            if decomposition_shapes(jobs[index].module, jobs[index].form) is None:
+                continue
+            whole = gathered(jobs[index].module)
+            if owners[index] == dist.get_rank():
+                mine = (index, whole)
+            del whole
+        if mine is not None:
+            yield mine
 
 
 def _cost(job: Job) -> float:
@@ -69,14 +87,15 @@ def _cost(job: Job) -> float:
     return float(out * into * min(out, into))
 
 
-def _raise_everywhere(error: ValueError | None, jobs: list[Job]) -> None:
+def raise_everywhere(error: ValueError | None, jobs: list[Job]) -> None:
+    """Raise on all processes what one of them has found. Collective."""
     device = next(jobs[0].module.parameters()).device if jobs else torch.device("cpu")
     failed = torch.tensor([float(error is not None)], device=device)
     dist.all_reduce(failed, op=dist.ReduceOp.MAX)
     if error is not None:
         raise error
     if failed.item():
-        raise ValueError("a decomposition failed on another process; its log has the reason.")
+        raise ValueError("the change of form failed on another process; its log has the reason.")
 
 
 def _broadcast(job: Job, owner: int, part: SVD | None) -> SVD | None:

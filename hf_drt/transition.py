@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from hf_drt.distributed import Job, decompositions
-from hf_drt.forms import Conversion, Form, prepare
-from hf_drt.optim import carry_groups, carry_moments
+from hf_drt.distributed import Job, decompositions, raise_everywhere
+from hf_drt.forms import Conversion, Form, check, empty_like, prepare
+from hf_drt.optim import carry_groups, carry_moments, put_states, take_states
+from hf_drt.sharding import gathered, is_sharded, reshard, splice
 from hf_drt.surgery import Swap, replace
 
 
@@ -28,6 +29,11 @@ class Outcome:
 
     errors: dict[str, float] = field(default_factory=dict)
     merge_error: float = 0.0
+
+    def add(self, name: str, conversion: Conversion) -> None:
+        """Count a layer in, after its commit."""
+        self.errors[name] = conversion.error
+        self.merge_error = max(self.merge_error, conversion.merge_error)
 
 
 def change_forms(
@@ -50,6 +56,39 @@ def change_forms(
         ValueError: A rank or weight is not valid, or the optimizer is not supported or lacks a weight. Nothing has
             changed then.
     """
+    change = _change_sharded if is_sharded(model) else _change
+    return change(model, forms, optimizer, moments, generator)
+
+
+def empty_forms(model: nn.Module, forms: dict[str, Form], optimizer: torch.optim.Optimizer | None = None) -> list[Swap]:
+    """Give layers a form whose values are unset, for loading; the optimizer, if any, gets the new parameters.
+
+    Returns:
+        The swaps made; they keep the old weights alive. Collective for a sharded model.
+    """
+    swaps = []
+    for name, form in forms.items():
+        old = model.get_submodule(name)
+        plain = gathered(old)
+        swaps.append(Swap(name, old, empty_like(plain, form)))
+        if plain is not old:
+            splice(model, old, plain, swaps[-1].new)
+    place = carry_groups(optimizer, model, swaps) if optimizer is not None and swaps else None
+    replace(model, swaps)
+    if place is not None:
+        place()
+        for swap in swaps:
+            carry_moments(optimizer, swap.old, swap.new, "reset")
+    return swaps
+
+
+def _change(
+    model: nn.Module,
+    forms: dict[str, Form],
+    optimizer: torch.optim.Optimizer | None,
+    moments: str,
+    generator: Callable[[str], torch.Generator],
+) -> Outcome:
     conversions = list(_prepared(model, forms, generator))
     swaps = [Swap(name, model.get_submodule(name), c.module) for name, c in zip(forms, conversions, strict=True)]
     place = carry_groups(optimizer, model, swaps) if optimizer is not None else None
@@ -62,8 +101,7 @@ def change_forms(
         if optimizer is not None:
             carry_moments(optimizer, swap.old, swap.new, moments)
         conversion.commit()
-        outcome.errors[swap.name] = conversion.error
-        outcome.merge_error = max(outcome.merge_error, conversion.merge_error)
+        outcome.add(swap.name, conversion)
     return outcome
 
 
@@ -73,3 +111,47 @@ def _prepared(
     jobs = [Job(model.get_submodule(name), form) for name, form in forms.items()]
     for name, job, parts in zip(forms, jobs, decompositions(jobs), strict=True):
         yield prepare(job.module, job.form, generator(name), parts)
+
+
+def _change_sharded(
+    model: nn.Module,
+    forms: dict[str, Form],
+    optimizer: torch.optim.Optimizer | None,
+    moments: str,
+    generator: Callable[[str], torch.Generator],
+) -> Outcome:
+    """The same under FSDP2, where a process has room for the whole weights of one layer only. Collective."""
+    reshard(model)
+    jobs = {name: Job(model.get_submodule(name), form) for name, form in forms.items()}
+    _check_everywhere(list(jobs.values()))
+    if optimizer is not None:
+        carry_groups(optimizer, model, [Swap(name, job.module, job.module) for name, job in jobs.items()])
+    parts = list(decompositions(list(jobs.values())))
+    outcome = Outcome()
+    while jobs:
+        name = next(iter(jobs))
+        old, form = jobs[name].module, jobs.pop(name).form
+        plain = gathered(old)
+        conversion = prepare(plain, form, generator(name), parts.pop(0))
+        new = conversion.module
+        states = take_states(optimizer, old, new, moments, plain) if optimizer is not None else []
+        conversion.commit()
+        splice(model, old, plain, new)
+        swap = Swap(name, old, new)
+        place = carry_groups(optimizer, model, [swap]) if optimizer is not None else None
+        replace(model, [swap])
+        if place is not None:
+            place()
+            put_states(optimizer, new, states)
+        outcome.add(name, conversion)
+    return outcome
+
+
+def _check_everywhere(jobs: list[Job]) -> None:
+    error = None
+    try:
+        for job in jobs:
+            check(job.module, job.form)
+    except ValueError as failure:
+        error = failure
+    raise_everywhere(error, jobs)

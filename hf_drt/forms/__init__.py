@@ -1,7 +1,7 @@
 """One linear map, several parametrizations: Dense | Factored | Adapter."""
 
 from hf_drt.forms.conversion import Conversion
-from hf_drt.forms.convert import convert, decompose, decomposition_shapes, empty_like, prepare
+from hf_drt.forms.convert import check, convert, decompose, decomposition_shapes, empty_like, prepare
 from hf_drt.forms.modules import (
     AdapterLinear,
     FactoredLinear,
@@ -28,6 +28,7 @@ __all__ = [
     "LowRankLinear",
     "as_matrix",
     "break_even_rank",
+    "check",
     "convert",
     "decompose",
     "decomposition_shapes",

@@ -72,8 +72,7 @@ def prepare(
     Raises:
         ValueError: The rank exceeds min(out, in), or the weight holds inf or nan.
     """
-    _check(module, form)
-    _check_finite(module)
+    check(module, form)
     if parts is None:
         parts = decompose(module, form)
     with torch.no_grad():
@@ -91,7 +90,7 @@ def prepare(
 
 def empty_like(module: nn.Module, form: Form) -> nn.Module:
     """A layer in ``form`` with the shapes, dtype, device and bias of ``module`` and with unset values, for loading."""
-    _check(module, form)
+    _check_rank(module, form)
     out, into = weight_shape(module)
     like = next(p for name, p in module.named_parameters() if name != "bias")
     dense = _dense_module(module)
@@ -110,7 +109,24 @@ def empty_like(module: nn.Module, form: Form) -> nn.Module:
             return AdapterLinear(dense, form, base, empty(rank, into), empty(out, rank), module.bias)
 
 
-def _check(module: nn.Module, form: Form) -> None:
+def check(module: nn.Module, form: Form) -> None:
+    """Whether the layer can take the form; of a sharded layer, what this process holds of it.
+
+    Raises:
+        TypeError: ``form`` is none.
+        ValueError: The rank exceeds min(out, in), or the weight holds inf or nan.
+    """
+    _check_rank(module, form)
+    for name, parameter in module.named_parameters():
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        if name != "bias" and not torch.isfinite(local).all():
+            raise ValueError(
+                f"{name} of a layer of shape (out, in) = {weight_shape(module)} holds inf or nan. The training has "
+                "diverged: lower the learning rate, or go back to an earlier checkpoint."
+            )
+
+
+def _check_rank(module: nn.Module, form: Form) -> None:
     if not isinstance(form, Form):
         raise TypeError(f"{form!r} is no form; allowed are Dense(), Factored(rank) and Adapter(rank, alpha, init).")
     if isinstance(form, Dense):
@@ -120,15 +136,6 @@ def _check(module: nn.Module, form: Form) -> None:
         raise ValueError(
             f"rank must lie in 1..{limit} for a layer of shape (out, in) = {weight_shape(module)}, got {form.rank}."
         )
-
-
-def _check_finite(module: nn.Module) -> None:
-    for name, parameter in module.named_parameters():
-        if name != "bias" and not torch.isfinite(parameter).all():
-            raise ValueError(
-                f"{name} of a layer of shape (out, in) = {weight_shape(module)} holds inf or nan. The training has "
-                "diverged: lower the learning rate, or go back to an earlier checkpoint."
-            )
 
 
 def _dense_module(module: nn.Module) -> nn.Module:

@@ -7,7 +7,8 @@ from torch import nn
 
 from hf_drt.forms import trainable_weights
 from hf_drt.optim.groups import spliced_groups
-from hf_drt.optim.moments import moment_keys, project
+from hf_drt.optim.moments import State, moment_keys, project
+from hf_drt.sharding import full, sharded_like
 from hf_drt.surgery import Swap
 
 
@@ -43,7 +44,6 @@ def carry_groups(optimizer: torch.optim.Optimizer, model: nn.Module, swaps: list
     return commit
 
 
-@torch.no_grad()
 def carry_moments(optimizer: torch.optim.Optimizer, old: nn.Module, new: nn.Module, policy: str) -> None:
     """One layer's optimizer state: the old weights' is dropped, the new ones' begins.
 
@@ -52,14 +52,32 @@ def carry_moments(optimizer: torch.optim.Optimizer, old: nn.Module, new: nn.Modu
         old, new: The layer before and after; the low-rank weights of both must have their values.
         policy: 'project' carries the moments over (:mod:`hf_drt.optim.moments`), 'reset' starts anew.
     """
+    put_states(optimizer, new, take_states(optimizer, old, new, policy))
+
+
+@torch.no_grad()
+def take_states(
+    optimizer: torch.optim.Optimizer, old: nn.Module, new: nn.Module, policy: str, whole: nn.Module | None = None
+) -> list[State]:
+    """First half of :func:`carry_moments`: drop the old weights' state, and return the new ones'.
+
+    Args:
+        whole: The old layer with whole weights, where ``old`` is sharded and ``new`` is not yet; then collective.
+    """
     optimizer = unwrap(optimizer)
     states = [optimizer.state.pop(weight, {}) for weight in trainable_weights(old)]
-    if policy == "project":
-        for weight, state in zip(
-            trainable_weights(new), project(old, new, states, moment_keys(optimizer)), strict=True
-        ):
-            if state:
-                optimizer.state[weight] = state
+    if policy == "reset":
+        return [{} for _ in trainable_weights(new)]
+    states = [{key: full(value) for key, value in state.items()} for state in states]
+    return project(whole if whole is not None else old, new, states, moment_keys(optimizer))
+
+
+def put_states(optimizer: torch.optim.Optimizer, new: nn.Module, states: list[State]) -> None:
+    """Second half of :func:`carry_moments`, in the way in which the new weights are sharded, if they are."""
+    optimizer = unwrap(optimizer)
+    for weight, state in zip(trainable_weights(new), states, strict=True):
+        if state:
+            optimizer.state[weight] = {key: sharded_like(value, weight) for key, value in state.items()}
 
 
 def remembered(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
