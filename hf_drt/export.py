@@ -1,23 +1,60 @@
 """A model in any mix of forms as an ordinary dense one."""
 
+from collections.abc import Iterator
+
+import torch
 from torch import Tensor, nn
 
-from hf_drt.forms import LowRankLinear, as_matrix, effective_weight
+from hf_drt.forms import AdapterLinear, FactoredLinear, LowRankLinear, as_matrix
+from hf_drt.spectral import working_dtype
 
 
-def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def dense_state_dict(model: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """State dict under the names of the dense model; the model itself stays as it is.
 
     Low-rank layers are merged in float32 (or better) and cast once. The result loads into the model's original class
     without this package.
+
+    Args:
+        model: In any mix of forms.
+        state: Its state dict where that has been gathered already, as of a sharded model; may be empty on a process
+            that gets none.
     """
-    state = model.state_dict()
+    merged = dict(model.state_dict() if state is None else state)
+    for name, layer in low_rank_layers(model):
+        tensors = {key: merged.pop(f"{name}.{key}", None) for key in layer.tensors}
+        if None not in tensors.values():
+            dtype = next(iter(tensors.values())).dtype
+            merged[f"{name}.weight"] = as_matrix(_merged(layer, tensors), layer.transposed).to(dtype).contiguous()
+    return merged
+
+
+def marked_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A gathered state dict with the entry of no elements that keeps plain transformers from loading low-rank layers as
+    random ones (:class:`hf_drt.forms.LowRankLinear`); a sharded model's own state has none."""
+    marks = {}
+    for name, layer in low_rank_layers(model):
+        if (tensor := state.get(f"{name}.{layer.tensors[0]}")) is not None:
+            shape = (layer.in_features, 0) if layer.transposed else (0, layer.in_features)
+            marks[f"{name}.weight"] = tensor.new_empty(shape)
+    return state | marks
+
+
+def low_rank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
+    """Every low-rank layer under every name that its tensors have in the state dict."""
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, LowRankLinear):
-            continue
-        own = [f"{name}.{key}" for key, _ in module.named_parameters() if key != "bias"]
-        dtype = state[own[0]].dtype
-        for key in own:
-            del state[key]
-        state[f"{name}.weight"] = as_matrix(effective_weight(module), module.transposed).to(dtype).contiguous()
-    return state
+        if isinstance(module, LowRankLinear):
+            yield name.replace("_checkpoint_wrapped_module.", ""), module
+
+
+def _merged(layer: LowRankLinear, tensors: dict[str, Tensor]) -> Tensor:
+    """``W (out, in)`` from the layer's tensors, in float32 or better."""
+    with torch.no_grad():
+        whole = {key: value.to(working_dtype(value.dtype)) for key, value in tensors.items()}
+        match layer:
+            case FactoredLinear():
+                return whole["U"] @ whole["V"]
+            case AdapterLinear():
+                base = as_matrix(whole["base"], layer.transposed)
+                return torch.addmm(base, whole["lora_B"], whole["lora_A"], alpha=layer.form.scaling)
+    raise TypeError(f"{type(layer).__name__} is no low-rank form that can be merged.")

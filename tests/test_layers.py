@@ -19,7 +19,7 @@ ALLOWED = {
     "surgery":    set(),
     "sharding":   set(),
     "distributed": {"spectral", "forms", "sharding"},
-    "export":     {"forms"},
+    "export":     {"spectral", "forms"},
     "structure":  {"schedule", "forms"},
     "pretrained": {"config", "schedule"},
     "optim":      {"spectral", "config", "forms", "surgery", "sharding"},
@@ -27,7 +27,7 @@ ALLOWED = {
     "controller": {"spectral", "config", "schedule", "forms", "cost", "selection", "surgery", "optim",
                    "structure", "pretrained", "sharding", "transition"},
     "trainer":    {"config", "schedule", "forms", "selection", "export", "optim", "controller", "state",
-                   "distributed", "pretrained"},
+                   "distributed", "sharding", "pretrained"},
 }
 STDLIB_ONLY = {"config", "schedule", "state"}
 KNOWS_TRANSFORMERS = {"trainer"}

@@ -130,6 +130,8 @@ class LowRankLinear(nn.Module):
     # makes that a size mismatch, which is raised even then.
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(self.pair()[0], "to_local"):  # sharded: every entry of the state dict is looked up as a parameter
+            return
         shape = (self.in_features, 0) if self.transposed else (0, self.in_features)
         destination[prefix + "weight"] = self.pair()[0].detach().new_empty(shape)
 

@@ -19,6 +19,7 @@ from hf_drt.forms import form_from_dict, is_transposed, tensor_shapes
 from hf_drt.forms.modules import LowRankLinear
 from hf_drt.optim import unwrap
 from hf_drt.state import STATE_NAME, CheckpointError, read_state
+from hf_drt.trainer.fsdp_files import check_engine, check_fsdp_files, is_fsdp_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +28,14 @@ _BROKEN_JSON = (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, A
 Shapes = dict[str, tuple[int, ...]]
 
 
-def checked_state(folder: str | Path, controller: DynamicRank, for_resume: bool) -> dict[str, Any]:
+def checked_state(folder: str | Path, controller: DynamicRank, for_resume: bool, fsdp: bool = False) -> dict[str, Any]:
     """The structure state of a checkpoint, after the whole folder has been compared with the run.
 
     Args:
         folder: ``checkpoint-N``.
         controller: The run's plan and model.
         for_resume: Also require the optimizer's, scheduler's and trainer's files; False to load weights only.
+        fsdp: Whether the run is under FSDP, whose checkpoints are of their own kind.
 
     Raises:
         CheckpointError: A file is missing, cut short or edited, or belongs to another run; the message names it.
@@ -48,9 +50,11 @@ def checked_state(folder: str | Path, controller: DynamicRank, for_resume: bool)
         raise CheckpointError(f"{folder} does not fit this run: {error}") from None
     if not isinstance(state.get("meter", {}), dict):
         raise CheckpointError(f"{folder / STATE_NAME} is damaged: its 'meter' is {state['meter']!r}. {_OTHER}")
+    check_engine(folder, fsdp)
     if for_resume:
         _check_trainer_files(folder, state)
-    _check_weights(folder, controller, state)
+    if not fsdp or _weight_files(folder)[0].is_file():  # in shards, they are compared as they are loaded
+        _check_weights(folder, controller, state)
     return state
 
 
@@ -65,7 +69,8 @@ def last_complete_checkpoint(folder: str | Path) -> str:
     for path in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
         try:
             _check_trainer_files(path, read_state(path))
-            _stored_shapes(path)
+            if not is_fsdp_checkpoint(path):
+                _stored_shapes(path)
         except CheckpointError as error:
             problems.append(f"{path.name}: {error}")
             logger.warning("%s is passed over: %s", path.name, error)
@@ -138,13 +143,17 @@ def _check_trainer_files(folder: Path, state: dict[str, Any]) -> None:
             f"{folder} mixes two checkpoints: {TRAINER_STATE_NAME} is of step {step}, {STATE_NAME} of step "
             f"{state.get('step')}. {_OTHER}"
         )
-    for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
+    fsdp = is_fsdp_checkpoint(folder)
+    if fsdp:
+        check_fsdp_files(folder)
+    own = (SCHEDULER_NAME,) if fsdp else (OPTIMIZER_NAME, SCHEDULER_NAME)
+    for name in own:
         if not (folder / name).is_file():
             raise CheckpointError(
                 f"{folder / name} is missing: training cannot go on from here (was it saved with save_only_model?). "
                 f"{_OTHER}"
             )
-    for path in (folder / OPTIMIZER_NAME, folder / SCHEDULER_NAME, *folder.glob("rng_state*.pth")):
+    for path in (*(folder / name for name in own), *folder.glob("rng_state*.pth")):
         if not zipfile.is_zipfile(path):
             raise CheckpointError(f"{path} is cut short or damaged. {_OTHER}")
     scheduler = torch.load(folder / SCHEDULER_NAME, map_location="cpu", weights_only=True)

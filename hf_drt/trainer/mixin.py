@@ -9,6 +9,7 @@ What each override is for:
 - ``_save_checkpoint``, ``_save``: checkpoints keep their form and get ``drt_state.json``; models saved by the user are
   dense.
 - ``train``: resume_from_checkpoint=True means the last complete checkpoint.
+- ``save_model``, ``_save_optimizer_and_scheduler``: what FSDP's sharded checkpoints leave out.
 - ``_load_from_checkpoint``, ``_load_best_model``: structure before weights, since the Trainer loads non-strictly.
 - ``_issue_warnings_after_load``: a missing key of ours is an error, no warning.
 """
@@ -26,11 +27,13 @@ from transformers import Seq2SeqTrainer, Trainer
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.distributed import renewed_reducer
-from hf_drt.export import dense_state_dict
+from hf_drt.export import dense_state_dict, marked_state_dict
+from hf_drt.forms import AdapterLinear
 from hf_drt.optim import form_group_options, remembered
 from hf_drt.pretrained import resolved_plan
 from hf_drt.schedule import Run, Schedule
 from hf_drt.selection import find_targets
+from hf_drt.sharding import is_sharded
 from hf_drt.state import STATE_NAME, CheckpointError, read_state
 from hf_drt.trainer.arguments import PREFIX
 from hf_drt.trainer.callback import DRTCallback, updates_per_epoch
@@ -53,6 +56,8 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
     "_save_checkpoint": ("model", "trial"),
     "_save": ("output_dir", "state_dict"),
+    "save_model": ("output_dir", "_internal_call"),
+    "_save_optimizer_and_scheduler": ("output_dir",),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_best_model": (),
     "_issue_warnings_after_load": ("load_result",),
@@ -118,11 +123,21 @@ class DRTTrainerMixin:
         self._drt_refuse_callbacks()
         if self._drt_callback is not None:
             controller = self._drt_controller(max_steps, train_dataloader)
-            if resume_from_checkpoint is None:
+            if resume_from_checkpoint is not None and self.is_fsdp_enabled:
+                self._drt_restore_before_sharding(resume_from_checkpoint, controller)
+            elif resume_from_checkpoint is None:
                 with self._drt_around_switch():  # a second train() finds its model wrapped
                     self._drt_callback.first_transition = controller.apply(self.state.global_step, self.optimizer)
                 self._drt_callback.meter = PhaseMeter()
+            if self.is_fsdp_enabled and self.args.mixed_precision != "no" and not is_sharded(self.model):
+                _upcast_bases(self.model)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _drt_restore_before_sharding(self, folder: str, controller: DynamicRank) -> None:
+        """FSDP loads weights and optimizer after both have been sharded, and so after the structure has to be there."""
+        state = checked_state(folder, controller, for_resume=True, fsdp=True)
+        controller.load_state_dict(state, self.optimizer)
+        self._drt_callback.meter.load_state_dict(state.get("meter", {}))
 
     def _drt_controller(self, max_steps: int, train_dataloader: Any) -> DynamicRank:
         """The controller of this model and run: the present one if it fits, else a new one."""
@@ -197,10 +212,24 @@ class DRTTrainerMixin:
         if self.drt is None:
             return super()._save(output_dir, state_dict=state_dict)
         if not self._drt_in_checkpoint:
-            return super()._save(output_dir, state_dict=state_dict or dense_state_dict(self.model))
+            return super()._save(output_dir, state_dict=dense_state_dict(self.model, state_dict))
         with _runtime_names(self.model):
-            super()._save(output_dir, state_dict=state_dict)
+            super()._save(output_dir, state_dict=state_dict and marked_state_dict(self.model, state_dict))
         if self.args.should_save:
+            self._drt_callback.write_state(output_dir, self.state.global_step)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The base's, which writes nothing for a model that FSDP saves in shards; here the user gets a whole one."""
+        super().save_model(output_dir, _internal_call)
+        if self.drt is not None and self._drt_saves_shards() and not self._drt_in_checkpoint:
+            self._save(output_dir or self.args.output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+
+    def _drt_saves_shards(self) -> bool:
+        return self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.drt is not None and self._drt_saves_shards() and self.args.should_save:  # _save is not called for them
             self._drt_callback.write_state(output_dir, self.state.global_step)
 
     # ---- loading
@@ -214,6 +243,8 @@ class DRTTrainerMixin:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._drt_callback is None:
             _refuse_low_rank(resume_from_checkpoint)
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.args.auto_find_batch_size:  # the base restores it only after the weights, but the plan depends on it
             self._train_batch_size = stored_batch_size(resume_from_checkpoint) or self._train_batch_size
@@ -244,7 +275,8 @@ class DRTTrainerMixin:
         if self.drt is None:
             return super()._load_best_model()
         with self._drt_around_switch():
-            state = checked_state(self.state.best_model_checkpoint, self.drt, for_resume=False)
+            folder = self.state.best_model_checkpoint
+            state = checked_state(folder, self.drt, for_resume=False, fsdp=self.is_fsdp_enabled)
             self.drt.load_state_dict(state, self.optimizer)
             super()._load_best_model()
 
@@ -267,6 +299,14 @@ def _refuse_low_rank(folder: str) -> None:
             f"{folder} was written by dynamic-rank training, which is off here. Its plan is "
             f"drt_schedule='{read_state(folder).get('plan')}'; set it and the other drt settings as they were then."
         )
+
+
+def _upcast_bases(model: nn.Module) -> None:
+    """Under mixed precision Accelerate keeps what is trainable in float32, and FSDP wants one dtype for it in a block;
+    an adapter's base is frozen now and trainable later."""
+    for module in model.modules():
+        if isinstance(module, AdapterLinear):
+            module.base.data = module.base.data.float()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 from hf_drt.config import DRTConfig
@@ -39,7 +40,11 @@ _ORIGINAL = "Train the original model."
 def _engines(trainer: Any) -> dict[str, tuple[bool, str]]:
     """What was found, whether it applies, and the way out."""
     args, model = trainer.args, trainer.model
+    offload = _fsdp_version(trainer) == 2 and isinstance(
+        trainer.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy
+    )
     return {
+        "FSDP2 with parameters offloaded to the CPU": (offload, "Leave offload out of fsdp_config."),
         "FSDP1, which flattens the parameters of a block into one": (_fsdp_version(trainer) == 1, _DISTRIBUTED),
         "FSDP on XLA, which wraps layers for good": (
             bool(getattr(trainer, "is_fsdp_xla_enabled", False)),

@@ -23,7 +23,7 @@ def run(folder: Path, processes: int, settings: dict) -> tuple[dict, list[dict[s
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), str(WORKER), str(folder), json.dumps(settings)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0, result.stderr.partition("ChildFailedError")[0][-6000:]
     return json.loads((folder / "seen.json").read_text()), torch.load(folder / "weights.pt")
 
 
