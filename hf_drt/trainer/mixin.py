@@ -7,7 +7,7 @@ What each override is for:
 - ``create_optimizer``: form groups and step hooks, before the scheduler is made.
 - ``get_batch_samples``: sees the batches; counts them, and keeps one as the probe of a switch.
 - ``_save_checkpoint``, ``_save``: checkpoints keep their form and get ``drt_state.json``; models saved by the user are
-  dense.
+  dense. A save that fails leaves no unfinished files, and a checkpoint that it was to replace.
 - ``train``: resume_from_checkpoint=True means the last complete checkpoint.
 - ``_load_from_checkpoint``, ``_load_best_model``: structure before weights, since the Trainer loads non-strictly.
 - ``_issue_warnings_after_load``: a missing key of ours is an error, no warning.
@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
@@ -44,6 +45,7 @@ from hf_drt.trainer.lr import existing_curve, simulated_curve
 from hf_drt.trainer.meter import PhaseMeter
 from hf_drt.trainer.probe import Probe
 from hf_drt.trainer.refusals import refuse_unsupported
+from hf_drt.trainer.saving import recover, written_whole
 
 # The seams and their parameters; tests/unit/test_seams.py fails first if transformers moves one.
 SEAMS: dict[str, tuple[str, ...]] = {
@@ -53,6 +55,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
     "_save_checkpoint": ("model", "trial"),
     "_save": ("output_dir", "state_dict"),
+    "_get_output_dir": ("trial",),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_best_model": (),
     "_issue_warnings_after_load": ("load_result",),
@@ -183,10 +186,15 @@ class DRTTrainerMixin:
 
     # ---- saving
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._drt_callback is None:
+            return super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        own, limit = self.args.should_save, self.args.save_total_limit
         self._drt_in_checkpoint = True
         try:
-            return super()._save_checkpoint(*args, **kwargs)
+            with written_whole(folder, own, limit, self.accelerator.wait_for_everyone):
+                super()._save_checkpoint(model, trial)
         finally:
             self._drt_in_checkpoint = False
 
@@ -204,8 +212,13 @@ class DRTTrainerMixin:
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """The base's training; ``resume_from_checkpoint=True`` passes over checkpoints that were cut short."""
-        if resume_from_checkpoint is True and self._drt_callback is not None:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint and self._drt_callback is not None:
+            last = resume_from_checkpoint is True
+            if self.args.should_save:
+                recover(self.args.output_dir if last else Path(resume_from_checkpoint).parent)
+            self.accelerator.wait_for_everyone()
+            if last:
+                resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
