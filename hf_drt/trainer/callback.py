@@ -17,6 +17,7 @@ from hf_drt.pretrained import resolved_plan
 from hf_drt.schedule import Run, Schedule
 from hf_drt.selection import find_targets
 from hf_drt.state import write_state
+from hf_drt.trainer.checkpoint import random_state_files
 from hf_drt.trainer.lr import existing_curve
 from hf_drt.trainer.meter import PhaseMeter
 
@@ -149,7 +150,7 @@ class DRTCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.in_drt_trainer:
-            self.write_state(f"{args.output_dir}/checkpoint-{state.global_step}", state.global_step)
+            self.write_state(f"{args.output_dir}/checkpoint-{state.global_step}", state.global_step, args)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -157,9 +158,10 @@ class DRTCallback(TrainerCallback):
         if state.global_step != self.controller.plan.end_of(self.meter.phase):  # stopped early, within a phase
             self._log(state, self.meter.row())
 
-    def write_state(self, folder: str, step: int) -> None:
+    def write_state(self, folder: str, step: int, args: TrainingArguments) -> None:
         """Write ``drt_state.json`` into a checkpoint folder."""
-        write_state(folder, {"step": step, **self.controller.state_dict(), "meter": self.meter.state_dict()})
+        state = {"step": step, "random_states": random_state_files(args), **self.controller.state_dict()}
+        write_state(folder, state | {"meter": self.meter.state_dict()})
 
     # ---- rows
 

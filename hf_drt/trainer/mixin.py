@@ -8,6 +8,8 @@ What each override is for:
 - ``get_batch_samples``: sees the batches; counts them, and keeps one as the probe of a switch.
 - ``_save_checkpoint``, ``_save``: checkpoints keep their form and get ``drt_state.json``; models saved by the user are
   dense. A save that fails leaves no unfinished files, and a checkpoint that it was to replace.
+- ``_save_rng_state``: every process has written its own before ``trainer_state.json`` says that the checkpoint is
+  whole, and before older ones are deleted.
 - ``train``: resume_from_checkpoint=True means the last complete checkpoint.
 - ``_load_from_checkpoint``, ``_load_best_model``: structure before weights, since the Trainer loads non-strictly.
 - ``_issue_warnings_after_load``: a missing key of ours is an error, no warning.
@@ -55,6 +57,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
     "_save_checkpoint": ("model", "trial"),
     "_save": ("output_dir", "state_dict"),
+    "_save_rng_state": ("output_dir",),
     "_get_output_dir": ("trial",),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_best_model": (),
@@ -198,6 +201,11 @@ class DRTTrainerMixin:
         finally:
             self._drt_in_checkpoint = False
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._drt_callback is not None:
+            self.accelerator.wait_for_everyone()
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.drt is None:
             return super()._save(output_dir, state_dict=state_dict)
@@ -206,7 +214,7 @@ class DRTTrainerMixin:
         with _runtime_names(self.model):
             super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
-            self._drt_callback.write_state(output_dir, self.state.global_step)
+            self._drt_callback.write_state(output_dir, self.state.global_step, self.args)
 
     # ---- loading
 

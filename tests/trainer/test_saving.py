@@ -16,6 +16,8 @@ from test_resume import assert_equal_runs
 from transformers.trainer_utils import rotate_checkpoints
 from writers import FILES, around_writes, cut_short
 
+from hf_drt import CheckpointError
+
 # Switches at steps 5 and 8: the checkpoint of step 8 is in the second phase, and a run from step 4 comes through both.
 SETTINGS = {
     "max_steps": 10, "gradient_accumulation_steps": 1, "save_strategy": "steps", "save_steps": 4,
@@ -257,6 +259,30 @@ def test_an_error_after_the_checkpoint_was_written_leaves_it(straight, tmp_path,
     monkeypatch.undo()
     assert checkpoints(tmp_path) == ["checkpoint-4"]
     assert_equal_runs(goes_on(tmp_path), straight[1])
+
+
+# ---- random states
+
+
+def test_a_checkpoint_without_a_random_state_that_it_names_is_passed_over(straight, tmp_path, caplog):
+    for step in (4, 8):
+        shutil.copytree(straight[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-8" / "rng_state.pth").unlink()
+    assert_equal_runs(goes_on(tmp_path, save_strategy="no"), straight[1])
+    assert "checkpoint-8 is passed over" in caplog.text
+    with pytest.raises(CheckpointError, match=r"rng_state\.pth is missing: from here a process would go on with other"):
+        trainer_of(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+def test_a_state_that_names_no_random_states_is_read_as_before(straight, tmp_path):
+    """A state of an earlier version, and the way on without them."""
+    folder = shutil.copytree(straight[0] / "checkpoint-8", tmp_path / "checkpoint-8")
+    text = (folder / "drt_state.json").read_text()
+    assert '"random_states": [\n  "rng_state.pth"\n ],\n' in text
+    (folder / "drt_state.json").write_text(text.replace('"random_states": [\n  "rng_state.pth"\n ],\n', ""))
+    assert_equal_runs(goes_on(tmp_path, save_strategy="no"), straight[1])
+    (folder / "rng_state.pth").unlink()
+    assert goes_on(tmp_path, save_strategy="no").state.global_step == 10
 
 
 # ---- real kills
