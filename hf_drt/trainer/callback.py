@@ -78,6 +78,11 @@ class DRTCallback(TrainerCallback):
                 "load_best_model_at_end loads weights of one phase into the structure of another in a plain Trainer. "
                 "Use DRTTrainer, or set load_best_model_at_end=False."
             )
+        if args.enable_jit_checkpoint:
+            raise ValueError(
+                "enable_jit_checkpoint saves without an event in a plain Trainer, so that drt_state.json would be "
+                "missing. Use DRTTrainer, or set enable_jit_checkpoint=False."
+            )
         if form_group_options(self.config):
             raise ValueError(
                 "factored_lr_scale, adapter_lr_scale and frobenius_decay need parameter groups from before the "

@@ -43,6 +43,7 @@ from hf_drt.trainer.checkpoint import (
     last_complete_checkpoint,
     stored_batch_size,
 )
+from hf_drt.trainer.jit import save_at_step_end
 from hf_drt.trainer.lr import existing_curve, simulated_curve
 from hf_drt.trainer.meter import PhaseMeter
 from hf_drt.trainer.probe import Probe
@@ -105,6 +106,7 @@ class DRTTrainerMixin:
         callback.after_switch = self._drt_after_switch
         self.add_callback(callback)
         self._drt_callback = callback
+        save_at_step_end(self)
 
     def _drt_refuse_callbacks(self) -> None:
         others = (callback for callback in self.callback_handler.callbacks if callback is not self._drt_callback)
