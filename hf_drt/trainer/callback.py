@@ -19,6 +19,7 @@ from hf_drt.pretrained import resolved_plan
 from hf_drt.schedule import Run, Schedule
 from hf_drt.selection import find_targets
 from hf_drt.state import write_state
+from hf_drt.trainer.checkpoint import random_state_files
 from hf_drt.trainer.lr import existing_curve
 from hf_drt.trainer.meter import PhaseMeter
 
@@ -78,6 +79,11 @@ class DRTCallback(TrainerCallback):
             raise ValueError(
                 "load_best_model_at_end loads weights of one phase into the structure of another in a plain Trainer. "
                 "Use DRTTrainer, or set load_best_model_at_end=False."
+            )
+        if args.enable_jit_checkpoint:
+            raise ValueError(
+                "enable_jit_checkpoint saves without an event in a plain Trainer, so that drt_state.json would be "
+                "missing. Use DRTTrainer, or set enable_jit_checkpoint=False."
             )
         if form_group_options(self.config):
             raise ValueError(
@@ -152,7 +158,7 @@ class DRTCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.in_drt_trainer:
-            self.write_state(f"{args.output_dir}/checkpoint-{state.global_step}", state.global_step)
+            self.write_state(f"{args.output_dir}/checkpoint-{state.global_step}", state.global_step, args)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -160,9 +166,10 @@ class DRTCallback(TrainerCallback):
         if state.global_step != self.controller.plan.end_of(self.meter.phase):  # stopped early, within a phase
             self._log(state, self.meter.row())
 
-    def write_state(self, folder: str, step: int) -> None:
+    def write_state(self, folder: str, step: int, args: TrainingArguments) -> None:
         """Write ``drt_state.json`` into a checkpoint folder."""
-        write_state(folder, {"step": step, **self.controller.state_dict(), "meter": self.meter.state_dict()})
+        state = {"step": step, "random_states": random_state_files(args), **self.controller.state_dict()}
+        write_state(folder, state | {"meter": self.meter.state_dict()})
 
     # ---- rows
 

@@ -2,14 +2,18 @@
 
 import json
 import logging
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers import TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -61,25 +65,48 @@ def checked_state(folder: str | Path, controller: DynamicRank, for_resume: bool,
 def last_complete_checkpoint(folder: str | Path) -> str:
     """The checkpoint-N with the largest N whose files are all there and whole, as after a kill in the middle of saving.
 
+    All processes call it and get the same one: process 0 lists the folder, and what any process finds incomplete, be it
+    on a file system of its own, is passed over by all.
+
     Raises:
         CheckpointError: There is none; the message says what is wrong with each.
     """
     found = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
+    names = sorted((path.name for path in found), key=lambda name: -int(name.rpartition("-")[2]))
     problems = []
-    for path in sorted(found, key=lambda path: -int(path.name.rpartition("-")[2])):
-        try:
-            _check_trainer_files(path, read_state(path))
-            if not is_fsdp_checkpoint(path):
-                _stored_shapes(path)
-        except CheckpointError as error:
-            problems.append(f"{path.name}: {error}")
-            logger.warning("%s is passed over: %s", path.name, error)
-        else:
-            return str(path)
+    for name in broadcast_object_list([names])[0]:
+        faults = [fault for fault in gather_object([_fault(Path(folder, name))]) if fault is not None]
+        if not faults:
+            return str(Path(folder, name))
+        problems.append(f"{name}: {faults[0]}")
+        logger.warning("%s is passed over: %s", name, faults[0])
     raise CheckpointError(
         f"{folder} holds no complete checkpoint. {' '.join(problems) or 'It has none at all.'} Train without "
         "resume_from_checkpoint to begin anew."
     )
+
+
+def _fault(folder: Path) -> str | None:
+    try:
+        _check_trainer_files(folder, read_state(folder))
+        if not is_fsdp_checkpoint(folder):
+            _stored_shapes(folder)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def random_state_files(args: TrainingArguments) -> list[str]:
+    """Names of the files with the processes' random states that belong into a checkpoint of this run."""
+    processes = range(args.world_size)
+    if args.save_on_each_node:
+        first = args.process_index - args.local_process_index
+        processes = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return [_random_state_file(process, args.world_size) for process in processes]
+
+
+def _random_state_file(process: int, processes: int) -> str:
+    return f"rng_state_{process}.pth" if processes > 1 else "rng_state.pth"
 
 
 def stored_batch_size(folder: str | Path) -> int | None:
@@ -153,12 +180,29 @@ def _check_trainer_files(folder: Path, state: dict[str, Any]) -> None:
                 f"{folder / name} is missing: training cannot go on from here (was it saved with save_only_model?). "
                 f"{_OTHER}"
             )
-    for path in (*(folder / name for name in own), *folder.glob("rng_state*.pth")):
+    _check_random_states(folder, state)
+    for path in (*(folder / name for name in own), *folder.glob(SCALER_NAME)):
         if not zipfile.is_zipfile(path):
             raise CheckpointError(f"{path} is cut short or damaged. {_OTHER}")
     scheduler = torch.load(folder / SCHEDULER_NAME, map_location="cpu", weights_only=True)
     if not isinstance(scheduler, dict) or "param_groups" in scheduler:
         raise CheckpointError(f"{folder / SCHEDULER_NAME} is no scheduler's state. {_OTHER}")
+
+
+def _check_random_states(folder: Path, state: dict[str, Any]) -> None:
+    """The random states that the state file names; of the same number of processes each looks after its own."""
+    names = state.get("random_states", [path.name for path in folder.glob("rng_state*.pth")])
+    if not isinstance(names, list) or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise CheckpointError(f"{folder / STATE_NAME} is damaged: its 'random_states' is {names!r}. {_OTHER}")
+    own = _random_state_file(PartialState().process_index, PartialState().num_processes)
+    for path in (folder / name for name in ([own] if own in names else names)):
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path} is missing: from here a process would go on with other random numbers. {_OTHER} To go on all "
+                f"the same, remove 'random_states' from {STATE_NAME}."
+            )
+        if not zipfile.is_zipfile(path):
+            raise CheckpointError(f"{path} is cut short or damaged. {_OTHER}")
 
 
 def _check_weights(folder: Path, controller: DynamicRank, state: dict[str, Any]) -> None:

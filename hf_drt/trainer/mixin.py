@@ -7,7 +7,9 @@ What each override is for:
 - ``create_optimizer``: form groups and step hooks, before the scheduler is made.
 - ``get_batch_samples``: sees the batches; counts them, and keeps one as the probe of a switch.
 - ``_save_checkpoint``, ``_save``: checkpoints keep their form and get ``drt_state.json``; models saved by the user are
-  dense.
+  dense. A save that fails leaves no unfinished files, and a checkpoint that it was to replace.
+- ``_save_rng_state``: every process has written its own before ``trainer_state.json`` says that the checkpoint is
+  whole, and before older ones are deleted.
 - ``train``: resume_from_checkpoint=True means the last complete checkpoint.
 - ``save_model``, ``_save_optimizer_and_scheduler``: what FSDP's sharded checkpoints leave out.
 - ``_load_from_checkpoint``, ``_load_best_model``: structure before weights, since the Trainer loads non-strictly.
@@ -23,6 +25,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
@@ -43,10 +46,12 @@ from hf_drt.trainer.checkpoint import (
     last_complete_checkpoint,
     stored_batch_size,
 )
+from hf_drt.trainer.jit import save_at_step_end
 from hf_drt.trainer.lr import existing_curve, simulated_curve
 from hf_drt.trainer.meter import PhaseMeter
 from hf_drt.trainer.probe import Probe
 from hf_drt.trainer.refusals import refuse_unsupported
+from hf_drt.trainer.saving import recover, written_whole
 
 # The seams and their parameters; tests/unit/test_seams.py fails first if transformers moves one.
 SEAMS: dict[str, tuple[str, ...]] = {
@@ -58,6 +63,8 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "_save": ("output_dir", "state_dict"),
     "save_model": ("output_dir", "_internal_call"),
     "_save_optimizer_and_scheduler": ("output_dir",),
+    "_save_rng_state": ("output_dir",),
+    "_get_output_dir": ("trial",),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_best_model": (),
     "_issue_warnings_after_load": ("load_result",),
@@ -104,6 +111,7 @@ class DRTTrainerMixin:
         callback.around_switch = self._drt_around_switch
         self.add_callback(callback)
         self._drt_callback = callback
+        save_at_step_end(self)
 
     def _drt_refuse_callbacks(self) -> None:
         others = (callback for callback in self.callback_handler.callbacks if callback is not self._drt_callback)
@@ -201,12 +209,22 @@ class DRTTrainerMixin:
 
     # ---- saving
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._drt_callback is None:
+            return super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        own, limit = self.args.should_save, self.args.save_total_limit
         self._drt_in_checkpoint = True
         try:
-            return super()._save_checkpoint(*args, **kwargs)
+            with written_whole(folder, own, limit, self.accelerator.wait_for_everyone):
+                super()._save_checkpoint(model, trial)
         finally:
             self._drt_in_checkpoint = False
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._drt_callback is not None:
+            self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.drt is None:
@@ -216,7 +234,7 @@ class DRTTrainerMixin:
         with _runtime_names(self.model):
             super()._save(output_dir, state_dict=state_dict and marked_state_dict(self.model, state_dict))
         if self.args.should_save:
-            self._drt_callback.write_state(output_dir, self.state.global_step)
+            self._drt_callback.write_state(output_dir, self.state.global_step, self.args)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The base's, which writes nothing for a model that FSDP saves in shards; here the user gets a whole one."""
@@ -230,14 +248,19 @@ class DRTTrainerMixin:
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.drt is not None and self._drt_saves_shards() and self.args.should_save:  # _save is not called for them
-            self._drt_callback.write_state(output_dir, self.state.global_step)
+            self._drt_callback.write_state(output_dir, self.state.global_step, self.args)
 
     # ---- loading
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """The base's training; ``resume_from_checkpoint=True`` passes over checkpoints that were cut short."""
-        if resume_from_checkpoint is True and self._drt_callback is not None:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint and self._drt_callback is not None:
+            last = resume_from_checkpoint is True
+            if self.args.should_save:
+                recover(self.args.output_dir if last else Path(resume_from_checkpoint).parent)
+            self.accelerator.wait_for_everyone()
+            if last:
+                resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
