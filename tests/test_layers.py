@@ -26,9 +26,10 @@ ALLOWED = {
                    "distributed", "structure", "pretrained"},
     "trainer":    {"config", "schedule", "forms", "selection", "export", "optim", "controller", "state",
                    "distributed", "pretrained"},
+    "run":        {"config", "schedule", "trainer"},
 }
 STDLIB_ONLY = {"config", "schedule", "state"}
-KNOWS_TRANSFORMERS = {"trainer"}
+KNOWS_TRANSFORMERS = {"trainer", "run"}
 # fmt: on
 
 
