@@ -27,6 +27,7 @@ ALLOWED = {
     "trainer":    {"config", "schedule", "forms", "selection", "export", "optim", "controller", "state",
                    "distributed", "pretrained"},
     "run":        {"config", "schedule", "trainer"},
+    "trl":        {"trainer"},
 }
 STDLIB_ONLY = {"config", "schedule", "state"}
 KNOWS_TRANSFORMERS = {"trainer", "run"}
@@ -73,6 +74,7 @@ def test_third_party_imports_are_where_they_belong(unit):
             assert not roots & {"torch", "transformers", "numpy"}, path
         if unit not in KNOWS_TRANSFORMERS:
             assert not roots & {"transformers", "accelerate"}, path
+        assert "trl" not in roots or unit == "trl", path  # an optional dependency
 
 
 def test_the_table_has_no_cycle():
