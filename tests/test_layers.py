@@ -28,9 +28,11 @@ ALLOWED = {
                    "structure", "pretrained", "sharding", "transition"},
     "trainer":    {"config", "schedule", "forms", "selection", "export", "optim", "controller", "state",
                    "distributed", "sharding", "pretrained"},
+    "run":        {"config", "schedule", "trainer"},
+    "trl":        {"trainer"},
 }
 STDLIB_ONLY = {"config", "schedule", "state"}
-KNOWS_TRANSFORMERS = {"trainer"}
+KNOWS_TRANSFORMERS = {"trainer", "run"}
 # fmt: on
 
 
@@ -74,6 +76,7 @@ def test_third_party_imports_are_where_they_belong(unit):
             assert not roots & {"torch", "transformers", "numpy"}, path
         if unit not in KNOWS_TRANSFORMERS:
             assert not roots & {"transformers", "accelerate"}, path
+        assert "trl" not in roots or unit == "trl", path  # an optional dependency
 
 
 def test_the_table_has_no_cycle():

@@ -21,7 +21,9 @@ def _prefixed_fields() -> list[tuple]:
     return made
 
 
-class _Validated:
+class Validated:
+    """Checks the ``drt_*`` values of training arguments as soon as they are made."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         config = DRTConfig.from_prefixed(self, PREFIX)
@@ -29,11 +31,12 @@ class _Validated:
             Schedule.parse(config.schedule)
 
 
-_Fields = make_dataclass("_Fields", _prefixed_fields())
+# The fields alone, for a parser and for other libraries' training arguments.
+DRTFields = make_dataclass("DRTFields", _prefixed_fields())
 
 
 @dataclass
-class DRTTrainingArguments(_Validated, _Fields, TrainingArguments):
+class DRTTrainingArguments(Validated, DRTFields, TrainingArguments):
     """``TrainingArguments`` plus the fields of :class:`hf_drt.DRTConfig`, each with the prefix ``drt_``.
 
     ``drt_schedule`` unset means plain training.
@@ -44,5 +47,5 @@ class DRTTrainingArguments(_Validated, _Fields, TrainingArguments):
 
 
 @dataclass
-class DRTSeq2SeqTrainingArguments(_Validated, _Fields, Seq2SeqTrainingArguments):
+class DRTSeq2SeqTrainingArguments(Validated, DRTFields, Seq2SeqTrainingArguments):
     """``Seq2SeqTrainingArguments`` plus the fields of :class:`hf_drt.DRTConfig`, each with the prefix ``drt_``."""

@@ -151,7 +151,9 @@ class DRTCallback(TrainerCallback):
         if every and (phase_ends or step % every == 0):
             row |= self._rank_row()
         if row:
+            due = control.should_log
             self._log(state, row)
+            control.should_log = due  # Trainer.log takes its own row, of the loss, for logged
         if phase_ends and step < plan.max_steps:
             control.should_evaluate |= self.config.evaluate_at_switch
             control.should_save |= self.config.save_at_switch

@@ -17,7 +17,7 @@ What each override is for:
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,8 @@ class DRTTrainerMixin:
     """
 
     drt: DynamicRank | None = None
+    # Settings of every trainer that brings none of its own; ``python -m hf_drt.run`` sets it.
+    _drt_default: Callable[[], DRTConfig] | None = None
     _drt_callback: DRTCallback | None = None
     _drt_given: DRTConfig | str | None = None
     _drt_in_checkpoint = False
@@ -102,7 +104,7 @@ class DRTTrainerMixin:
         self._drt_refuse_callbacks()
         if config.schedule is None:
             return
-        callback = DRTCallback(config, log=self.log)
+        callback = DRTCallback(config, log=self._drt_log)
         callback.in_drt_trainer = True
         refuse_unsupported(self, config)
         find_targets(self.model, config.include, config.exclude)
@@ -119,11 +121,31 @@ class DRTTrainerMixin:
             raise ValueError("DRTCallback is part of this trainer. Pass its settings as drt=, or as drt_* arguments.")
 
     def _drt_config(self) -> DRTConfig:
+        """The settings in force: the trainer's own, or those of ``hf_drt.run``; never a mixture.
+
+        Raises:
+            ValueError: There are both.
+        """
+        own = self._drt_own_config()
+        if self._drt_default is None:
+            return own
+        if own != DRTConfig():
+            raise ValueError(
+                f"this {type(self).__name__} has dynamic-rank settings of its own (schedule={own.schedule!r}), and "
+                "hf_drt.run was given others. Run the script without hf_drt.run, or take its settings out."
+            )
+        return self._drt_default()
+
+    def _drt_own_config(self) -> DRTConfig:
         """``drt=``, over the arguments as they are now: a hyperparameter search changes them between runs."""
         if self._drt_given is None or isinstance(self._drt_given, str):
             text = {} if self._drt_given is None else {"schedule": self._drt_given}
             return DRTConfig.from_prefixed(self.args, PREFIX, **text)
         return DRTConfig.of(self._drt_given)
+
+    def _drt_log(self, row: dict[str, float]) -> None:
+        with _metrics_set_aside(self):
+            self.log(row)
 
     # ---- the plan, and the model in its first phase
 
@@ -359,6 +381,21 @@ def _untouched_rng() -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(state)
+
+
+@contextlib.contextmanager
+def _metrics_set_aside(trainer: Trainer) -> Iterator[None]:
+    """Log a row of ours alone: TRL's trainers add to any row the metrics of the steps since the last one, and forget
+    them, so that their own row would lack them."""
+    gathered = getattr(trainer, "_metrics", None)
+    if not isinstance(gathered, dict) or not all(isinstance(metrics, dict) for metrics in gathered.values()):
+        yield
+        return
+    trainer._metrics = {mode: {} for mode in gathered}
+    try:
+        yield
+    finally:
+        trainer._metrics = gathered
 
 
 class DRTTrainer(DRTTrainerMixin, Trainer):

@@ -165,6 +165,12 @@ def test_the_metrics_reach_tensorboard(tmp_path):
     assert [step for step, _ in phases] == [0, 6, 12, 16]
 
 
+def test_rows_of_ours_leave_every_row_of_the_loss(tmp_path):
+    trainer = tiny.trainer(tmp_path, logging_steps=2, drt_log_rank_steps=4)  # phases end at 6, 12, 16, 20
+    trainer.train()
+    assert [row["step"] for row in trainer.state.log_history if "loss" in row] == list(range(2, 21, 2))
+
+
 def test_logged_numbers_are_right(tmp_path):
     trainer = tiny.trainer(tmp_path, drt_log_rank_steps=5)
     trainer.train()
