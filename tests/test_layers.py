@@ -21,13 +21,15 @@ ALLOWED = {
     "export":     {"forms"},
     "structure":  {"schedule", "forms"},
     "pretrained": {"config", "schedule"},
+    "budget":     set(),
+    "compress":   {"budget", "config", "forms", "selection", "spectral", "surgery"},
     "optim":      {"spectral", "config", "forms", "surgery"},
     "controller": {"spectral", "config", "schedule", "forms", "cost", "selection", "surgery", "optim",
                    "distributed", "structure", "pretrained"},
     "trainer":    {"config", "schedule", "forms", "selection", "export", "optim", "controller", "state",
                    "distributed", "pretrained"},
 }
-STDLIB_ONLY = {"config", "schedule", "state"}
+STDLIB_ONLY = {"config", "schedule", "state", "budget"}
 KNOWS_TRANSFORMERS = {"trainer"}
 # fmt: on
 
