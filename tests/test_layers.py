@@ -22,6 +22,8 @@ ALLOWED = {
     "export":     {"spectral", "forms"},
     "structure":  {"schedule", "forms"},
     "pretrained": {"config", "schedule"},
+    "budget":     set(),
+    "compress":   {"budget", "config", "forms", "selection", "spectral", "surgery"},
     "optim":      {"spectral", "config", "forms", "surgery", "sharding"},
     "transition": {"forms", "surgery", "optim", "distributed", "sharding"},
     "controller": {"spectral", "config", "schedule", "forms", "cost", "selection", "surgery", "optim",
@@ -31,7 +33,7 @@ ALLOWED = {
     "run":        {"config", "schedule", "trainer"},
     "trl":        {"trainer"},
 }
-STDLIB_ONLY = {"config", "schedule", "state"}
+STDLIB_ONLY = {"config", "schedule", "state", "budget"}
 KNOWS_TRANSFORMERS = {"trainer", "run"}
 # fmt: on
 
