@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_drt.forms import Form, decompose, decomposition_shapes, weight_shape
@@ -92,7 +93,8 @@ def rebuild_ddp(ddp: DistributedDataParallel, options: dict[str, Any]) -> None:
 
     A reducer knows the parameters that existed when it was made: new ones would never be reduced, and the processes
     drift apart without an error. Every reference to the object, as in the Trainer's loop, stays valid; communication
-    hooks are kept. The constructor sends rank 0's parameters to all.
+    hooks are kept, with their state objects, in which PowerSGD starts anew. The constructor sends rank 0's parameters
+    to all.
 
     Args:
         ddp: The wrapper in use.
@@ -111,4 +113,19 @@ def rebuild_ddp(ddp: DistributedDataParallel, options: dict[str, Any]) -> None:
     allowed = inspect.signature(DistributedDataParallel.__init__).parameters
     DistributedDataParallel.__init__(ddp, module, **kept, **{k: v for k, v in options.items() if k in allowed})
     for hook, state in hooks:
+        _forget_buckets(state)
         ddp.register_comm_hook(state, hook)
+
+
+def _forget_buckets(state: object) -> None:
+    """Drop what a communication hook's state remembers of buckets that are gone.
+
+    PowerSGD keeps error feedback and warm starts by bucket index: added to a bucket of other parameters they raise, or
+    where the sizes happen to agree, corrupt the gradients in silence.
+    """
+    if isinstance(state, PowerSGDState):
+        for memory in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
+            memory.clear()
+        # Two updates without compression, as at the start of training: after the first one DDP lays out its buckets
+        # anew, and in it a new adapter's lora_A has the gradient 0, whose norm PowerSGD divides by.
+        state.iter = min(state.iter, state.start_powerSGD_iter - 2)
