@@ -43,18 +43,18 @@ def decompositions(jobs: list[Job]) -> list[SVD | None]:
 
     Raises:
         ValueError: A decomposition failed on any process; raised on all of them, since one that waits for another
-            would wait for ever.
+            would wait for ever. The process itself raises what happened there, such as running out of memory.
     """
     if processes() == 1:
         return [decompose(job.module, job.form) for job in jobs]
     owners = shares([_cost(job) for job in jobs], processes())
     results: list[SVD | None] = [None] * len(jobs)
-    error: ValueError | None = None
+    error: Exception | None = None
     for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
         if owner == dist.get_rank():
             try:
                 results[index] = decompose(job.module, job.form)
-            except ValueError as failure:
+            except Exception as failure:
                 error = failure
     _raise_everywhere(error, jobs)
     return [_broadcast(job, owner, part) for job, owner, part in zip(jobs, owners, results, strict=True)]
@@ -65,7 +65,7 @@ def _cost(job: Job) -> float:
     return float(out * into * min(out, into))
 
 
-def _raise_everywhere(error: ValueError | None, jobs: list[Job]) -> None:
+def _raise_everywhere(error: Exception | None, jobs: list[Job]) -> None:
     device = next(jobs[0].module.parameters()).device if jobs else torch.device("cpu")
     failed = torch.tensor([float(error is not None)], device=device)
     dist.all_reduce(failed, op=dist.ReduceOp.MAX)

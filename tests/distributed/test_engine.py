@@ -28,13 +28,14 @@ HOOKS = {
 LIFETIMES = {"old parts": {"watch": ("Bits", "Lifetimes")}}
 LONGER = {"max_steps": 20, "drt_schedule": "factored@0 dense@6 adapter@12 factored@16", "auto_find_batch_size": True}
 OUT_OF_MEMORY = {f"out of memory at {step}": LONGER | {"out_of_memory_at": step} for step in (2, 8, 14)}
+FAILING = {"a decomposition fails": {"failing_rank": 1, "drt_schedule": "dense@0 factored@4"}}
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """All runs in one launch, for it costs more than they do."""
     options = {name: {"watch": ("Bits", "Options")} | cell for name, cell in OPTIONS.items()}
-    cells = {name: SWITCHES | cell for name, cell in (options | HOOKS | LIFETIMES | OUT_OF_MEMORY).items()}
+    cells = {name: SWITCHES | cell for name, cell in (options | HOOKS | LIFETIMES | OUT_OF_MEMORY | FAILING).items()}
     return launch_all(tmp_path_factory.mktemp("engine"), 2, cells)
 
 
@@ -125,3 +126,15 @@ def test_out_of_memory_begins_anew_in_the_first_phase_with_smaller_batches(seen,
     rows = [row for row in cell["history"] if "drt_switch_seconds" in row]
     assert [(row["step"], row["drt_phase"]) for row in rows] == [(0, 0), (6, 1), (12, 2), (16, 3)]
     assert {row["drt_trainable_parameters"] for row in rows[::2]} == {rows[0]["drt_trainable_parameters"]}
+
+
+# ---- a switch that fails
+
+
+def test_out_of_memory_in_a_switch_on_one_process_stops_all_of_them(seen):
+    """None is left waiting for the result."""
+    cell = seen["a decomposition fails"]
+    own, other = cell["errors"][1], cell["errors"][0]
+    assert own == "OutOfMemoryError: CUDA out of memory. Tried to allocate 1.00 GiB."
+    assert other == "ValueError: a decomposition failed on another process; its log has the reason."
+    assert cell["equal"] == [True] * 4

@@ -4,6 +4,7 @@ Trains once for each of the named settings, one after the other, and writes what
 Settings are training arguments, and those that ``trained`` takes by name.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -14,9 +15,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import conftest  # noqa: F401
 import tiny
 import torch
+import torch.distributed as dist
 from accelerate.utils import DDPCommunicationHookType
 from watches import WATCHES
 
+import hf_drt.distributed
 from hf_drt import DRTTrainer, dense_state_dict
 
 
@@ -62,8 +65,39 @@ def made(
         trainer._drt_callback.after_switch = lambda: None
     if gpu_fp16:
         trainer.accelerator.native_amp = True
-        trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     return trainer
+
+
+@contextlib.contextmanager
+def failing(rank: int | None):
+    """On this process, no decomposition finds memory."""
+
+    def decompose(module, form):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    kept = hf_drt.distributed.decompose
+    if rank is not None and rank == dist.get_rank():
+        hf_drt.distributed.decompose = decompose
+    yield
+    hf_drt.distributed.decompose = kept
+
+
+def errors(trainer, resume: str | None, failing_rank: int | None) -> list[str]:
+    """Train; what all processes raised, if one of them is made to fail."""
+    message = ""
+    with failing(failing_rank):
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        except Exception as error:
+            if failing_rank is None:
+                raise
+            message = f"{type(error).__name__}: {error}"
+    messages = [message]
+    if dist.is_initialized():
+        messages = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, message)
+    return messages
 
 
 def trained(
@@ -71,14 +105,15 @@ def trained(
     watch: tuple[str, ...] = ("Bits", "Reductions"),
     resume: str | None = None,
     evaluate: bool = False,
+    failing_rank: int | None = None,
     **settings,
 ) -> None:
     trainer = made(folder, **settings)
     watches = [WATCHES[name](trainer) for name in watch]
     for one in watches:
         trainer.add_callback(one)
-    trainer.train(resume_from_checkpoint=resume)
-    seen = {"history": trainer.state.log_history, "batch_size": trainer._train_batch_size}
+    seen = {"errors": errors(trainer, resume, failing_rank)}
+    seen |= {"history": trainer.state.log_history, "batch_size": trainer._train_batch_size}
     if evaluate:
         seen["loss"] = trainer.evaluate()["eval_loss"]
     for one in watches:
