@@ -1,16 +1,12 @@
-"""A change of form on several processes: decompositions shared out, and DistributedDataParallel built anew in place."""
+"""A change of form on several processes: decompositions shared out, and failures of one raised on all."""
 
-import contextlib
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from hf_drt.forms import Form, decompose, decomposition_shapes, weight_shape
 from hf_drt.sharding import gathered
@@ -47,18 +43,18 @@ def decompositions(jobs: list[Job]) -> Iterator[SVD | None]:
 
     Raises:
         ValueError: A decomposition failed on any process; raised on all of them, since one that waits for another
-            would wait for ever.
+            would wait for ever. The process itself raises what happened there, such as running out of memory.
     """
     if processes() == 1:
         yield from (decompose(gathered(job.module), job.form) for job in jobs)
         return
     owners = shares([_cost(job) for job in jobs], processes())
     own: dict[int, SVD | None] = {}
-    error: ValueError | None = None
+    error: Exception | None = None
     for index, module in _in_rounds(jobs, owners):
         try:
             own[index] = decompose(module, jobs[index].form)
-        except ValueError as failure:
+        except Exception as failure:
             error = failure
     raise_everywhere(error, jobs)
     for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
@@ -87,7 +83,7 @@ def _cost(job: Job) -> float:
     return float(out * into * min(out, into))
 
 
-def raise_everywhere(error: ValueError | None, jobs: list[Job]) -> None:
+def raise_everywhere(error: Exception | None, jobs: list[Job]) -> None:
     """Raise on all processes what one of them has found. Collective."""
     device = next(jobs[0].module.parameters()).device if jobs else torch.device("cpu")
     failed = torch.tensor([float(error is not None)], device=device)
@@ -109,34 +105,3 @@ def _broadcast(job: Job, owner: int, part: SVD | None) -> SVD | None:
     for tensor in part:
         dist.broadcast(tensor, src=owner)
     return part
-
-
-@contextlib.contextmanager
-def renewed_reducer(ddp: DistributedDataParallel, options: dict[str, Any]) -> Iterator[None]:
-    """Within the block the wrapped module may change its parameters; after it the same DDP object reduces the new ones.
-
-    A reducer knows the parameters that existed when it was made: new ones would never be reduced, and the processes
-    drift apart without an error. It goes first, since its buckets keep the old parameters and a copy of all gradients
-    alive, and its hooks would fire next to the new ones. The DDP object stays, with its communication hooks, so that
-    every reference to it, as in the Trainer's loop, stays valid. The constructor sends rank 0's parameters to all.
-
-    Args:
-        ddp: The wrapper in use.
-        options: The keyword arguments it was made with (accelerate's ``ddp_handler.to_kwargs()``).
-    """
-    hooks = list(ddp._comm_hooks)
-    kept = {
-        "device_ids": ddp.device_ids,
-        "output_device": ddp.output_device if ddp.device_ids else None,
-        "process_group": ddp.process_group,
-    }
-    module = ddp.module
-    ddp.logger = None
-    ddp.reducer = None
-    try:
-        yield
-    finally:
-        allowed = inspect.signature(DistributedDataParallel.__init__).parameters
-        DistributedDataParallel.__init__(ddp, module, **kept, **{k: v for k, v in options.items() if k in allowed})
-        for hook, state in hooks:
-            ddp.register_comm_hook(state, hook)

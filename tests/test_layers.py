@@ -18,6 +18,7 @@ ALLOWED = {
     "selection":  {"forms"},
     "surgery":    set(),
     "sharding":   set(),
+    "ddp":        set(),
     "distributed": {"spectral", "forms", "sharding"},
     "export":     {"spectral", "forms"},
     "structure":  {"schedule", "forms"},
@@ -29,7 +30,7 @@ ALLOWED = {
     "controller": {"spectral", "config", "schedule", "forms", "cost", "selection", "surgery", "optim",
                    "structure", "pretrained", "sharding", "transition"},
     "trainer":    {"config", "schedule", "forms", "selection", "export", "optim", "controller", "state",
-                   "distributed", "sharding", "pretrained"},
+                   "ddp", "sharding", "pretrained"},
     "run":        {"config", "schedule", "trainer"},
     "trl":        {"trainer"},
 }

@@ -29,7 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
-from hf_drt.distributed import renewed_reducer
+from hf_drt.ddp import renewed_reducer
 from hf_drt.export import dense_state_dict, marked_state_dict
 from hf_drt.forms import AdapterLinear
 from hf_drt.optim import form_group_options, remembered

@@ -1,37 +1,10 @@
 """Several processes: nothing drifts. Two gloo processes against one, with three switches and accumulation."""
 
-import json
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from processes import accelerate, final, launch
 
 from hf_drt.distributed import shares
-
-WORKER = Path(__file__).with_name("worker.py")
-
-
-def launch(folder: Path, processes: int, **settings) -> dict:
-    folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
-    result = subprocess.run(
-        [*command, str(WORKER), str(folder), json.dumps(settings)], capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads((folder / "seen.json").read_text())
-
-
-def final(folder: Path, name: str = "final.pt") -> dict[str, torch.Tensor]:
-    return torch.load(folder / name, weights_only=True)
-
 
 SGD = {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.05, "save_strategy": "steps", "save_steps": 7}
 
@@ -63,6 +36,18 @@ def test_one_reduction_per_bucket_and_update_step(two):
     """
     _, seen = two
     assert seen["reductions"] == [1] * 20
+
+
+def test_accelerate_launch_gives_the_same_bits_as_torchrun(two, tmp_path):
+    seen = launch(tmp_path, 2, launcher=accelerate, gradient_accumulation_steps=2, **SGD)
+    assert all(seen["equal"])
+    assert len(seen["equal"]) == 20
+    for name in ("final.pt", "optimizer.pt"):
+        assert_equal(final(tmp_path, name), final(two[0], name))
+
+
+def assert_equal(tree, expected) -> None:
+    torch.testing.assert_close(tree, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_one_ddp_object_throughout(two):

@@ -1,9 +1,10 @@
-"""One process of a distributed run: python -m torch.distributed.run --nproc_per_node 2 worker.py FOLDER JSON
+"""One process of a run: python -m torch.distributed.run --nproc_per_node 2 worker.py FOLDER '{NAME: {SETTING: ...}}'
 
-Trains, checks after every step that all processes hold the same bits, counts all-reduces, and writes what it saw.
+Trains once for each of the named settings, one after the other, and writes what the watches saw to FOLDER/NAME.
+Settings are training arguments, and those that ``trained`` takes by name.
 """
 
-import hashlib
+import contextlib
 import json
 import os
 import sys
@@ -15,65 +16,121 @@ import conftest  # noqa: F401
 import tiny
 import torch
 import torch.distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback
+from accelerate.utils import DDPCommunicationHookType
+from watches import WATCHES
 
-from hf_drt import dense_state_dict
-
-
-def digest(model) -> str:
-    sha = hashlib.sha256()
-    for name, p in sorted(model.state_dict().items()):
-        sha.update(name.encode() + p.float().numpy().tobytes())
-    return sha.hexdigest()
+import hf_drt.distributed
+from hf_drt import DRTTrainer, dense_state_dict
 
 
-class Watch(TrainerCallback):
-    """Compares the processes after every step and counts reductions per update."""
+class OutOfMemory(DRTTrainer):
+    """Fails once, after the backward pass of an update, in the words of CUDA's allocator."""
 
-    def __init__(self):
-        self.trainer = None
-        self.equal, self.reductions, self.ddp_ids = [], [], set()
-        self._count = 0
+    at = None
 
-    def hook(self, state, bucket):
-        self._count += 1
-        return default_hooks.allreduce_hook(None, bucket)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if isinstance(self.trainer.model_wrapped, DistributedDataParallel):
-            self.trainer.model_wrapped.register_comm_hook(None, self.hook)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        wrapped = self.trainer.model_wrapped
-        self.ddp_ids.add(id(wrapped))
-        if dist.is_initialized():
-            digests = [None] * dist.get_world_size()
-            dist.all_gather_object(digests, digest(self.trainer.model))
-            self.equal.append(len(set(digests)) == 1)
-        self.reductions.append(self._count)
-        self._count = 0
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self.state.global_step == self.at:
+            self.at = None
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return loss
 
 
-def main(folder: str, settings: dict) -> None:
-    torch.set_num_threads(1)
-    resume = settings.pop("resume", None)
-    model = tiny.llama(attention_dropout=settings.pop("dropout", 0.1))
-    watch = Watch()
+def made(
+    folder: Path,
+    dropout: float = 0.1,
+    dtype: str = "float32",
+    handler: dict | None = None,
+    rebuild: bool = True,
+    out_of_memory_at: int | None = None,
+    gpu_fp16: bool = False,
+    **arguments,
+) -> OutOfMemory:
+    """The trainer of one cell.
+
+    Args:
+        handler: Attributes of accelerate's ``DistributedDataParallelKwargs``, beyond what training arguments reach.
+        rebuild: False leaves DDP as it was before a switch, to see that a test can fail.
+        gpu_fp16: With ``fp16=True``, what accelerate sets up on a GPU: fp16 autocast and a gradient scaler.
+    """
+    model = tiny.llama(attention_dropout=dropout).to(getattr(torch, dtype))
     if "RANK" in os.environ:
-        settings["ddp_backend"] = "gloo"
-    trainer = tiny.trainer(Path(folder), model=model, use_cpu=True, **settings)
-    trainer.add_callback(watch)
-    watch.trainer = trainer
-    trainer.train(resume_from_checkpoint=resume)
+        arguments["ddp_backend"] = "gloo"
+    trainer = tiny.trainer(folder, model=model, cls=OutOfMemory, use_cpu=True, **arguments)
+    trainer.at = out_of_memory_at
+    for name, value in (handler or {}).items():
+        value = DDPCommunicationHookType(value) if name.startswith("comm_") and isinstance(value, str) else value
+        setattr(trainer.accelerator.ddp_handler, name, value)
+    if not rebuild:
+        trainer._drt_callback.around_switch = contextlib.nullcontext
+    if gpu_fp16:
+        trainer.accelerator.native_amp = True
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    return trainer
+
+
+@contextlib.contextmanager
+def failing(rank: int | None):
+    """On this process, no decomposition finds memory."""
+
+    def decompose(module, form):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    kept = hf_drt.distributed.decompose
+    if rank is not None and rank == dist.get_rank():
+        hf_drt.distributed.decompose = decompose
+    yield
+    hf_drt.distributed.decompose = kept
+
+
+def errors(trainer, resume: str | None, failing_rank: int | None) -> list[str]:
+    """Train; what all processes raised, if one of them is made to fail."""
+    message = ""
+    with failing(failing_rank):
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        except Exception as error:
+            if failing_rank is None:
+                raise
+            message = f"{type(error).__name__}: {error}"
+    messages = [message]
+    if dist.is_initialized():
+        messages = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, message)
+    return messages
+
+
+def trained(
+    folder: Path,
+    watch: tuple[str, ...] = ("Bits", "Reductions"),
+    resume: str | None = None,
+    evaluate: bool = False,
+    failing_rank: int | None = None,
+    **settings,
+) -> None:
+    trainer = made(folder, **settings)
+    watches = [WATCHES[name](trainer) for name in watch]
+    for one in watches:
+        trainer.add_callback(one)
+    seen = {"errors": errors(trainer, resume, failing_rank)}
+    seen |= {"history": trainer.state.log_history, "batch_size": trainer._train_batch_size}
+    if evaluate:
+        seen["loss"] = trainer.evaluate()["eval_loss"]
+    for one in watches:
+        seen |= one.seen
     if trainer.is_world_process_zero():
-        torch.save(trainer.model.state_dict(), Path(folder, "final.pt"))
-        torch.save(dense_state_dict(trainer.model), Path(folder, "dense.pt"))
-        torch.save(trainer.optimizer.state_dict(), Path(folder, "optimizer.pt"))
-        seen = {"equal": watch.equal, "reductions": watch.reductions, "ddp_objects": len(watch.ddp_ids)}
-        Path(folder, "seen.json").write_text(json.dumps(seen | {"history": trainer.state.log_history}))
+        torch.save(trainer.model.state_dict(), folder / "final.pt")
+        torch.save(dense_state_dict(trainer.model), folder / "dense.pt")
+        torch.save(trainer.optimizer.state_dict(), folder / "optimizer.pt")
+        (folder / "seen.json").write_text(json.dumps(seen))
+
+
+def main(folder: Path, cells: dict[str, dict]) -> None:
+    torch.set_num_threads(1)
+    for name, settings in cells.items():
+        torch._dynamo.reset()
+        trained(folder / name, **settings)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]))
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
