@@ -2,8 +2,10 @@
 
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank, Transition
+from hf_drt.declaration import declare
 from hf_drt.export import dense_state_dict
 from hf_drt.forms import Adapter, Dense, Factored, Form, convert, effective_weight, empty_like, form_of
+from hf_drt.hub import register_native_format
 from hf_drt.schedule import Phase, Plan, Run, Schedule
 from hf_drt.selection import Selection, find_targets
 from hf_drt.state import CheckpointError
@@ -17,6 +19,8 @@ from hf_drt.trainer import (
 )
 
 __version__ = "0.1.0"
+
+register_native_format()
 
 __all__ = [
     "Adapter",
@@ -39,6 +43,7 @@ __all__ = [
     "Selection",
     "Transition",
     "convert",
+    "declare",
     "dense_state_dict",
     "effective_weight",
     "empty_like",

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 Start = Literal["auto", "scratch", "pretrained"]
 AdapterInit = Literal["zero", "principal"]
 Moments = Literal["project", "reset"]
+Export = Literal["dense", "native", "adapter"]
 
 
 def _option(default: Any, help: str) -> Any:
@@ -72,6 +73,14 @@ class DRTConfig:
     log_rank_per_layer: bool = _option(False, "Log the effective rank of every layer, not only mean and min.")
     evaluate_at_switch: bool = _option(False, "Evaluate at the end of every phase but the last.")
     save_at_switch: bool = _option(False, "Save a checkpoint at the end of every phase but the last.")
+    export: Export = _option(
+        "dense",
+        "Form in which the Trainer saves and pushes the model: 'dense' (an ordinary model, loads anywhere), 'native' "
+        "(in the form of its phase, loads after 'import hf_drt') or 'adapter' (a PEFT adapter, beside its base model).",
+    )
+    tag_phases: bool = _option(
+        False, "Push the end of every phase to the Hub as a revision of its own, e.g. 'phase-1-dense'."
+    )
     seed: int | None = _option(None, "Seed of new adapter directions, at least 0. Unset: the run's seed.")
 
     def __post_init__(self) -> None:
@@ -93,7 +102,12 @@ class DRTConfig:
             "a whole number of at least 1",
         )
         _require(_is_number(self.adapter_alpha) and self.adapter_alpha > 0, self, "adapter_alpha", "a number above 0")
-        for name, choices in (("start", Start), ("adapter_init", AdapterInit), ("moments", Moments)):
+        for name, choices in (
+            ("start", Start),
+            ("adapter_init", AdapterInit),
+            ("moments", Moments),
+            ("export", Export),
+        ):
             _require(getattr(self, name) in get_args(choices), self, name, f"one of {', '.join(get_args(choices))}")
         for name in ("rewarmup_steps", "log_rank_steps"):
             value = getattr(self, name)
@@ -101,7 +115,7 @@ class DRTConfig:
         _require(_is_number(self.rewarmup_start) and 0 <= self.rewarmup_start <= 1, self, "rewarmup_start", "in [0, 1]")
         for name in ("factored_lr_scale", "adapter_lr_scale"):
             _require(_is_number(getattr(self, name)) and getattr(self, name) > 0, self, name, "a number above 0")
-        for name in ("frobenius_decay", "log_rank_per_layer", "evaluate_at_switch", "save_at_switch"):
+        for name in ("frobenius_decay", "log_rank_per_layer", "evaluate_at_switch", "save_at_switch", "tag_phases"):
             _require(isinstance(getattr(self, name), bool), self, name, "True or False")
         if self.seed is not None:
             _require(_is_int(self.seed) and self.seed >= 0, self, "seed", "a whole number of at least 0")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_drt.config import DRTConfig
 from hf_drt.cost import PlanCost, plan_cost
+from hf_drt.declaration import declare
 from hf_drt.forms import (
     Dense,
     Form,
@@ -219,6 +220,7 @@ class DynamicRank:
         outcome = change_forms(
             self.model, forms, optimizer, self.config.moments, lambda name: self._generator(index, name)
         )
+        declare(self.model)
         if outcome.merge_error > 0.1:
             logger.warning(
                 "update step %d: rounding to the weights' dtype loses %.0f %% of what a layer has learned since the "
@@ -300,6 +302,7 @@ class DynamicRank:
         forms = self.forms(state["phase"])
         changed = {name: form for name, form in forms.items() if form_of(self._layer(name)) != form}
         swaps = empty_forms(self.model, changed, optimizer)
+        declare(self.model)
         self.phase = state["phase"]
         self._step = self.plan.phases[self.phase].start
         return swaps
@@ -307,6 +310,7 @@ class DynamicRank:
     def undo_load(self, swaps: list[Swap], phase: int | None) -> None:
         """Take back what :meth:`load_state_dict` has done to the model: the old layers, their weights, the phase."""
         replace(self.model, [Swap(swap.name, swap.new, swap.old) for swap in swaps])
+        declare(self.model)
         self.phase = phase
 
     def _layer(self, name: str) -> nn.Module:
@@ -369,6 +373,7 @@ class DynamicRank:
         """Bring every target layer back to its dense form: a plain model, that loads anywhere."""
         low_rank = {name: Dense() for name in self.targets if form_of(self._layer(name)) != Dense()}
         change_forms(self.model, low_rank, None, "reset", lambda name: self._generator(0, name))
+        declare(self.model)
         self.phase = None
 
 

@@ -5,6 +5,7 @@ import logging
 from torch import nn
 
 from hf_drt.config import DRTConfig
+from hf_drt.forms import FactoredLinear
 from hf_drt.schedule import Plan, Run, Schedule
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def resolved_plan(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Mod
         )
     plan = schedule.resolve(run, "adapter" if pretrained else "factored")
     factored = next((phase for phase in plan.phases if phase.kind == "factored"), None)
-    if pretrained and factored is not None:
+    if pretrained and factored is not None and not any(isinstance(m, FactoredLinear) for m in model.modules()):
         logger.warning(
             "phase '%s' truncates pretrained weights, which usually destroys them; adapter form keeps them.",
             factored,

@@ -22,20 +22,22 @@ ALLOWED = {
     "distributed": {"spectral", "forms", "sharding"},
     "export":     {"spectral", "forms"},
     "structure":  {"schedule", "forms"},
-    "pretrained": {"config", "schedule"},
+    "pretrained": {"config", "schedule", "forms"},
+    "declaration": {"forms"},
+    "hub":        {"config", "forms", "selection", "surgery", "declaration", "state"},
     "budget":     set(),
     "compress":   {"budget", "config", "forms", "selection", "spectral", "surgery"},
     "optim":      {"spectral", "config", "forms", "surgery", "sharding"},
     "transition": {"forms", "surgery", "optim", "distributed", "sharding"},
     "controller": {"spectral", "config", "schedule", "forms", "cost", "selection", "surgery", "optim",
-                   "structure", "pretrained", "sharding", "transition"},
+                   "structure", "pretrained", "sharding", "transition", "declaration"},
     "trainer":    {"config", "schedule", "forms", "selection", "export", "optim", "controller", "state",
-                   "ddp", "sharding", "pretrained"},
+                   "ddp", "sharding", "pretrained", "declaration", "hub"},
     "run":        {"config", "schedule", "trainer"},
     "trl":        {"trainer"},
 }
 STDLIB_ONLY = {"config", "schedule", "state", "budget"}
-KNOWS_TRANSFORMERS = {"trainer", "run"}
+KNOWS_TRANSFORMERS = {"trainer", "hub", "run"}
 # fmt: on
 
 

@@ -117,7 +117,10 @@ class LowRankLinear(nn.Module):
             return self._formed_weight()
         shape = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
         trainable = torch.is_grad_enabled() and any(p.requires_grad for p in self.pair()[:2])
-        return EffectiveWeight(self._formed_weight, shape, self.pair()[0], trainable)
+        weight = EffectiveWeight(self._formed_weight, shape, self.pair()[0], trainable)
+        # Set on the layer while a checkpoint is loaded: an owner's _init_weights then passes over what it is set on.
+        weight._is_hf_initialized = self.__dict__.get("_is_hf_initialized", False)
+        return weight
 
     def _formed_weight(self) -> Tensor:
         return as_matrix(self.matrix(), self.transposed)

@@ -157,6 +157,7 @@ class DRTCallback(TrainerCallback):
         if phase_ends and step < plan.max_steps:
             control.should_evaluate |= self.config.evaluate_at_switch
             control.should_save |= self.config.save_at_switch
+        control.should_save |= phase_ends and self.config.tag_phases
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.in_drt_trainer:

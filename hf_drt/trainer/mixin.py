@@ -11,6 +11,8 @@ What each override is for:
 - ``_save_rng_state``: every process has written its own before ``trainer_state.json`` says that the checkpoint is
   whole, and before older ones are deleted.
 - ``train``: resume_from_checkpoint=True means the last complete checkpoint.
+- ``_push_from_checkpoint``, ``_finish_current_push``, ``create_model_card``: what is published loads, is pushed again
+  where that failed, and says what it is.
 - ``save_model``, ``_save_optimizer_and_scheduler``: what FSDP's sharded checkpoints leave out.
 - ``_load_from_checkpoint``, ``_load_best_model``: structure before weights, since the Trainer loads non-strictly.
 - ``_issue_warnings_after_load``: a missing key of ours is an error, no warning.
@@ -25,13 +27,14 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.ddp import renewed_reducer
-from hf_drt.export import dense_state_dict, marked_state_dict
+from hf_drt.export import marked_state_dict
 from hf_drt.forms import AdapterLinear
+from hf_drt.hub.card import complete_card
 from hf_drt.optim import form_group_options, remembered
 from hf_drt.pretrained import resolved_plan
 from hf_drt.schedule import Run, Schedule
@@ -46,14 +49,18 @@ from hf_drt.trainer.checkpoint import (
     last_complete_checkpoint,
     stored_batch_size,
 )
+from hf_drt.trainer.exporting import check_export, hidden_token, save_export
 from hf_drt.trainer.jit import save_at_step_end
 from hf_drt.trainer.lr import existing_curve, simulated_curve
 from hf_drt.trainer.meter import PhaseMeter
 from hf_drt.trainer.probe import Probe
+from hf_drt.trainer.push import Publisher, phase_tag
 from hf_drt.trainer.refusals import refuse_unsupported
 from hf_drt.trainer.saving import recover, written_whole
+from hf_drt.trainer.summary import run_summary
 
 # The seams and their parameters; tests/unit/test_seams.py fails first if transformers moves one.
+# fmt: off
 SEAMS: dict[str, tuple[str, ...]] = {
     "train": ("resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
     "_prepare_for_training": ("max_steps", "train_dataloader", "resume_from_checkpoint"),
@@ -63,6 +70,11 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "_save": ("output_dir", "state_dict"),
     "save_model": ("output_dir", "_internal_call"),
     "_save_optimizer_and_scheduler": ("output_dir",),
+    "_push_from_checkpoint": ("checkpoint_folder",),
+    "_finish_current_push": (),
+    "create_model_card": (
+        "language", "license", "tags", "model_name", "finetuned_from", "tasks", "dataset_tags", "dataset", "dataset_args",
+    ),
     "_save_rng_state": ("output_dir",),
     "_get_output_dir": ("trial",),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
@@ -73,6 +85,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "_prepare_inputs": ("inputs",),  # used by probe.py
     "compute_loss_context_manager": (),  # used by probe.py
 }
+# fmt: on
 
 
 class DRTTrainerMixin:
@@ -111,6 +124,7 @@ class DRTTrainerMixin:
         self._drt_probe = Probe(self)
         callback.probe = self._drt_probe
         callback.around_switch = self._drt_around_switch
+        self._drt_publisher = Publisher(self.args, self._drt_publish)
         self.add_callback(callback)
         self._drt_callback = callback
         save_at_step_end(self)
@@ -184,6 +198,7 @@ class DRTTrainerMixin:
         plan = resolved_plan(callback.schedule, run, config, self.model)
         fits = self.drt is not None and (self.drt.model, self.drt.plan, self.drt.config) == (self.model, plan, config)
         if not fits:
+            check_export(config.export, plan, self.args, self.is_fsdp_enabled)
             self.drt = DynamicRank(self.model, config, plan=plan, seed=self.args.seed)
             callback.controller = self.drt
         return self.drt
@@ -249,10 +264,17 @@ class DRTTrainerMixin:
             self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.drt is None:
+        if self._drt_callback is None:
             return super()._save(output_dir, state_dict=state_dict)
-        if not self._drt_in_checkpoint:
-            return super()._save(output_dir, state_dict=dense_state_dict(self.model, state_dict))
+        with hidden_token(self.args):
+            if self._drt_in_checkpoint:
+                self._drt_save_in_form(output_dir, state_dict)
+            else:
+                folder = output_dir if output_dir is not None else self.args.output_dir
+                repository = getattr(self, "hub_model_id", None) if self.args.push_to_hub else None
+                save_export(self.model, folder, self._drt_callback.config.export, super()._save, state_dict, repository)
+
+    def _drt_save_in_form(self, output_dir: str, state_dict: dict | None) -> None:
         with _runtime_names(self.model):
             super()._save(output_dir, state_dict=state_dict and marked_state_dict(self.model, state_dict))
         if self.args.should_save:
@@ -271,6 +293,43 @@ class DRTTrainerMixin:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.drt is not None and self._drt_saves_shards() and self.args.should_save:  # _save is not called for them
             self._drt_callback.write_state(output_dir, self.state.global_step, self.args)
+
+    # ---- publishing
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._drt_callback is None:
+            return super()._push_from_checkpoint(checkpoint_folder)
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        tag = phase_tag(self.drt.plan, self.state.global_step) if self._drt_callback.config.tag_phases else None
+        if self.push_in_progress is not None and not self.push_in_progress.is_done():
+            if tag is None and not self.args.hub_always_push:
+                return
+            self.push_in_progress.wait_until_done()  # what it uploads is about to be written anew
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        step = self.state.global_step
+        self.push_in_progress = self._drt_publisher.push(self.hub_model_id, checkpoint_folder, step, tag)
+
+    def _drt_publish(self, folder: str) -> None:
+        """The model as it is published, with its card, from inside the writing of a checkpoint."""
+        self._drt_in_checkpoint = False
+        try:
+            self._save(folder)
+        finally:
+            self._drt_in_checkpoint = True
+        self.create_model_card(model_name=self.hub_model_id.rpartition("/")[2])
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        if self._drt_callback is not None and getattr(self, "hub_model_id", None) and self.is_world_process_zero():
+            self._drt_publisher.finish(self.hub_model_id)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The base's card, with how the model was trained in changing rank and how to load it."""
+        super().create_model_card(*args, **kwargs)
+        if self.drt is not None and self.is_world_process_zero():
+            export = self._drt_callback.config.export
+            complete_card(self.args.output_dir, run_summary(self.drt, self.state.log_history, export))
 
     # ---- loading
 

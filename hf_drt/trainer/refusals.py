@@ -3,7 +3,7 @@
 from typing import Any
 
 from torch.distributed.fsdp import CPUOffloadPolicy
-from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.trainer_utils import HubStrategy
 
 from hf_drt.config import DRTConfig
 from hf_drt.optim import form_group_options
@@ -19,10 +19,11 @@ def refuse_unsupported(trainer: Any, config: DRTConfig) -> None:
         if applies:
             raise ValueError(f"dynamic-rank training does not support {found}. {remedy} Or unset drt_schedule.")
     args = trainer.args
-    if args.push_to_hub and args.hub_strategy != HubStrategy.END and args.save_strategy != SaveStrategy.NO:
+    if config.tag_phases and (not args.push_to_hub or args.hub_strategy == HubStrategy.END):
         raise ValueError(
-            f"hub_strategy={args.hub_strategy.value} would publish weights in low-rank form, which plain transformers "
-            "cannot load. Use hub_strategy=end: the dense model is pushed when training is over."
+            "tag_phases makes revisions on the Hub of what is pushed during training, but nothing is: push_to_hub is "
+            f"{args.push_to_hub}, hub_strategy is {args.hub_strategy.value}. Set push_to_hub with "
+            "hub_strategy=every_save, checkpoint or all_checkpoints; or turn tag_phases off."
         )
     if config.evaluate_at_switch and trainer.eval_dataset is None:
         raise ValueError("evaluate_at_switch needs an eval_dataset, got None. Pass one, or turn it off.")

@@ -10,6 +10,7 @@ import torch
 import transformers as T
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from hf_drt import (
     Adapter,
@@ -92,8 +93,9 @@ def test_save_model_writes_a_dense_model_that_loads_without_this_package(tmp_pat
     assert (tiny.logits(loaded, batch) - tiny.logits(trainer.model, batch)).abs().max() <= 1e-5
 
 
-def test_a_low_rank_checkpoint_fails_loudly_in_plain_transformers(tmp_path):
+def test_a_low_rank_checkpoint_fails_loudly_in_plain_transformers(tmp_path, monkeypatch):
     tiny.trainer(tmp_path, save_strategy="steps", save_steps=5).train()
+    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "hf_drt")
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         T.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-5")
     T.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-10")  # of the dense phase

@@ -1,0 +1,109 @@
+"""What ``config.json`` says of a model's low-rank layers, so that ``save_pretrained`` writes what loads as it was.
+
+:class:`hf_drt.DynamicRank` keeps it up to date. transformers' objects are recognised by what they can do, so that
+nothing here imports it.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_drt.forms import LowRankLinear, form_to_dict, weight_shape
+
+logger = logging.getLogger(__name__)
+
+METHOD = "hf_drt"
+FORMAT_VERSION = 1
+_KEPT = "_drt_weight_conversions"
+
+
+def declaration(model: nn.Module) -> dict[str, Any] | None:
+    """The low-rank layers as the JSON block ``quantization_config``; None if there are none.
+
+    Names are those of the model at run time; ``shape`` is ``(out, in)``.
+    """
+    layers = {
+        name: {"shape": list(weight_shape(module)), **form_to_dict(module.form)}
+        for name, module in model.named_modules()
+        if isinstance(module, LowRankLinear)
+    }
+    return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "layers": layers} if layers else None
+
+
+def declare(model: nn.Module) -> None:
+    """Bring ``model.config`` in line with the forms that the model's layers are in now.
+
+    Call it after changing forms by hand, before ``save_pretrained``; DynamicRank does so by itself. With low-rank
+    layers the configuration gets the block ``quantization_config``, and weights are saved under the names that they
+    have at run time: the mapping to an architecture's published names does not know U and V. Without any, all is as it
+    was before. A model without a configuration of transformers is left alone.
+    """
+    model = _unwrapped(model)
+    config = getattr(model, "config", None)
+    if not hasattr(config, "to_diff_dict"):
+        return
+    block = declaration(model)
+    if block is None:
+        _withdraw(model)
+    elif _method(config) in (None, METHOD):
+        config.quantization_config = block
+        for submodel in _submodels(model):
+            _keep_runtime_names(submodel)
+            # transformers takes the dtype of attention from the first nn.Linear it finds, unless it reads this mark.
+            submodel.config._is_quantized = True
+    else:
+        logger.warning(
+            "the model is quantized by '%s', and its configuration has no room for a second method: with low-rank "
+            "layers, what save_pretrained writes will not load.",
+            _method(config),
+        )
+
+
+@contextlib.contextmanager
+def undeclared(model: nn.Module) -> Iterator[None]:
+    """For saving a dense state dict of a model in any form: the configuration and names of a dense model."""
+    model = _unwrapped(model)
+    if hasattr(getattr(model, "config", None), "to_diff_dict"):
+        _withdraw(model)
+    try:
+        yield
+    finally:
+        declare(model)
+
+
+def _withdraw(model: nn.Module) -> None:
+    if _method(model.config) == METHOD:
+        del model.config.quantization_config
+    for submodel in _submodels(model):
+        kept = submodel.__dict__.pop(_KEPT, None)
+        if kept is not None:
+            submodel.__dict__.pop("_weight_conversions", None)
+            submodel.__dict__.update(kept)
+            submodel.config.__dict__.pop("_is_quantized", None)
+
+
+def _keep_runtime_names(model: nn.Module) -> None:
+    """Switch off the mapping of names on saving, and keep what was set: nothing at all means transformers' default."""
+    own = model.__dict__
+    if _KEPT not in own:
+        own[_KEPT] = {key: own[key] for key in ("_weight_conversions",) if key in own}
+    own["_weight_conversions"] = []
+
+
+def _method(config: Any) -> str | None:
+    block = getattr(config, "quantization_config", None)
+    return block.get("quant_method") if isinstance(block, dict) else getattr(block, "quant_method", None)
+
+
+def _submodels(model: nn.Module) -> Iterator[nn.Module]:
+    """All that could be saved on its own: the model and the models inside it, such as the one without a head."""
+    return (m for m in model.modules() if hasattr(m, "save_pretrained") and hasattr(m, "config"))
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    model = getattr(model, "_orig_mod", model)
+    return _unwrapped(model.module) if isinstance(model, DistributedDataParallel) else model

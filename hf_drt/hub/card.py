@@ -1,0 +1,149 @@
+"""The section of a model card that says how a model was trained in changing rank, and how to load it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import ModelCard
+
+TAGS = ("hf_drt", "dynamic-rank-training", "low-rank")
+TIMELINE_NAME = "drt_timeline.png"
+_COLOURS = {"dense": "#31688e", "factored": "#fd9a44", "adapter": "#8fb339"}
+_BLOCKS = {"dense": "█", "factored": "░", "adapter": "▒"}
+
+CITATION = """\
+@article{shin2025dynamic,
+  title         = {Dynamic Rank Adjustment for Accurate and Efficient Neural Network Training},
+  author        = {Shin, Hyuntak and Jung, Aecheon and Hong, Sungeun and Lee, Sunwoo},
+  year          = {2025},
+  eprint        = {2508.08625},
+  archivePrefix = {arXiv}
+}"""
+
+_LOADING = {
+    "dense": "The weights are an ordinary dense model: `from_pretrained` loads them anywhere, without `hf_drt`.",
+    "native": "The weights are in low-rank form. `pip install hf_drt`, and `import hf_drt` before `from_pretrained`; "
+    "everything else is as usual. Without it transformers stops with a size mismatch rather than load them wrong.",
+    "adapter": "The weights are a PEFT adapter: `pip install peft`, and `from_pretrained` loads it onto its base.",
+}
+
+
+@dataclass(frozen=True)
+class PhaseSummary:
+    """One phase, as it ran or was planned.
+
+    Attributes:
+        kind: Form of the target layers.
+        start, end: Update steps ``[start, end)``.
+        ranks: Smallest and largest rank of a target layer; None where all are dense.
+        flops: Multiply-adds of the target layers relative to dense training.
+        trainable: Trainable parameters of the model; None if the phase was not reached, as in the next two.
+        seconds: Wall-clock time.
+        effective_rank: Mean over the target layers, at the last measurement.
+    """
+
+    kind: Literal["dense", "factored", "adapter"]
+    start: int
+    end: int
+    ranks: tuple[int, int] | None
+    flops: float
+    trainable: int | None = None
+    seconds: float | None = None
+    effective_rank: float | None = None
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a card tells of a run.
+
+    Attributes:
+        phases: In order.
+        layers: Number of target layers.
+        flops, parameters: Averages of the plan relative to dense training of the target layers.
+        export: Form in which the weights beside the card are stored.
+    """
+
+    phases: tuple[PhaseSummary, ...]
+    layers: int
+    flops: float
+    parameters: float
+    export: Literal["dense", "native", "adapter"]
+
+
+def complete_card(folder: str | Path, run: RunSummary) -> None:
+    """Add the method to the model card ``README.md`` in a folder: metadata, picture and :func:`method_section`."""
+    path = Path(folder) / "README.md"
+    card = ModelCard.load(path)
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *TAGS]))
+    card.data.library_name = "peft" if run.export == "adapter" else "transformers"
+    card.text = f"{card.text.rstrip()}\n\n{method_section(run, picture=draw_timeline(run.phases, folder))}\n"
+    card.save(path)
+
+
+def method_section(run: RunSummary, picture: bool = False) -> str:
+    """Markdown: method, timeline, table of phases, cost against dense, how to load the weights, citation.
+
+    Args:
+        run: From the trainer.
+        picture: Whether :data:`TIMELINE_NAME` lies beside the card.
+    """
+    return "\n\n".join(
+        (
+            "## Dynamic-rank training",
+            f"Trained with `hf_drt`: {run.layers} linear layers changed between full-rank and low-rank form during the "
+            f"run ([arXiv 2508.08625](https://arxiv.org/abs/2508.08625)). By plan they take {run.flops:.2f} of their "
+            f"dense training FLOPs, with {run.parameters:.2f} of their trainable parameters on average.",
+            *([f"![phases of the run]({TIMELINE_NAME})"] if picture else []),
+            f"```\n{timeline(run.phases)}\n```",
+            _table(run.phases),
+            f"### Loading\n\n{_LOADING[run.export]}",
+            f"### Citation\n\n```bibtex\n{CITATION}\n```",
+        )
+    )
+
+
+def timeline(phases: tuple[PhaseSummary, ...], width: int = 60) -> str:
+    """The run as a line of text, each phase at least one character wide, with a legend of the forms in it."""
+    total = phases[-1].end
+    bar = "".join(_BLOCKS[p.kind] * max(1, round(width * (p.end - p.start) / total)) for p in phases)
+    legend = "  ".join(f"{_BLOCKS[kind]} {kind}" for kind in dict.fromkeys(p.kind for p in phases))
+    return f"{bar}  {total} update steps\n{legend}"
+
+
+def draw_timeline(phases: tuple[PhaseSummary, ...], folder: str | Path) -> bool:
+    """Write :data:`TIMELINE_NAME`, phases over update steps; False where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(8, 1.4), layout="constrained")
+    axes = figure.subplots()
+    for phase in phases:
+        axes.barh(0, phase.end - phase.start, left=phase.start, color=_COLOURS[phase.kind], edgecolor="white")
+        if phase.end - phase.start > phases[-1].end / 12:
+            axes.text((phase.start + phase.end) / 2, 0, phase.kind, ha="center", va="center", color="white")
+    axes.set(xlim=(0, phases[-1].end), yticks=[], xlabel="update step")
+    axes.spines[["top", "left", "right"]].set_visible(False)
+    figure.savefig(Path(folder) / TIMELINE_NAME, dpi=150)
+    return True
+
+
+def _table(phases: tuple[PhaseSummary, ...]) -> str:
+    header = "| phase | form | update steps | rank | trainable parameters | FLOPs / dense | seconds | effective rank |"
+    rows = [
+        f"| {index} | {p.kind} | {p.start} to {p.end} | {_ranks(p.ranks)} | {_number(p.trainable, ',')} "
+        f"| {p.flops:.2f} | {_number(p.seconds, ',.0f')} | {_number(p.effective_rank, '.1f')} |"
+        for index, p in enumerate(phases)
+    ]
+    return "\n".join([header, "|---|---|---|---|---|---|---|---|", *rows])
+
+
+def _ranks(ranks: tuple[int, int] | None) -> str:
+    if ranks is None:
+        return "full"
+    low, high = ranks
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _number(value: float | None, pattern: str) -> str:
+    return "-" if value is None else format(value, pattern)

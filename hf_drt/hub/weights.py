@@ -1,0 +1,75 @@
+"""Do the weights of a checkpoint hold what its ``config.json`` declares? Answered from the headers of their files."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from hf_drt.forms import is_transposed, tensor_shapes
+from hf_drt.forms.specs import Dense
+from hf_drt.hub.block import AGAIN, DeclaredLayer
+from hf_drt.hub.names import candidates
+from hf_drt.state import CheckpointError
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def check_weights(files: Sequence[str], layers: Sequence[tuple[DeclaredLayer, nn.Module]], prefix: str) -> None:
+    """Compare what safetensors files hold of declared layers with what their forms need.
+
+    Args:
+        files: All files of the checkpoint.
+        layers: Each declared layer, and the dense module that it replaces.
+        prefix: Of the part without a head: saved on its own, it has the configuration of the whole, and its names.
+
+    Raises:
+        CheckpointError: A tensor is missing, unexpected or of another shape, or a file is damaged.
+    """
+    stored = _shapes_by_layer(files)
+    for layer, module in layers:
+        found = next((stored[name] for name in (layer.name, *candidates(layer.name, prefix)) if name in stored), {})
+        _check_layer(layer, found, module)
+
+
+def _shapes_by_layer(files: Sequence[str]) -> dict[str, Shapes]:
+    shapes: dict[str, Shapes] = defaultdict(dict)
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as weights:
+                for key in weights.keys():  # noqa: SIM118
+                    layer, _, tensor = key.rpartition(".")
+                    shapes[layer][tensor] = tuple(weights.get_slice(key).get_shape())
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is cut short or damaged ({error}). {AGAIN}") from None
+    return shapes
+
+
+def _check_layer(layer: DeclaredLayer, found: Shapes, module: nn.Module) -> None:
+    transposed = is_transposed(module)
+    expected: Shapes = dict(tensor_shapes(layer.form, layer.shape, transposed))
+    if module.bias is not None:
+        expected["bias"] = tuple(module.bias.shape)
+    missing = [name for name in expected if name not in found]
+    if missing and found.get("weight") == tensor_shapes(Dense(), layer.shape, transposed)["weight"]:
+        raise CheckpointError(
+            f"the weights hold {layer.name} in dense form, while config.json declares it as {layer.form}. If all "
+            "layers are dense (a dense model had the configuration object of one in low-rank form), delete "
+            "quantization_config from config.json."
+        )
+    if missing:
+        raise CheckpointError(
+            f"the weights lack {layer.name}.{missing[0]}, which {layer.form} in config.json needs. {AGAIN}"
+        )
+    for name, shape in found.items():
+        if name == "weight" and 0 in shape:  # stops a loader that does not know the format
+            continue
+        if name not in expected:
+            raise CheckpointError(
+                f"the weights hold {layer.name}.{name}, which {layer.form} in config.json does not have. {AGAIN}"
+            )
+        if shape != expected[name]:
+            raise CheckpointError(
+                f"{layer.name}.{name} has shape {shape} in the weights, where {layer.form} in config.json needs "
+                f"{expected[name]}. {AGAIN}"
+            )

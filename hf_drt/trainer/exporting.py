@@ -1,0 +1,81 @@
+"""The model as the user gets it, from ``save_model()`` and on the Hub: dense, native, or a PEFT adapter."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+
+from hf_drt.config import Export
+from hf_drt.declaration import undeclared
+from hf_drt.export import dense_state_dict, marked_state_dict
+from hf_drt.hub.peft import base_state_dict, save_peft_adapter
+from hf_drt.schedule import Plan
+
+BASE_FOLDER = "base"  # of an adapter, inside its own folder
+
+
+def save_export(
+    model: nn.Module,
+    folder: str,
+    export: Export,
+    save: Callable[[str, dict[str, Tensor] | None], None],
+    state: dict[str, Tensor] | None = None,
+    repository: str | None = None,
+) -> None:
+    """Save a model in any mix of forms.
+
+    Args:
+        model: Unwrapped.
+        folder: Where to; an adapter's base goes into its :data:`BASE_FOLDER`.
+        export: 'dense' merges, 'native' keeps the forms, 'adapter' writes a LoRA checkpoint of PEFT and its base.
+        save: The trainer's ``_save(folder, state_dict)``.
+        state: The model's state dict where it has been gathered already.
+        repository: ``user/name`` on the Hub, which an adapter names as the place of its base.
+
+    Raises:
+        ValueError: 'adapter', and the layers are not in adapter form.
+    """
+    match export:
+        case "dense":
+            with undeclared(model):
+                save(folder, dense_state_dict(model, state))
+        case "native":
+            save(folder, state and marked_state_dict(model, state))
+        case "adapter":
+            base = Path(folder, BASE_FOLDER)
+            save_peft_adapter(model, folder, repository or str(base))
+            with undeclared(model):
+                save(str(base), base_state_dict(model))
+
+
+def check_export(export: Export, plan: Plan, args: Any, fsdp: bool) -> None:
+    """Whether every model that the run will save can be saved in that form.
+
+    Raises:
+        ValueError: An adapter of a phase that has none, or a push of what no single process holds.
+    """
+    pushes = args.push_to_hub and args.hub_strategy != HubStrategy.END and args.save_strategy != SaveStrategy.NO
+    saved = plan.phases if pushes else plan.phases[-1:]
+    if export == "adapter" and (other := next((phase for phase in saved if phase.kind != "adapter"), None)):
+        raise ValueError(
+            f"export=adapter saves layers in adapter form, but in phase '{other}' they are {other.kind}. End the "
+            "schedule with an adapter phase, and push with hub_strategy=end; or use export=dense or native."
+        )
+    if fsdp and (pushes or export == "adapter"):
+        raise ValueError(
+            f"under FSDP no process holds the model to push it during training (hub_strategy={args.hub_strategy.value})"
+            " or to save it with export=adapter. Use hub_strategy=end, and export=dense or native."
+        )
+
+
+@contextlib.contextmanager
+def hidden_token(args: Any) -> Iterator[None]:
+    """``training_args.bin`` is published: it must not hold ``hub_token``."""
+    token, args.hub_token = args.hub_token, None
+    try:
+        yield
+    finally:
+        args.hub_token = token
