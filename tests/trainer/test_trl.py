@@ -17,7 +17,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 
-from hf_drt import DRTTrainerMixin, DRTTrainingArguments, form_of
+from hf_drt import DRTTrainer, DRTTrainerMixin, DRTTrainingArguments, form_of
 
 pytest.importorskip("trl")
 
@@ -159,6 +159,23 @@ def test_one_dense_phase_trains_and_logs_what_trls_trainer_does(tmp_path, tokeni
     for key in ("loss", "entropy", "mean_token_accuracy", "num_tokens"):
         assert logged(ours, key) == logged(theirs, key)
     assert len(logged(ours, "drt_effective_rank_mean")) == STEPS
+
+
+class Tells(DRTTrainer):
+    """A trainer with metrics of its own, which are not TRL's."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._metrics = {"mine": 0.5}
+
+    def log(self, logs, *args):
+        super().log({**logs, **self._metrics}, *args)
+
+
+def test_metrics_of_another_kind_are_left_alone(tmp_path):
+    trainer = tiny.trainer(tmp_path, cls=Tells)
+    trainer.train()
+    assert [row["mine"] for row in trainer.state.log_history if "drt_phase" in row] == [0.5] * 8
 
 
 # ---- models, settings, resuming
