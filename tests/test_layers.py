@@ -28,9 +28,10 @@ ALLOWED = {
                    "distributed", "structure", "pretrained"},
     "trainer":    {"config", "schedule", "forms", "selection", "export", "optim", "controller", "state",
                    "distributed", "pretrained"},
+    "hub":        {"config", "forms", "selection", "surgery", "spectral", "structure", "state", "export"},
 }
 STDLIB_ONLY = {"config", "schedule", "state", "budget"}
-KNOWS_TRANSFORMERS = {"trainer"}
+KNOWS_TRANSFORMERS = {"trainer", "hub"}
 # fmt: on
 
 
