@@ -1,4 +1,4 @@
-"""Native checkpoints: low-rank layers keep their form in files, and any ``from_pretrained`` loads them so."""
+"""Exchange with the Hub and other libraries: native checkpoints, PEFT adapters, model cards."""
 
 from hf_drt.hub.quantizer import NativeConfig, NativeQuantizer, register_native_format
 

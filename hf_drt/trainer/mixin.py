@@ -73,7 +73,8 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "_push_from_checkpoint": ("checkpoint_folder",),
     "_finish_current_push": (),
     "create_model_card": (
-        "language", "license", "tags", "model_name", "finetuned_from", "tasks", "dataset_tags", "dataset", "dataset_args",
+        "language", "license", "tags", "model_name", "finetuned_from", "tasks", "dataset_tags", "dataset",
+        "dataset_args",
     ),
     "_save_rng_state": ("output_dir",),
     "_get_output_dir": ("trial",),
