@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_drt.declaration import declare, undeclared
 from hf_drt.forms import Adapter, AdapterLinear, Conversion, LowRankLinear, form_of, prepare, weight_shape
 from hf_drt.selection import find_targets
 from hf_drt.surgery import Swap, replace
@@ -82,7 +83,18 @@ def save_peft_adapter(
     if base_folder is None:
         _warn_of_the_base(model, adapters, name)
     else:
-        model.save_pretrained(base_folder, state_dict=base_state_dict(model))
+        with undeclared(model):
+            model.save_pretrained(base_folder, state_dict=base_state_dict(model))
+    write_adapter(model, folder, name)
+
+
+def write_adapter(model: nn.Module, folder: str | os.PathLike, base: str | None) -> None:
+    """The two files of the adapter alone; the base is the caller's business. Arguments as in :func:`save_peft_adapter`.
+
+    Raises:
+        ValueError: As there.
+    """
+    adapters = _exportable(model)
     Path(folder).mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{PREFIX}{layer}.lora_{key}.weight": weight.detach().contiguous()
@@ -90,7 +102,7 @@ def save_peft_adapter(
         for key, weight in (("A", module.lora_A), ("B", module.lora_B))
     }
     save_file(tensors, Path(folder) / WEIGHTS_NAME, metadata={"format": "pt"})
-    config = _lora_config(model, adapters, name)
+    config = _lora_config(model, adapters, base)
     (Path(folder) / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -282,6 +294,7 @@ def load_peft_adapter(
     replace(model, swaps)
     for conversion in conversions:
         conversion.commit()
+    declare(model)
     state = model.state_dict()
     for name, value in others.items():
         state[name].copy_(value)
@@ -449,7 +462,9 @@ def _of_layer(name: str, patterns: dict[str, Any] | None, default: Any) -> Any:
 def _conversion(layer: nn.Module, form: Adapter, A: Tensor, B: Tensor) -> Conversion:
     conversion = prepare(layer, form)
     adapter = conversion.module
-    conversion.values += [(adapter.lora_A, A), (adapter.lora_B, B)]
+    with torch.no_grad():
+        adapter.lora_A.copy_(A)
+        adapter.lora_B.copy_(B)
     return conversion
 
 

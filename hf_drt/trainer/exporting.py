@@ -11,7 +11,7 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from hf_drt.config import Export
 from hf_drt.declaration import undeclared
 from hf_drt.export import dense_state_dict, marked_state_dict
-from hf_drt.hub.peft import base_state_dict, save_peft_adapter
+from hf_drt.hub.peft import base_state_dict, write_adapter
 from hf_drt.schedule import Plan
 
 BASE_FOLDER = "base"  # of an adapter, inside its own folder
@@ -46,7 +46,7 @@ def save_export(
             save(folder, state and marked_state_dict(model, state))
         case "adapter":
             base = Path(folder, BASE_FOLDER)
-            save_peft_adapter(model, folder, repository or str(base))
+            write_adapter(model, folder, repository or str(base))
             with undeclared(model):
                 save(str(base), base_state_dict(model))
 
