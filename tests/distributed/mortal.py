@@ -21,6 +21,8 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 from writers import around_writes, killing
 
+from hf_drt import DynamicRank
+
 
 class At(TrainerCallback):
     """Calls a function in an update step."""
@@ -50,8 +52,15 @@ def arm(trainer, place: str) -> None:
     match place:
         case "step":
             trainer.add_callback(At(13, kill))
-        case "switch":  # at step 16; the other process waits in the broadcast
-            trainer.add_callback(At(15, lambda: setattr(dist, "broadcast", kill)))
+        case "switch":  # the other process waits in the broadcast of a decomposition
+            apply = DynamicRank.apply
+
+            def apply_and_die(controller, step, *args):
+                if step == 16:
+                    dist.broadcast = kill
+                return apply(controller, step, *args)
+
+            DynamicRank.apply = apply_and_die
         case "sigterm":
             trainer.add_callback(At(13, terminate))
 
