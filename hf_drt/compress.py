@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_drt.budget import Curve, allocate
 from hf_drt.config import DRTConfig
+from hf_drt.declaration import declare
 from hf_drt.forms import (
     Adapter,
     Dense,
@@ -178,6 +179,7 @@ def compress(
     replace(model, [Swap(name, modules[name], conversion.module) for name, conversion in conversions.items()])
     for conversion in conversions.values():
         conversion.commit()
+    declare(model)
     return with_fields(plan, loss=(before, _measured(model, evaluate))) if before is not None else plan
 
 

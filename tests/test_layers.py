@@ -26,7 +26,7 @@ ALLOWED = {
     "declaration": {"forms"},
     "hub":        {"config", "forms", "selection", "surgery", "declaration", "state"},
     "budget":     set(),
-    "compress":   {"budget", "config", "forms", "selection", "spectral", "surgery"},
+    "compress":   {"budget", "config", "declaration", "forms", "selection", "spectral", "surgery"},
     "optim":      {"spectral", "config", "forms", "surgery", "sharding"},
     "transition": {"forms", "surgery", "optim", "distributed", "sharding"},
     "controller": {"spectral", "config", "schedule", "forms", "cost", "selection", "surgery", "optim",

@@ -373,3 +373,11 @@ def test_a_weight_that_is_not_finite_is_named():
     model.get_submodule(Q).weight.data[0, 0] = math.inf
     with pytest.raises(ValueError, match=rf"{Q}: .* holds inf or nan"):
         compress(model, rank=4)
+
+
+def test_a_compressed_model_saves_and_loads_as_any_other(tmp_path):
+    model = tiny.llama()
+    compress(model, parameters=0.5, rank_multiple=2)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(tiny.logits(loaded, tiny.batch()), tiny.logits(model, tiny.batch()))
