@@ -43,10 +43,9 @@ def declare(model: nn.Module) -> None:
     was before. A model without a configuration of transformers is left alone.
     """
     model = _unwrapped(model)
-    config = getattr(model, "config", None)
-    if not hasattr(config, "to_diff_dict"):
+    if not _is_of_transformers(model):
         return
-    block = declaration(model)
+    config, block = model.config, declaration(model)
     if block is None:
         _withdraw(model)
     elif _method(config) in (None, METHOD):
@@ -67,7 +66,7 @@ def declare(model: nn.Module) -> None:
 def undeclared(model: nn.Module) -> Iterator[None]:
     """For saving a dense state dict of a model in any form: the configuration and names of a dense model."""
     model = _unwrapped(model)
-    if hasattr(getattr(model, "config", None), "to_diff_dict"):
+    if _is_of_transformers(model):
         _withdraw(model)
     try:
         yield
@@ -101,7 +100,11 @@ def _method(config: Any) -> str | None:
 
 def _submodels(model: nn.Module) -> Iterator[nn.Module]:
     """All that could be saved on its own: the model and the models inside it, such as the one without a head."""
-    return (m for m in model.modules() if hasattr(m, "save_pretrained") and hasattr(m, "config"))
+    return filter(_is_of_transformers, model.modules())
+
+
+def _is_of_transformers(model: nn.Module) -> bool:
+    return hasattr(model, "save_pretrained") and hasattr(getattr(model, "config", None), "to_diff_dict")
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -23,8 +23,11 @@ CITATION = """\
 _LOADING = {
     "dense": "The weights are an ordinary dense model: `from_pretrained` loads them anywhere, without `hf_drt`.",
     "native": "The weights are in low-rank form. `pip install hf_drt`, and `import hf_drt` before `from_pretrained`; "
-    "everything else is as usual. Without it transformers stops with a size mismatch rather than load them wrong.",
-    "adapter": "The weights are a PEFT adapter: `pip install peft`, and `from_pretrained` loads it onto its base.",
+    "everything else is as usual. Without it transformers says 'Unknown quantization type, got hf_drt' and stops at a "
+    "size mismatch.",
+    "adapter": "The weights are a PEFT adapter. Training has changed its base, which lies in the folder `base`: "
+    "`pip install peft`, load the base with `from_pretrained(..., subfolder='base')`, and the adapter onto it with "
+    "`PeftModel.from_pretrained`.",
 }
 
 

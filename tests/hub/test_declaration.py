@@ -131,6 +131,15 @@ def test_a_model_that_is_not_of_transformers_is_left_alone(config):
     assert "_weight_conversions" not in vars(model)
 
 
+def test_a_part_of_another_library_is_left_alone():
+    model = tiny.llama()
+    part = model.model.layers[0].mlp
+    part.config, part.save_pretrained = {"hidden_size": 32}, print
+    mixed(model=model)
+    assert declared(model) == low_rank(model) != set()
+    assert part.config == {"hidden_size": 32}
+
+
 def test_another_methods_declaration_is_not_overwritten(caplog):
     for block in ({"quant_method": "gptq"}, T.EetqConfig()):
         model = tiny.llama()

@@ -20,6 +20,7 @@ from transformers.integrations.flash_attention import get_target_dtype
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from hf_drt import Adapter, Dense, DRTConfig, DynamicRank, Factored, convert, form_of
+from hf_drt.forms import LowRankLinear
 from hf_drt.pretrained import is_pretrained
 
 AUTO = {
@@ -39,7 +40,7 @@ def no_report(caplog):
     logger.addHandler(caplog.handler)
     yield
     logger.removeHandler(caplog.handler)
-    assert not [message for message in caplog.messages if "LOAD REPORT" in message]
+    assert not [record for record in caplog.get_records("call") if "LOAD REPORT" in record.getMessage()]
 
 
 @pytest.mark.usefixtures("no_report")
@@ -88,10 +89,21 @@ def test_no_mark_of_a_quantizer_is_left_on_the_model(tmp_path):
     model = T.AutoModelForCausalLM.from_pretrained(tmp_path)
     for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
         assert not hasattr(model, mark)
+    assert model._keys_to_ignore_on_load_unexpected == tiny.llama()._keys_to_ignore_on_load_unexpected
     layer = model.model.layers[0].self_attn.k_proj
     with pytest.raises(RuntimeError, match="would write to the weight of a low-rank layer"):
         initialization.zeros_(layer.weight)  # which passes over what from_pretrained is loading
     assert model.half().dtype == torch.float16  # which transformers refuses for quantized models
+
+
+def test_loaded_layers_are_not_initialised(tmp_path, monkeypatch):
+    visited = set()
+    monkeypatch.setattr(T.LlamaPreTrainedModel, "_init_weights", lambda self, module: visited.add(type(module)))
+    mixed().save_pretrained(tmp_path)
+    visited.clear()
+    T.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.nn.Linear in visited
+    assert not any(issubclass(cls, LowRankLinear) for cls in visited)
 
 
 def test_attention_finds_its_dtype_without_any_linear_layer(tmp_path):
@@ -122,8 +134,9 @@ def hidden(model: torch.nn.Module, kind: str) -> torch.Tensor:
 def test_the_base_model_takes_a_head_models_checkpoint_and_back(tmp_path, kind):
     model = mixed(kind)
     model.save_pretrained(tmp_path / "a")
-    base = T.AutoModel.from_pretrained(tmp_path / "a")
+    base, info = T.AutoModel.from_pretrained(tmp_path / "a", output_loading_info=True)
     assert type(base) is not type(model)
+    assert not [key for key in info["unexpected_keys"] if key.rpartition(".")[0] in forms(model)]
     assert torch.equal(hidden(base, kind), hidden(model, kind))
     base.save_pretrained(tmp_path / "b")
     again = AUTO[kind].from_pretrained(tmp_path / "b")
@@ -307,6 +320,13 @@ def test_weights_are_stored_under_the_names_they_have_at_run_time(tmp_path, kind
     assert keys(tmp_path / "native") == set(model.state_dict())
     kit.MODELS[kind]().save_pretrained(tmp_path / "dense")
     assert keys(tmp_path / "dense") - set(model.state_dict())  # which is not so without low-rank layers
+
+
+def test_names_are_taken_as_they_are(tmp_path):
+    model = mixed()
+    model.save_pretrained(tmp_path)
+    loaded = T.AutoModelForCausalLM.from_pretrained(tmp_path, key_mapping={r"layers\.0\.": "layers.1."})
+    assert difference(loaded, model) == 0
 
 
 # ---- without hf_drt
