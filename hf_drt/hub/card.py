@@ -21,13 +21,25 @@ CITATION = """\
 }"""
 
 _LOADING = {
-    "dense": "The weights are an ordinary dense model: `from_pretrained` loads them anywhere, without `hf_drt`.",
+    "dense": "The weights are an ordinary dense model, which loads anywhere, without `hf_drt`.",
     "native": "The weights are in low-rank form. `pip install hf_drt`, and `import hf_drt` before `from_pretrained`; "
     "everything else is as usual. Without it transformers says 'Unknown quantization type, got hf_drt' and stops at a "
     "size mismatch.",
-    "adapter": "The weights are a PEFT adapter. Training has changed its base, which lies in the folder `base`: "
-    "`pip install peft`, load the base with `from_pretrained(..., subfolder='base')`, and the adapter onto it with "
-    "`PeftModel.from_pretrained`.",
+    "adapter": "The weights are a PEFT adapter. It belongs to the base in the folder `base`, and to no other.",
+}
+_WHOLE = """\
+from transformers import {name}
+
+model = {name}.from_pretrained("{repository}")"""
+_CODE = {
+    "dense": _WHOLE,
+    "native": "import hf_drt\n" + _WHOLE,
+    "adapter": """\
+from peft import PeftModel
+from transformers import {name}
+
+base = {name}.from_pretrained("{repository}", subfolder="base")
+model = PeftModel.from_pretrained(base, "{repository}")""",
 }
 
 
@@ -64,6 +76,8 @@ class RunSummary:
         layers: Number of target layers.
         flops, parameters: Averages of the plan relative to dense training of the target layers.
         export: Form in which the weights beside the card are stored.
+        repository: ``user/name`` on the Hub, or a folder.
+        model_class: Name of the class that loads them.
     """
 
     phases: tuple[PhaseSummary, ...]
@@ -71,6 +85,17 @@ class RunSummary:
     flops: float
     parameters: float
     export: Literal["dense", "native", "adapter"]
+    repository: str
+    model_class: str
+
+
+def renew_card(folder: str | Path) -> None:
+    """Take the name of PEFT, for which the Trainer would ask the model to be one of PEFT's, out of an earlier card."""
+    path = Path(folder) / "README.md"
+    if path.is_file():
+        card = ModelCard.load(path)
+        card.data.library_name = "transformers"
+        card.save(path)
 
 
 def complete_card(folder: str | Path, run: RunSummary) -> None:
@@ -99,10 +124,14 @@ def method_section(run: RunSummary, picture: bool = False) -> str:
             *([f"![phases of the run]({TIMELINE_NAME})"] if picture else []),
             f"```\n{timeline(run.phases)}\n```",
             _table(run.phases),
-            f"### Loading\n\n{_LOADING[run.export]}",
+            f"### Loading\n\n{_LOADING[run.export]}\n\n```python\n{_code(run)}\n```",
             f"### Citation\n\n```bibtex\n{CITATION}\n```",
         )
     )
+
+
+def _code(run: RunSummary) -> str:
+    return _CODE[run.export].format(name=run.model_class, repository=run.repository)
 
 
 def timeline(phases: tuple[PhaseSummary, ...], width: int = 60) -> str:

@@ -7,14 +7,22 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_drt.config import Export
 from hf_drt.declaration import undeclared
 from hf_drt.export import dense_state_dict, marked_state_dict
+from hf_drt.hub.peft import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from hf_drt.hub.peft import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from hf_drt.hub.peft import base_state_dict, write_adapter
 from hf_drt.schedule import Plan
 
 BASE_FOLDER = "base"  # of an adapter, inside its own folder
+_ADAPTER_FILES = (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME)
+_WHOLE_MODEL_FILES = (
+    CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "model-?????-of-?????.safetensors",
+)  # fmt: skip
+MODEL_FILES = _ADAPTER_FILES + _WHOLE_MODEL_FILES  # of every form, as patterns of file names
 
 
 def save_export(
@@ -38,6 +46,7 @@ def save_export(
     Raises:
         ValueError: 'adapter', and the layers are not in adapter form.
     """
+    _clear(Path(folder), _WHOLE_MODEL_FILES if export == "adapter" else _ADAPTER_FILES)
     match export:
         case "dense":
             with undeclared(model):
@@ -49,6 +58,13 @@ def save_export(
             write_adapter(model, folder, repository or str(base))
             with undeclared(model):
                 save(str(base), base_state_dict(model))
+
+
+def _clear(folder: Path, patterns: tuple[str, ...]) -> None:
+    """An adapter's files beside those of a whole model would be loaded together with them."""
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def check_export(export: Export, plan: Plan, args: Any, fsdp: bool) -> None:

@@ -11,8 +11,8 @@ What each override is for:
 - ``_save_rng_state``: every process has written its own before ``trainer_state.json`` says that the checkpoint is
   whole, and before older ones are deleted.
 - ``train``: resume_from_checkpoint=True means the last complete checkpoint.
-- ``_push_from_checkpoint``, ``_finish_current_push``, ``create_model_card``: what is published loads, is pushed again
-  where that failed, and says what it is.
+- ``_push_from_checkpoint``, ``_finish_current_push``, ``create_model_card``, ``push_to_hub``: what is published
+  loads, is pushed again where that failed, and says what it is.
 - ``save_model``, ``_save_optimizer_and_scheduler``: what FSDP's sharded checkpoints leave out.
 - ``_load_from_checkpoint``, ``_load_best_model``: structure before weights, since the Trainer loads non-strictly.
 - ``_issue_warnings_after_load``: a missing key of ours is an error, no warning.
@@ -20,6 +20,7 @@ What each override is for:
 
 import contextlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from hf_drt.controller import DynamicRank
 from hf_drt.ddp import renewed_reducer
 from hf_drt.export import marked_state_dict
 from hf_drt.forms import AdapterLinear
-from hf_drt.hub.card import complete_card
+from hf_drt.hub.card import complete_card, renew_card
 from hf_drt.optim import form_group_options, remembered
 from hf_drt.pretrained import resolved_plan
 from hf_drt.schedule import Run, Schedule
@@ -72,6 +73,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "_save_optimizer_and_scheduler": ("output_dir",),
     "_push_from_checkpoint": ("checkpoint_folder",),
     "_finish_current_push": (),
+    "push_to_hub": ("commit_message", "blocking", "token", "revision", "private", "kwargs"),
     "create_model_card": (
         "language", "license", "tags", "model_name", "finetuned_from", "tasks", "dataset_tags", "dataset",
         "dataset_args",
@@ -126,6 +128,8 @@ class DRTTrainerMixin:
         callback.probe = self._drt_probe
         callback.around_switch = self._drt_around_switch
         self._drt_publisher = Publisher(self.args, self._drt_publish)
+        if self.args.push_to_hub and self.is_world_process_zero():
+            self._drt_publisher.make_branch(self.hub_model_id)
         self.add_callback(callback)
         self._drt_callback = callback
         save_at_step_end(self)
@@ -252,12 +256,17 @@ class DRTTrainerMixin:
             return super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         own, limit = self.args.should_save, self.args.save_total_limit
-        self._drt_in_checkpoint = True
+        with self._drt_saving(True), written_whole(folder, own, limit, self.accelerator.wait_for_everyone):
+            super()._save_checkpoint(model, trial)
+
+    @contextlib.contextmanager
+    def _drt_saving(self, checkpoint: bool) -> Iterator[None]:
+        """What ``_save`` is to write in the block: a checkpoint, or the model for its user."""
+        outer, self._drt_in_checkpoint = self._drt_in_checkpoint, checkpoint
         try:
-            with written_whole(folder, own, limit, self.accelerator.wait_for_everyone):
-                super()._save_checkpoint(model, trial)
+            yield
         finally:
-            self._drt_in_checkpoint = False
+            self._drt_in_checkpoint = outer
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -267,6 +276,8 @@ class DRTTrainerMixin:
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self._drt_callback is None:
             return super()._save(output_dir, state_dict=state_dict)
+        if not self._drt_in_checkpoint:
+            super()._finish_current_push()  # it may still read what is about to be written over
         with hidden_token(self.args):
             if self._drt_in_checkpoint:
                 self._drt_save_in_form(output_dir, state_dict)
@@ -302,22 +313,20 @@ class DRTTrainerMixin:
             return super()._push_from_checkpoint(checkpoint_folder)
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
-        tag = phase_tag(self.drt.plan, self.state.global_step) if self._drt_callback.config.tag_phases else None
+        step = self.state.global_step
+        tag = phase_tag(self.drt.plan, step) if self._drt_callback.config.tag_phases else None
+        last = step >= self.state.max_steps
         if self.push_in_progress is not None and not self.push_in_progress.is_done():
-            if tag is None and not self.args.hub_always_push:
+            if tag is None and not last and not self.args.hub_always_push:
                 return
             self.push_in_progress.wait_until_done()  # what it uploads is about to be written anew
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        step = self.state.global_step
         self.push_in_progress = self._drt_publisher.push(self.hub_model_id, checkpoint_folder, step, tag)
 
     def _drt_publish(self, folder: str) -> None:
         """The model as it is published, with its card, from inside the writing of a checkpoint."""
-        self._drt_in_checkpoint = False
-        try:
+        with self._drt_saving(False):
             self._save(folder)
-        finally:
-            self._drt_in_checkpoint = True
         self.create_model_card(model_name=self.hub_model_id.rpartition("/")[2])
 
     def _finish_current_push(self) -> None:
@@ -327,10 +336,33 @@ class DRTTrainerMixin:
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The base's card, with how the model was trained in changing rank and how to load it."""
+        ours = self.drt is not None and self.is_world_process_zero()
+        if ours:
+            renew_card(self.args.output_dir)
         super().create_model_card(*args, **kwargs)
-        if self.drt is not None and self.is_world_process_zero():
+        if ours:
+            repository = getattr(self, "hub_model_id", None) or self.args.output_dir
             export = self._drt_callback.config.export
-            complete_card(self.args.output_dir, run_summary(self.drt, self.state.log_history, export))
+            complete_card(self.args.output_dir, run_summary(self.drt, self.state.log_history, export, repository))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The base's; a model that an earlier push has left there in another form is deleted afterwards."""
+        commit = super().push_to_hub(commit_message, blocking, token, revision, *args, **kwargs)
+        if self._drt_callback is not None and self.is_world_process_zero():
+            branch = revision if revision is not None else self.args.hub_revision
+            if isinstance(commit, Future):
+                commit.add_done_callback(lambda _: self._drt_publisher.clear(self.hub_model_id, branch))
+            else:
+                self._drt_publisher.clear(self.hub_model_id, branch)
+        return commit
 
     # ---- loading
 

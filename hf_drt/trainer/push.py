@@ -1,21 +1,28 @@
 """Publishing during training: what lies on the Hub always loads, and a push that fails costs nothing but itself."""
 
+import fnmatch
 import logging
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
 from hf_drt.schedule import Plan
+from hf_drt.trainer.exporting import MODEL_FILES
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS, PAUSE = 3, 2.0  # tries of one upload, and seconds before the second one; doubled for the third
+# What lies in output_dir and is no part of the model; the last one is a checkpoint that is being replaced.
+_IGNORED = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", f".{PREFIX_CHECKPOINT_DIR}-*")
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,12 @@ class Publisher:
         try:
             self._export(self._args.output_dir)
         except Exception as error:  # a full disk, an unreachable Hub: the checkpoint is safe, training goes on
-            logger.warning("nothing is pushed at step %d: %s", step, self._clean(error))
+            logger.error(
+                "the model of step %d is not on the Hub, since it could not be exported: %s. Make room, and push it by "
+                "hand: trainer.push_to_hub()",
+                step, self._clean(error),
+            )  # fmt: skip
+            self._failed = [old for old in self._failed if old.path is not None]  # half of it has been written over
             return None
         uploads = [Upload(Path(self._args.output_dir), None, message, tag)]
         if self._args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
@@ -80,15 +92,39 @@ class Publisher:
         if self._failed:
             self._run(HfApi(), repository, self._due([]))
         for upload in self._failed:
-            logger.error(
-                "%s is not on the Hub. Push it by hand: hf upload %s %s %s",
-                upload.folder, repository, upload.folder, upload.path or ".",
-            )  # fmt: skip
+            logger.error("%s is not on the Hub. Push it by hand: %s", upload.folder, self._command(repository, upload))
+
+    def make_branch(self, repository: str) -> None:
+        """Make ``hub_revision`` if it is a branch that does not exist: the Hub takes no commit on such a one.
+
+        Raises:
+            HfHubHTTPError: The Hub refuses it.
+        """
+        branch = self._args.hub_revision
+        if branch is not None and not branch.startswith("refs/"):
+            HfApi().create_branch(repository, branch=branch, token=self._token, exist_ok=True)
+
+    def clear(self, repository: str, revision: str | None) -> None:
+        """Delete model files from the root that ``output_dir`` does not have: those of a push in another form."""
+        api, folder = HfApi(), Path(self._args.output_dir)
+        try:
+            stored = api.list_repo_files(repository, revision=revision, token=self._token)
+            stale = [file for file in stored if _is_model_file(file) and not (folder / file).is_file()]
+            if stale:
+                message = "Delete the model of an earlier form"
+                api.delete_files(repository, stale, revision=revision, token=self._token, commit_message=message)
+        except Exception as error:  # the model itself is there
+            logger.error("files of an earlier push may be left in %s: %s", repository, self._clean(error))
 
     def _due(self, uploads: list[Upload]) -> list[Upload]:
         """What has failed before goes first, unless it is gone, or a newer upload goes to the same place."""
         places = {upload.path for upload in uploads}
         again = [old for old in self._failed if old.folder.is_dir() and old.path not in places]
+        for old in self._failed:
+            if old.tag is not None and old not in again:
+                logger.error(
+                    "the revision %s is not on the Hub: its push failed, and a later one takes its place.", old.tag
+                )
         self._failed = []
         return again + uploads
 
@@ -98,20 +134,27 @@ class Publisher:
 
     def _run(self, api: HfApi, repository: str, uploads: list[Upload]) -> None:
         for upload in uploads:
-            for attempt in range(1, ATTEMPTS + 1):
-                try:
-                    self._send(api, repository, upload)
-                    break
-                except Exception as error:  # whatever a network or a server comes up with
-                    again = f"; attempt {attempt} of {ATTEMPTS}"
-                    logger.warning("the push of %s failed: %s%s", upload.folder, self._clean(error), again)
-                    if attempt == ATTEMPTS:
-                        self._failed.append(upload)
-                    else:
-                        time.sleep(PAUSE * 2 ** (attempt - 1))
+            if not self._sent(api, repository, upload):
+                self._failed.append(upload)
+
+    def _sent(self, api: HfApi, repository: str, upload: Upload) -> bool:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                self._send(api, repository, upload)
+                return True
+            except Exception as error:  # whatever a network or a server comes up with
+                again = f"; attempt {attempt} of {ATTEMPTS}"
+                logger.warning("the push of %s failed: %s%s", upload.folder, self._clean(error), again)
+            if not upload.folder.is_dir():  # by save_total_limit
+                logger.warning("%s was deleted before it was on the Hub.", upload.folder)
+                return True
+            if attempt < ATTEMPTS:
+                time.sleep(PAUSE * 2 ** (attempt - 1))
+        return False
 
     def _send(self, api: HfApi, repository: str, upload: Upload) -> None:
         token, branch = self._token, self._args.hub_revision
+        root = upload.path is None
         commit = api.upload_folder(
             repo_id=repository,
             folder_path=upload.folder,
@@ -119,14 +162,38 @@ class Publisher:
             commit_message=upload.message,
             token=token,
             revision=branch,
-            ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"] if upload.path is None else None,
+            ignore_patterns=list(_IGNORED) if root else None,
+            delete_patterns=list(MODEL_FILES) if root else "*",  # what is not uploaded now is of an earlier push
         )
         if upload.tag is not None:
-            api.create_tag(repository, tag=upload.tag, revision=commit.oid, token=token, exist_ok=True)
+            self._tag(api, repository, upload.tag, commit.oid)
+
+    def _tag(self, api: HfApi, repository: str, tag: str, commit: str) -> None:
+        options = {"tag": tag, "token": self._token}
+        try:
+            api.create_tag(repository, revision=commit, **options)
+        except HfHubHTTPError as error:
+            if error.response.status_code != HTTPStatus.CONFLICT:
+                raise
+            api.delete_tag(repository, **options)  # of an earlier run
+            api.create_tag(repository, revision=commit, **options)
+
+    def _command(self, repository: str, upload: Upload) -> str:
+        words = ["hf", "upload", repository, str(upload.folder), upload.path or "."]
+        if self._args.hub_revision is not None:
+            words += ["--revision", self._args.hub_revision]
+        if upload.path is None:
+            words += [word for pattern in _IGNORED for word in ("--exclude", pattern)]
+        return shlex.join(words)
 
     def _clean(self, error: Exception) -> str:
         text = f"{type(error).__name__}: {error}".strip()
-        return text.replace(self._token, "***") if self._token else text
+        token = self._token or get_token()
+        return text.replace(token, "***") if token else text
+
+
+def _is_model_file(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in MODEL_FILES)
 
 
 def phase_tag(plan: Plan, step: int) -> str | None:

@@ -7,13 +7,14 @@ from hf_drt.forms import Dense
 from hf_drt.hub.card import PhaseSummary, RunSummary
 
 
-def run_summary(controller: DynamicRank, history: list[dict[str, Any]], export: str) -> RunSummary:
+def run_summary(controller: DynamicRank, history: list[dict[str, Any]], export: str, repository: str) -> RunSummary:
     """The run so far.
 
     Args:
         controller: Of the run.
         history: ``trainer.state.log_history``.
         export: Form in which the model is published.
+        repository: Where.
     """
     plan, cost = controller.plan, controller.cost()
     rows: list[dict[str, Any]] = [{} for _ in plan.phases]
@@ -36,4 +37,6 @@ def run_summary(controller: DynamicRank, history: list[dict[str, Any]], export: 
                 effective_rank=row.get("drt_effective_rank_mean"),
             )
         )
-    return RunSummary(tuple(phases), len(controller.targets), cost.flops, cost.parameters, export)
+    model_class = type(controller.model).__name__
+    layers = len(controller.targets)
+    return RunSummary(tuple(phases), layers, cost.flops, cost.parameters, export, repository, model_class)
