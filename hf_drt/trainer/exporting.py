@@ -1,6 +1,7 @@
 """The model as the user gets it, from ``save_model()`` and on the Hub: dense, native, or a PEFT adapter."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 from hf_drt.config import Export
 from hf_drt.declaration import undeclared
-from hf_drt.export import dense_state_dict, marked_state_dict
+from hf_drt.export import dense_state_dict, marked_state_dict, merge_errors
 from hf_drt.hub.peft import base_state_dict, write_adapter
 from hf_drt.schedule import Plan
+
+logger = logging.getLogger(__name__)
 
 BASE_FOLDER = "base"  # of an adapter, inside its own folder
 
@@ -40,6 +43,7 @@ def save_export(
     """
     match export:
         case "dense":
+            report_merge(merge_errors(model, state))
             with undeclared(model):
                 save(folder, dense_state_dict(model, state))
         case "native":
@@ -49,6 +53,23 @@ def save_export(
             write_adapter(model, folder, repository or str(base))
             with undeclared(model):
                 save(str(base), base_state_dict(model))
+
+
+def report_merge(errors: dict[str, float]) -> None:
+    """Log the largest of :func:`hf_drt.export.merge_errors`, as a warning where it is above 0.1."""
+    if not errors:
+        return
+    name, worst = max(errors.items(), key=lambda entry: entry[1])
+    if worst > 0.1:
+        logger.warning(
+            "dense export: rounding to the weights' dtype loses %.0f %% of what the factors of %s hold, the most of %d "
+            "layers. Convert the model to float32 and save it again, or use export=native or adapter.",
+            100 * worst,
+            name,
+            len(errors),
+        )
+    else:
+        logger.info("dense export: rounding error of the merge at most %.2g (%d layers)", worst, len(errors))
 
 
 def check_export(export: Export, plan: Plan, args: Any, fsdp: bool) -> None:
