@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_drt import Adapter, Factored, convert, dense_state_dict
-from hf_drt.export import merge_errors
+from hf_drt import Adapter, Factored, convert, dense_state_dict, merge_errors
 from hf_drt.surgery import Swap, replace
 from hf_drt.trainer.exporting import report_merge, save_export
 
