@@ -3,7 +3,7 @@
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank, Transition
 from hf_drt.declaration import declare
-from hf_drt.export import dense_state_dict
+from hf_drt.export import dense_state_dict, merge_errors
 from hf_drt.forms import Adapter, Dense, Factored, Form, convert, effective_weight, empty_like, form_of
 from hf_drt.hub import register_native_format
 from hf_drt.schedule import Phase, Plan, Run, Schedule
@@ -49,4 +49,5 @@ __all__ = [
     "empty_like",
     "find_targets",
     "form_of",
+    "merge_errors",
 ]

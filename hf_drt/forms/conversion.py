@@ -27,7 +27,10 @@ class Merge:
         """Form the weight, cast it once, and return what the cast has cost (:attr:`Conversion.merge_error`)."""
         W = self.matrix()
         stored = as_matrix(W.to(self.into.dtype), transposed)
-        error = _rounding(self.source, W, as_matrix(stored, transposed)) if self.source is not None else 0.0
+        error = 0.0
+        if self.source is not None:
+            base = self.source.base.detach() if isinstance(self.source, AdapterLinear) else None
+            error = rounding(W, as_matrix(stored, transposed), None if base is None else as_matrix(base, transposed))
         if self.into.shape == stored.shape:
             self.into.copy_(stored)
         else:
@@ -71,9 +74,9 @@ class Conversion:
         return self.module
 
 
-def _rounding(source: LowRankLinear, W: Tensor, rounded: Tensor) -> float:
+def rounding(W: Tensor, rounded: Tensor, base: Tensor | None) -> float:
+    """What a cast costs, ``||rounded - W||_F / ||W - base||_F``; base is None where all of W comes from factors."""
     if rounded.dtype == W.dtype:
         return 0.0
-    base = as_matrix(source.base.detach(), source.transposed) if isinstance(source, AdapterLinear) else 0.0
-    update = (W - base).norm()
+    update = (W if base is None else W - base).norm()
     return 0.0 if update == 0 else ((rounded.to(W.dtype) - W).norm() / update).item()

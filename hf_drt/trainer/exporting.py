@@ -1,6 +1,7 @@
 """The model as the user gets it, from ``save_model()`` and on the Hub: dense, native, or a PEFT adapter."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 
 from hf_drt.config import Export
 from hf_drt.declaration import undeclared
-from hf_drt.export import dense_state_dict, marked_state_dict
+from hf_drt.export import dense_state_dict, marked_state_dict, merge_errors
 from hf_drt.hub.peft import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from hf_drt.hub.peft import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from hf_drt.hub.peft import base_state_dict, write_adapter
 from hf_drt.schedule import Plan
+
+logger = logging.getLogger(__name__)
 
 BASE_FOLDER = "base"  # of an adapter, inside its own folder
 _ADAPTER_FILES = (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME)
@@ -49,6 +52,7 @@ def save_export(
     _clear(Path(folder), _WHOLE_MODEL_FILES if export == "adapter" else _ADAPTER_FILES)
     match export:
         case "dense":
+            report_merge(merge_errors(model, state))
             with undeclared(model):
                 save(folder, dense_state_dict(model, state))
         case "native":
@@ -65,6 +69,23 @@ def _clear(folder: Path, patterns: tuple[str, ...]) -> None:
     for pattern in patterns:
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
+
+
+def report_merge(errors: dict[str, float]) -> None:
+    """Log the largest of :func:`hf_drt.export.merge_errors`, as a warning where it is above 0.1."""
+    if not errors:
+        return
+    name, worst = max(errors.items(), key=lambda entry: entry[1])
+    if worst > 0.1:
+        logger.warning(
+            "dense export: rounding to the weights' dtype loses %.0f %% of what the factors of %s hold, the most of %d "
+            "layers. Convert the model to float32 and save it again, or use export=native or adapter.",
+            100 * worst,
+            name,
+            len(errors),
+        )
+    else:
+        logger.info("dense export: rounding error of the merge at most %.2g (%d layers)", worst, len(errors))
 
 
 def check_export(export: Export, plan: Plan, args: Any, fsdp: bool) -> None:
