@@ -5,6 +5,7 @@ The client reads its address while it is imported, so these tests have a process
 """
 
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -63,8 +64,7 @@ def _short_pauses(monkeypatch):
 @pytest.fixture
 def name(request) -> str:
     """A repository for this test alone."""
-    words = "".join(c if c.isalnum() else "-" for c in request.node.name).strip("-")
-    return f"{server.USER}/{words.replace('--', '-')[:80]}"
+    return f"{server.USER}/{re.sub('[^a-z0-9]+', '-', request.node.name).strip('-')[-60:].strip('-')}"
 
 
 def trainer(folder, name, model=None, **changes) -> DRTTrainer:
