@@ -5,6 +5,7 @@ The client reads its address while it is imported, so these tests have a process
 """
 
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -63,8 +64,7 @@ def _short_pauses(monkeypatch):
 @pytest.fixture
 def name(request) -> str:
     """A repository for this test alone."""
-    words = "".join(c if c.isalnum() else "-" for c in request.node.name).strip("-")
-    return f"{server.USER}/{words.replace('--', '-')[:80]}"
+    return f"{server.USER}/{re.sub('[^a-z0-9]+', '-', request.node.name).strip('-')[-60:].strip('-')}"
 
 
 def trainer(folder, name, model=None, **changes) -> DRTTrainer:
@@ -198,7 +198,9 @@ def test_an_adapter_of_another_phase_is_refused(hub, name, tmp_path, changes, me
 # ---- during training
 
 
-@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+@pytest.mark.parametrize(
+    "strategy", ["every_save", "checkpoint", pytest.param("all_checkpoints", marks=pytest.mark.slow)]
+)
 def test_every_commit_loads_as_the_model_of_its_step(hub, name, tmp_path, strategy):
     trainer(tmp_path, name, hub_strategy=strategy).train()
     titles = commits(hub, name)
@@ -248,12 +250,15 @@ def test_phases_are_revisions_and_a_second_run_moves_them(hub, name, tmp_path):
             assert_same(load(name, revision=tag), load(folder / f"checkpoint-{step}"))
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_the_last_push_waits_for_the_one_before(hub, name, tmp_path):
     run = trainer(tmp_path, name, hub_strategy="every_save", hub_always_push=False, save_steps=1)
     run.train()
     assert_same(load(name), run.model)
 
 
+@pytest.mark.slow
 def test_another_form_over_an_earlier_one(hub, name, tmp_path):
     for export in ("dense", "adapter", "native"):
         run = trainer(tmp_path / "same", name, hub_strategy="end", drt_export=export, save_strategy="no")
@@ -265,6 +270,7 @@ def test_another_form_over_an_earlier_one(hub, name, tmp_path):
     assert torch.equal(logits(load(name)), logits(run.model))
 
 
+@pytest.mark.slow
 def test_a_push_during_training_over_another_form_and_an_older_checkpoint(hub, name, tmp_path):
     run = trainer(tmp_path / "a", name, hub_strategy="end", drt_export="adapter")
     run.train()
@@ -325,8 +331,17 @@ def test_a_branch_that_cannot_be_made_is_an_error_before_training(hub, name, tmp
 # ---- faults
 
 
-@pytest.mark.parametrize("how", [500, "close"])
-@pytest.mark.parametrize("path", ["POST .*/commit/", "PUT /lfs/", "POST .*/preupload/"])
+@pytest.mark.parametrize(
+    ("how", "path"),
+    [
+        (500, "POST .*/commit/"),
+        ("close", "PUT /lfs/"),
+        pytest.param("close", "POST .*/commit/", marks=pytest.mark.slow),
+        pytest.param(500, "PUT /lfs/", marks=pytest.mark.slow),
+        pytest.param(500, "POST .*/preupload/", marks=pytest.mark.slow),
+        pytest.param("close", "POST .*/preupload/", marks=pytest.mark.slow),
+    ],
+)
 def test_a_push_that_fails_is_tried_again(hub, name, tmp_path, caplog, how, path):
     run = trainer(tmp_path, name, hub_strategy="checkpoint", save_steps=6)
     hub.fail(path, 7, how)  # the client itself tries six times where it does
@@ -349,6 +364,7 @@ def test_what_failed_is_sent_at_the_end(hub, name, tmp_path, caplog):
     assert_same(load(name), run.model)
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers_costs_the_pushes_alone(hub, name, tmp_path, caplog):
     run = trainer(tmp_path / "a", name, hub_strategy="checkpoint", hub_revision="trial")
     hub.fail("(POST|PUT) ", 10**6, "close")
@@ -381,6 +397,7 @@ def test_a_lost_revision_is_named(hub, name, tmp_path, caplog):
         huggingface_hub.snapshot_download(name, revision="phase-0-factored")
 
 
+@pytest.mark.slow
 def test_an_export_that_fails_costs_that_push_alone(hub, name, tmp_path, caplog, monkeypatch):
     run = trainer(tmp_path, name, hub_strategy="checkpoint")
     publish, calls = run._drt_publisher._export, []

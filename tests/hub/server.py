@@ -105,6 +105,7 @@ def _refused(code: int, name: str, **headers: str) -> _Answer:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two packets
     server: Hub
 
     def log_message(self, *args) -> None:

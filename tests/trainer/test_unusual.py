@@ -309,15 +309,6 @@ def test_a_drt_trainer_refuses_a_second_callback(tmp_path):
         DRTTrainer(tiny.llama(), tiny.arguments(tmp_path), train_dataset=tiny.dataset(), callbacks=[callback])
 
 
-def test_publishing_checkpoints_in_low_rank_form_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(T.Trainer, "init_hf_repo", lambda self, *args, **kwargs: None)
-    pushed = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 5}
-    with pytest.raises(ValueError, match=r"hub_strategy=every_save would publish weights in low-rank form"):
-        tiny.trainer(tmp_path, **pushed)
-    tiny.trainer(tmp_path, hub_strategy="end", **pushed)
-    tiny.trainer(tmp_path, drt_schedule=None, **pushed)
-
-
 # ---- models
 
 

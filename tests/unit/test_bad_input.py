@@ -34,6 +34,7 @@ from hf_drt.optim import moment_keys
 from hf_drt.schedule import Run
 from hf_drt.state import STATE_NAME, read_state, write_state
 from hf_drt.surgery import Swap, replace
+from hf_drt.trainer.exporting import check_export
 from hf_drt.trainer.refusals import refuse_unsupported
 
 NAN = math.nan
@@ -88,6 +89,8 @@ FIELDS = [
     ("adapter_alpha", -16.0, r"adapter_alpha must be a number above 0, got -16\.0"),
     ("adapter_alpha", math.inf, r"adapter_alpha must be a number above 0, got inf"),
     ("adapter_init", "pissa", r"adapter_init must be one of zero, principal, got 'pissa'"),
+    ("export", "lora", r"export must be one of dense, native, adapter, got 'lora'"),
+    ("tag_phases", 1, r"tag_phases must be True or False, got 1"),
     ("moments", "keep", r"moments must be one of project, reset, got 'keep'"),
     ("rewarmup_steps", -1, r"rewarmup_steps must be a whole number of at least 0, got -1\. The unit is steps"),
     ("rewarmup_steps", 0.1, r"rewarmup_steps must be a whole number of at least 0, got 0\.1\. The unit is steps"),
@@ -646,8 +649,16 @@ def engine(**changes) -> SimpleNamespace:
             {},
             r"a model that transformers has sharded while loading\. Load it without distributed_config",
         ),
-        ({"push_to_hub": True}, {}, r"hub_strategy=every_save would publish weights in low-rank form, .*=end"),
-        ({"push_to_hub": True, "hub_strategy": HubStrategy.CHECKPOINT}, {}, r"hub_strategy=checkpoint would publish"),
+        (
+            {},
+            {"tag_phases": True},
+            r"tag_phases makes revisions .* push_to_hub is False, hub_strategy is every_save\. Set push_to_hub with",
+        ),
+        (
+            {"push_to_hub": True, "hub_strategy": HubStrategy.END},
+            {"tag_phases": True},
+            r"push_to_hub is True, hub_strategy is end\. .* hub_strategy=every_save, checkpoint or all_checkpoints; or",
+        ),
         (
             {},
             {"evaluate_at_switch": True},
@@ -661,9 +672,52 @@ def test_an_engine_that_is_not_supported_is_refused(found, config, message):
         refuse_unsupported(engine(**found), config_of(**config))
 
 
+@pytest.mark.parametrize("strategy", [s for s in HubStrategy if s != HubStrategy.END])
+def test_pushing_during_training_and_tags_are_allowed(strategy):
+    refuse_unsupported(engine(push_to_hub=True, hub_strategy=strategy), config_of(tag_phases=True))
+    check_export("dense", plan_of("factored@0 dense@4"), pushing(hub_strategy=strategy), fsdp=False)
+
+
+def pushing(**changes) -> SimpleNamespace:
+    """Training arguments of a run that pushes."""
+    return engine(**{"push_to_hub": True, **changes}).args
+
+
+def plan_of(text: str):
+    return Schedule.parse(text).resolve(Run(8))
+
+
+NO_SHARDS = (
+    r"under FSDP no process holds the model to push it .*\(hub_strategy={}\) .* Use hub_strategy=end, and export=d"
+)
+
+
+@pytest.mark.parametrize(
+    ("export", "schedule", "changes", "fsdp", "message"),
+    [
+        ("adapter", "adapter@0 dense@4", {"push_to_hub": False}, False, r"'dense.*' they are dense\. End the schedule"),
+        (
+            "adapter",
+            "factored@0",
+            {"push_to_hub": False},
+            False,
+            r"saves layers in adapter form, but in phase 'factored",
+        ),
+        ("adapter", "dense@0 adapter@4", {}, False, r"in phase 'dense.*' they .* push with hub_strategy=end; or use"),
+        ("dense", "dense@0", {}, True, NO_SHARDS.format("every_save")),
+        ("native", "dense@0", {"hub_strategy": HubStrategy.CHECKPOINT}, True, NO_SHARDS.format("checkpoint")),
+        ("adapter", "adapter@0", {"push_to_hub": False}, True, r"or to save it with export=adapter\. Use hub_strategy"),
+    ],
+)
+def test_an_export_that_a_phase_or_an_engine_does_not_have_is_refused(export, schedule, changes, fsdp, message):
+    with pytest.raises(ValueError, match=message):
+        check_export(export, plan_of(schedule), pushing(**changes), fsdp)
+
+
 @pytest.mark.parametrize("found", [{"hub_strategy": HubStrategy.END}, {"save_strategy": SaveStrategy.NO}], ids=str)
-def test_a_push_of_the_dense_model_alone_is_allowed(found):
-    refuse_unsupported(engine(push_to_hub=True, **found), config_of())
+def test_a_push_of_the_last_model_alone_asks_nothing_of_earlier_phases(found):
+    check_export("adapter", plan_of("dense@0 adapter@4"), pushing(**found), fsdp=False)
+    check_export("dense", plan_of("dense@0 adapter@4"), pushing(**found), fsdp=True)
 
 
 def test_evaluation_at_a_switch_without_data_is_refused(tmp_path):

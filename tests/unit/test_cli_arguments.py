@@ -35,6 +35,8 @@ FLAGS = {
     "log_rank_per_layer": ([], True),
     "evaluate_at_switch": (["True"], True),
     "save_at_switch": (["True"], True),
+    "export": (["native"], "native"),
+    "tag_phases": (["True"], True),
     "seed": (["7"], 7),
 }
 EXPECTED = {f"drt_{name}": value for name, (_, value) in FLAGS.items()}
@@ -128,7 +130,7 @@ def test_dashes_may_stand_for_underscores(cls):
 
 
 @classes
-@pytest.mark.parametrize("name", ["start", "adapter_init", "moments"])
+@pytest.mark.parametrize("name", ["start", "adapter_init", "moments", "export"])
 def test_the_command_line_refuses_a_word_that_is_no_choice(cls, name, capsys):
     with pytest.raises(SystemExit):
         parse(cls, f"--drt_{name}", "nonsense")
