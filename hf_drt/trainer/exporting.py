@@ -46,7 +46,6 @@ def save_export(
     Raises:
         ValueError: 'adapter', and the layers are not in adapter form.
     """
-    _clear(Path(folder), _WHOLE_MODEL_FILES if export == "adapter" else _ADAPTER_FILES)
     match export:
         case "dense":
             with undeclared(model):
@@ -58,6 +57,7 @@ def save_export(
             write_adapter(model, folder, repository or str(base))
             with undeclared(model):
                 save(str(base), base_state_dict(model))
+    _clear(Path(folder), _WHOLE_MODEL_FILES if export == "adapter" else _ADAPTER_FILES)
 
 
 def _clear(folder: Path, patterns: tuple[str, ...]) -> None:

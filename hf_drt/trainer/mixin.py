@@ -21,6 +21,7 @@ What each override is for:
 import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -283,7 +284,7 @@ class DRTTrainerMixin:
                 self._drt_save_in_form(output_dir, state_dict)
             else:
                 folder = output_dir if output_dir is not None else self.args.output_dir
-                repository = getattr(self, "hub_model_id", None) if self.args.push_to_hub else None
+                repository = getattr(self, "hub_model_id", None)
                 save_export(self.model, folder, self._drt_callback.config.export, super()._save, state_dict, repository)
 
     def _drt_save_in_form(self, output_dir: str, state_dict: dict | None) -> None:
@@ -315,7 +316,7 @@ class DRTTrainerMixin:
             return
         step = self.state.global_step
         tag = phase_tag(self.drt.plan, step) if self._drt_callback.config.tag_phases else None
-        last = step >= self.state.max_steps
+        last = self.control.should_training_stop
         if self.push_in_progress is not None and not self.push_in_progress.is_done():
             if tag is None and not last and not self.args.hub_always_push:
                 return
@@ -357,11 +358,11 @@ class DRTTrainerMixin:
         """The base's; a model that an earlier push has left there in another form is deleted afterwards."""
         commit = super().push_to_hub(commit_message, blocking, token, revision, *args, **kwargs)
         if self._drt_callback is not None and self.is_world_process_zero():
-            branch = revision if revision is not None else self.args.hub_revision
+            clear = partial(self._drt_publisher.clear, self.hub_model_id, revision or self.args.hub_revision, token)
             if isinstance(commit, Future):
-                commit.add_done_callback(lambda _: self._drt_publisher.clear(self.hub_model_id, branch))
+                commit.add_done_callback(lambda upload: upload.exception() or clear())
             else:
-                self._drt_publisher.clear(self.hub_model_id, branch)
+                clear()
         return commit
 
     # ---- loading

@@ -104,15 +104,15 @@ class Publisher:
         if branch is not None and not branch.startswith("refs/"):
             HfApi().create_branch(repository, branch=branch, token=self._token, exist_ok=True)
 
-    def clear(self, repository: str, revision: str | None) -> None:
+    def clear(self, repository: str, revision: str | None, token: str | None = None) -> None:
         """Delete model files from the root that ``output_dir`` does not have: those of a push in another form."""
         api, folder = HfApi(), Path(self._args.output_dir)
+        options = {"revision": revision, "token": token or self._token}
         try:
-            stored = api.list_repo_files(repository, revision=revision, token=self._token)
+            stored = api.list_repo_files(repository, **options)
             stale = [file for file in stored if _is_model_file(file) and not (folder / file).is_file()]
             if stale:
-                message = "Delete the model of an earlier form"
-                api.delete_files(repository, stale, revision=revision, token=self._token, commit_message=message)
+                api.delete_files(repository, stale, commit_message="Delete the model of an earlier form", **options)
         except Exception as error:  # the model itself is there
             logger.error("files of an earlier push may be left in %s: %s", repository, self._clean(error))
 

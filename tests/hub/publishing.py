@@ -4,6 +4,7 @@
 The client reads its address while it is imported, so these tests have a process of their own; test_push.py starts it.
 """
 
+import json
 import os
 import re
 import sys
@@ -178,6 +179,25 @@ def test_an_adapter_and_its_base(hub, name, tmp_path):
     found = {}
     exec(code_of(card.text), found)
     assert torch.equal(logits(found["model"]), logits(run.model))
+
+
+def test_a_push_by_hand_names_the_repository_and_does_not_block(hub, name, tmp_path):
+    run = trainer(tmp_path, name, drt_export="adapter", push_to_hub=False, save_strategy="no")
+    run.train()
+    run.push_to_hub(blocking=False).result()
+    base = load(name, subfolder="base", adapter_kwargs={"subfolder": "base"})
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(base, name)), logits(run.model))
+    config = json.loads(Path(huggingface_hub.hf_hub_download(name, "adapter_config.json")).read_text())
+    assert config["base_model_name_or_path"] == name
+
+
+def test_a_save_that_is_refused_deletes_nothing(hub, name, tmp_path):
+    tiny.llama().save_pretrained(tmp_path)
+    before = {path.name for path in tmp_path.iterdir()}
+    run = trainer(tmp_path, name, drt_export="adapter", push_to_hub=False)
+    with pytest.raises(ValueError, match=r"no layer of LlamaForCausalLM is in adapter form"):
+        run.save_model()
+    assert {path.name for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize(
