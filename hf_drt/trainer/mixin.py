@@ -30,6 +30,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import PushInProgress
 
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
@@ -360,6 +361,7 @@ class DRTTrainerMixin:
         if self._drt_callback is not None and self.is_world_process_zero():
             clear = partial(self._drt_publisher.clear, self.hub_model_id, revision or self.args.hub_revision, token)
             if isinstance(commit, Future):
+                self.push_in_progress = PushInProgress([commit])
                 commit.add_done_callback(lambda upload: upload.exception() or clear())
             else:
                 clear()

@@ -70,8 +70,18 @@ class Publisher:
             tag: Name of the phase that has just ended, if it shall be a revision.
         """
         message = f"Training in progress, step {step}"
+        uploads = [Upload(Path(self._args.output_dir), None, message, tag)] if self._exported(step) else []
+        if self._args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            last = self._args.hub_strategy == HubStrategy.CHECKPOINT
+            name = "last-checkpoint" if last else Path(checkpoint).name
+            uploads.append(Upload(Path(checkpoint), name, f"{message}, checkpoint"))
+        due = self._due(uploads)
+        return self._start(repository, due) if due else None
+
+    def _exported(self, step: int) -> bool:
         try:
             self._export(self._args.output_dir)
+            return True
         except Exception as error:  # a full disk, an unreachable Hub: the checkpoint is safe, training goes on
             logger.error(
                 "the model of step %d is not on the Hub, since it could not be exported: %s. Make room, and push it by "
@@ -79,13 +89,7 @@ class Publisher:
                 step, self._clean(error),
             )  # fmt: skip
             self._failed = [old for old in self._failed if old.path is not None]  # half of it has been written over
-            return None
-        uploads = [Upload(Path(self._args.output_dir), None, message, tag)]
-        if self._args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            last = self._args.hub_strategy == HubStrategy.CHECKPOINT
-            name = "last-checkpoint" if last else Path(checkpoint).name
-            uploads.append(Upload(Path(checkpoint), name, f"{message}, checkpoint"))
-        return self._start(repository, self._due(uploads))
+            return False
 
     def finish(self, repository: str) -> None:
         """Try what has failed once more, and say what is not on the Hub then."""

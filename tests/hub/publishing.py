@@ -307,10 +307,11 @@ def test_a_push_during_training_over_another_form_and_an_older_checkpoint(hub, n
 
 
 def test_what_is_no_part_of_the_model_stays_at_home(hub, name, tmp_path):
-    # A save over a finished checkpoint of the same step moves it aside while the push goes on.
-    for _ in range(2):
-        trainer(tmp_path, name, hub_strategy="every_save").train()
-    assert not [path for path in hub.repos[name].names() if "checkpoint" in path]
+    for folder in (".checkpoint-2.replaced", "_notes"):  # a checkpoint that is being replaced, and the Trainer's rule
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "file").write_text("private")
+    trainer(tmp_path, name, hub_strategy="every_save").train()
+    assert not [path for path in hub.repos[name].names() if "checkpoint" in path or "notes" in path]
 
 
 # ---- the repository
@@ -435,6 +436,7 @@ def test_an_export_that_fails_costs_that_push_alone(hub, name, tmp_path, caplog,
     assert calls == [True] * 3  # the state of saving is as it was
     assert not run._drt_in_checkpoint
     assert "Training in progress, step 2" not in commits(hub, name)
+    assert "Training in progress, step 2, checkpoint" in commits(hub, name)
     assert_same(load(name), run.model)
 
 
