@@ -9,6 +9,8 @@ import os
 import re
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
@@ -56,8 +58,6 @@ load = T.AutoModelForCausalLM.from_pretrained
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch):
-    import time
-
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
 
@@ -272,9 +272,23 @@ def test_phases_are_revisions_and_a_second_run_moves_them(hub, name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.slow
-def test_the_last_push_waits_for_the_one_before(hub, name, tmp_path):
+def test_the_last_push_waits_for_the_one_before(hub, name, tmp_path, monkeypatch):
+    upload, wait, waited = huggingface_hub.HfApi.upload_folder, PushInProgress.wait_until_done, threading.Event()
+
+    def slow_upload(*args, **kwargs):
+        assert waited.wait(60)
+        return upload(*args, **kwargs)
+
+    def announced_wait(self):
+        waited.set()
+        wait(self)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", slow_upload)
+    monkeypatch.setattr(PushInProgress, "wait_until_done", announced_wait)
     run = trainer(tmp_path, name, hub_strategy="every_save", hub_always_push=False, save_steps=1)
     run.train()
+    pushed = [f"Training in progress, step {step}" for step in (1, 6)]  # those between have found it busy
+    assert list(commits(hub, name)) == ["init", *pushed]
     assert_same(load(name), run.model)
 
 
@@ -421,19 +435,21 @@ def test_a_lost_revision_is_named(hub, name, tmp_path, caplog):
 @pytest.mark.slow
 def test_an_export_that_fails_costs_that_push_alone(hub, name, tmp_path, caplog, monkeypatch):
     run = trainer(tmp_path, name, hub_strategy="checkpoint")
-    publish, calls = run._drt_publisher._export, []
+    publish, states = run._drt_publisher._export, []
 
     def fail_once(folder):
-        calls.append(run._drt_in_checkpoint)
-        if len(calls) == 1:
-            with run._drt_saving(False):
-                raise OSError("No space left on device")
-        publish(folder)
+        try:
+            if not states:
+                with run._drt_saving(False):
+                    raise OSError("No space left on device")
+            publish(folder)
+        finally:
+            states.append(run._drt_in_checkpoint)
 
     run._drt_publisher._export = fail_once
     run.train()
     assert "the model of step 2 is not on the Hub, since it could not be exported: OSError: No space" in caplog.text
-    assert calls == [True] * 3  # the state of saving is as it was
+    assert states == [True] * 3  # as it was, since the checkpoint is still being written
     assert not run._drt_in_checkpoint
     assert "Training in progress, step 2" not in commits(hub, name)
     assert "Training in progress, step 2, checkpoint" in commits(hub, name)
@@ -453,8 +469,6 @@ def test_a_checkpoint_that_was_deleted_before_it_was_sent_is_passed_over(hub, na
 
 @pytest.mark.parametrize("write", [lambda run: run.save_model(_internal_call=True), lambda run: run.push_to_hub()])
 def test_the_model_is_not_written_over_under_an_upload(hub, name, tmp_path, write):
-    import threading
-
     run = trainer(tmp_path, name, hub_strategy="every_save")
     run.train()
     before = (tmp_path / "model.safetensors").stat().st_mtime_ns
