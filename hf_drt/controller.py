@@ -180,6 +180,11 @@ class DynamicRank:
 
         Call it at the beginning of every update step, before the first forward pass. Arguments as in :meth:`apply`.
         """
+        if step < self._step:
+            raise ValueError(
+                f"begin_step({step}) comes after begin_step({self._step}). Count update steps over the whole run, not "
+                "from 0 in every epoch: a phase that is over would begin again."
+            )
         changes = self.match(step)
         if changes and optimizer is None and self.phase is not None:
             raise ValueError(
@@ -201,7 +206,7 @@ class DynamicRank:
     ) -> Transition:
         """Bring the model into the phase of update ``step``.
 
-        If anything fails, model and optimizer are as they were (:mod:`hf_drt.transition`). Layers that are in the
+        After a ValueError model and optimizer are as they were (:mod:`hf_drt.transition`). Layers that are in the
         phase's form already stay as they are.
 
         Args:
@@ -211,6 +216,7 @@ class DynamicRank:
 
         Raises:
             ValueError: The optimizer is not supported or lacks a weight, a weight is not finite, or a layer is gone.
+            HalfwayError: Memory has run out, or another process has died, after the first layer had changed.
         """
         started = time.perf_counter()
         index = self.plan.index_at(step)
@@ -328,6 +334,11 @@ class DynamicRank:
             raise ValueError(
                 f"the model has {found} where the linear layer {name} of shape (out, in) = {self.targets[name]} was. "
                 "Build DynamicRank after all other changes to the model."
+            )
+        if any(weight.numel() == 0 for weight in module.parameters()):
+            raise ValueError(
+                f"{name} has lost its weights in a change of form that failed halfway. Start a new process, and resume "
+                "from the last checkpoint."
             )
         return module
 

@@ -5,19 +5,21 @@ import logging
 from torch import nn
 
 from hf_drt.config import DRTConfig
-from hf_drt.forms import FactoredLinear
+from hf_drt.forms import AdapterLinear, FactoredLinear
 from hf_drt.schedule import Plan, Run, Schedule
 
 logger = logging.getLogger(__name__)
 
 
 def is_pretrained(model: nn.Module) -> bool:
-    """True if weights of the model came out of ``from_pretrained``, which marks the parameters that it loads.
+    """True if weights of the model came out of ``from_pretrained``, which marks the parameters that it loads, or if
+    layers are in adapter form: those stand on weights that have been trained.
 
     ``config.name_or_path`` does not tell: ``from_config`` on a downloaded configuration sets it too. A deep copy and
     ``load_state_dict`` lose the mark.
     """
-    return any(getattr(p, "_is_hf_initialized", False) for p in model.parameters())
+    marked = any(getattr(p, "_is_hf_initialized", False) for p in model.parameters())
+    return marked or any(isinstance(module, AdapterLinear) for module in model.modules())
 
 
 def resolved_plan(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Module) -> Plan:

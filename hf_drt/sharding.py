@@ -87,7 +87,7 @@ def splice(model: nn.Module, old: nn.Module, plain: nn.Module, new: nn.Module) -
     Raises:
         ValueError: No group, or more than one, manages the old layer, or it shares a parameter with another.
     """
-    group = _group_of(model, old)
+    group = group_of(model, old)
     mine = [p for p in group.fsdp_params if p._module_info.module is old]
     by_plain = {id(plain._parameters[p._module_info.param_name]): p for p in mine}
     place = group.fsdp_params.index(mine[0])
@@ -107,7 +107,12 @@ def splice(model: nn.Module, old: nn.Module, plain: nn.Module, new: nn.Module) -
     new._fsdp_use_orig_params = old._fsdp_use_orig_params
 
 
-def _group_of(model: nn.Module, layer: nn.Module) -> FSDPParamGroup:
+def group_of(model: nn.Module, layer: nn.Module) -> FSDPParamGroup:
+    """The one group that manages a layer's parameters.
+
+    Raises:
+        ValueError: None or several do, or the layer shares a parameter with another.
+    """
     states = (module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule))
     groups = {id(group): group for state in states for group in state._fsdp_param_groups}
     found = [g for g in groups.values() if any(p._module_info.module is layer for p in g.fsdp_params)]

@@ -1,10 +1,12 @@
 """A change of form of many layers: prepared as a whole, then put in force layer by layer.
 
-All that can fail comes first, so that a failure leaves model and optimizer as they were. What it prepares is of low
-rank; weights of full size are formed one at a time, each in the place of what it is made of. So the peak of memory is
-that of the larger of the two phases, plus one layer.
+All that can fail, but for want of memory or a process that dies, comes first, so that a failure leaves model and
+optimizer as they were. What is prepared is of low rank; weights of full size are formed one at a time, each in the
+place of what it is made of. So the peak of memory is that of the larger of the two phases, plus one layer. A failure in
+this second part cannot be undone, since what the weights were made of is gone: it is a :class:`HalfwayError`.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -14,8 +16,12 @@ from torch import nn
 from hf_drt.distributed import Job, decompositions, raise_everywhere
 from hf_drt.forms import Conversion, Form, check, empty_like, prepare
 from hf_drt.optim import carry_groups, carry_moments, put_states, take_states
-from hf_drt.sharding import gathered, is_sharded, reshard, splice
+from hf_drt.sharding import gathered, group_of, is_sharded, reshard, splice
 from hf_drt.surgery import Swap, replace
+
+
+class HalfwayError(RuntimeError):
+    """A change of form has failed after the first layer had changed: the model is of no use any more."""
 
 
 @dataclass
@@ -55,9 +61,22 @@ def change_forms(
     Raises:
         ValueError: A rank or weight is not valid, or the optimizer is not supported or lacks a weight. Nothing has
             changed then.
+        HalfwayError: Memory has run out, or another process has died, halfway.
     """
     change = _change_sharded if is_sharded(model) else _change
     return change(model, forms, optimizer, moments, generator)
+
+
+@contextlib.contextmanager
+def _no_way_back() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise HalfwayError(
+            f"the change of form failed halfway ({type(error).__name__}: {error}), and some layers have lost their "
+            "weights. Start a new process, and resume from the last checkpoint; where memory has run out, with smaller "
+            "batches or ranks."
+        ) from error
 
 
 def empty_forms(model: nn.Module, forms: dict[str, Form], optimizer: torch.optim.Optimizer | None = None) -> list[Swap]:
@@ -92,24 +111,26 @@ def _change(
     conversions = list(_prepared(model, forms, generator))
     swaps = [Swap(name, model.get_submodule(name), c.module) for name, c in zip(forms, conversions, strict=True)]
     place = carry_groups(optimizer, model, swaps) if optimizer is not None else None
-    replace(model, swaps)
-    if place is not None:
-        place()
     outcome = Outcome()
-    while swaps:  # popped, so that each old layer is free before the next new weight is formed
-        swap, conversion = swaps.pop(0), conversions.pop(0)
-        if optimizer is not None:
-            carry_moments(optimizer, swap.old, swap.new, moments)
-        conversion.commit()
-        outcome.add(swap.name, conversion)
+    with _no_way_back():
+        replace(model, swaps)
+        if place is not None:
+            place()
+        while swaps:  # popped, so that each old layer is free before the next new weight is formed
+            swap, conversion = swaps.pop(0), conversions.pop(0)
+            if optimizer is not None:
+                carry_moments(optimizer, swap.old, swap.new, moments)
+            conversion.commit()
+            outcome.add(swap.name, conversion)
     return outcome
 
 
 def _prepared(
     model: nn.Module, forms: dict[str, Form], generator: Callable[[str], torch.Generator]
 ) -> Iterator[Conversion]:
-    jobs = [Job(model.get_submodule(name), form) for name, form in forms.items()]
-    for name, job, parts in zip(forms, jobs, decompositions(jobs), strict=True):
+    jobs = {name: Job(model.get_submodule(name), form) for name, form in forms.items()}
+    _check(jobs)
+    for (name, job), parts in zip(jobs.items(), decompositions(list(jobs.values())), strict=True):
         yield prepare(job.module, job.form, generator(name), parts)
 
 
@@ -123,35 +144,45 @@ def _change_sharded(
     """The same under FSDP2, where a process has room for the whole weights of one layer only. Collective."""
     reshard(model)
     jobs = {name: Job(model.get_submodule(name), form) for name, form in forms.items()}
-    _check_everywhere(list(jobs.values()))
+    _check_everywhere(jobs)
+    for job in jobs.values():
+        group_of(model, job.module)
     if optimizer is not None:
         carry_groups(optimizer, model, [Swap(name, job.module, job.module) for name, job in jobs.items()])
     parts = list(decompositions(list(jobs.values())))
     outcome = Outcome()
-    while jobs:
-        name = next(iter(jobs))
-        old, form = jobs[name].module, jobs.pop(name).form
-        plain = gathered(old)
-        conversion = prepare(plain, form, generator(name), parts.pop(0))
-        new = conversion.module
-        states = take_states(optimizer, old, new, moments, plain) if optimizer is not None else []
-        conversion.commit()
-        splice(model, old, plain, new)
-        swap = Swap(name, old, new)
-        place = carry_groups(optimizer, model, [swap]) if optimizer is not None else None
-        replace(model, [swap])
-        if place is not None:
-            place()
-            put_states(optimizer, new, states)
-        outcome.add(name, conversion)
+    with _no_way_back():
+        while jobs:
+            name = next(iter(jobs))
+            old, form = jobs[name].module, jobs.pop(name).form
+            plain = gathered(old)
+            conversion = prepare(plain, form, generator(name), parts.pop(0))
+            new = conversion.module
+            states = take_states(optimizer, old, new, moments, plain) if optimizer is not None else []
+            conversion.commit()
+            splice(model, old, plain, new)
+            swap = Swap(name, old, new)
+            place = carry_groups(optimizer, model, [swap]) if optimizer is not None else None
+            replace(model, [swap])
+            if place is not None:
+                place()
+                put_states(optimizer, new, states)
+            outcome.add(name, conversion)
     return outcome
 
 
-def _check_everywhere(jobs: list[Job]) -> None:
+def _check(jobs: dict[str, Job]) -> None:
+    for name, job in jobs.items():
+        try:
+            check(job.module, job.form)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+
+def _check_everywhere(jobs: dict[str, Job]) -> None:
     error = None
     try:
-        for job in jobs:
-            check(job.module, job.form)
+        _check(jobs)
     except ValueError as failure:
         error = failure
-    raise_everywhere(error, jobs)
+    raise_everywhere(error, list(jobs.values()))

@@ -42,7 +42,7 @@ class Merge:
 class Conversion:
     """A layer in its new form, not yet in force.
 
-    Everything that can fail, and everything of low rank, is in it already; a weight of full size is formed by
+    Everything of low rank is in it already, and all checks are made; a weight of full size is formed by
     :meth:`commit`, so that the conversions of a whole model need no second copy of it.
 
     Attributes:

@@ -77,7 +77,7 @@ def save_peft_adapter(
     Raises:
         ValueError: No layer is in adapter form, one is in factored form, or PEFT has no way to express the model.
     """
-    adapters = _exportable(model)
+    adapters = check_adapters(model)
     _check_base_folder(model, folder, base_folder)
     name = base_model_name_or_path or (os.fspath(base_folder) if base_folder else _origin(model))
     if base_folder is None:
@@ -94,7 +94,7 @@ def write_adapter(model: nn.Module, folder: str | os.PathLike, base: str | None)
     Raises:
         ValueError: As there.
     """
-    adapters = _exportable(model)
+    adapters = check_adapters(model)
     Path(folder).mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{PREFIX}{layer}.lora_{key}.weight": weight.detach().contiguous()
@@ -118,8 +118,12 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _exportable(model: nn.Module) -> dict[str, AdapterLinear]:
-    """The adapters by name, in a model that PEFT can express."""
+def check_adapters(model: nn.Module) -> dict[str, AdapterLinear]:
+    """The adapters by name, in a model that PEFT can express.
+
+    Raises:
+        ValueError: It cannot, as in :func:`save_peft_adapter`.
+    """
     if isinstance(model, (DistributedDataParallel, nn.DataParallel)) or hasattr(model, "_orig_mod"):
         raise ValueError(
             f"{type(model).__name__} wraps the model, and its layers' names would not fit the base. Pass the model "
@@ -131,7 +135,7 @@ def _exportable(model: nn.Module) -> dict[str, AdapterLinear]:
         raise ValueError(
             f"no layer of {type(model).__name__} is in adapter form ({len(layers)} are factored, the others dense), so "
             "there is no LoRA to write. Export after a phase 'adapter', such as that of "
-            "schedule='factored@0 dense@40% adapter@80%'; save a model in other forms with trainer.save_model()."
+            "schedule='factored@0 dense@40% adapter@80%'; save a model in other forms with export=dense or native."
         )
     if factored := [name for name in layers if name not in adapters]:
         raise ValueError(

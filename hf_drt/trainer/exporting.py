@@ -13,9 +13,10 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 from hf_drt.config import Export
 from hf_drt.declaration import undeclared
 from hf_drt.export import dense_state_dict, marked_state_dict, merge_errors
+from hf_drt.forms import AdapterLinear
 from hf_drt.hub.peft import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from hf_drt.hub.peft import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
-from hf_drt.hub.peft import base_state_dict, write_adapter
+from hf_drt.hub.peft import base_state_dict, check_adapters, write_adapter
 from hf_drt.schedule import Plan
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,11 @@ _ADAPTER_FILES = (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME)
 _WHOLE_MODEL_FILES = (
     CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "model-?????-of-?????.safetensors",
 )  # fmt: skip
-MODEL_FILES = _ADAPTER_FILES + _WHOLE_MODEL_FILES  # of every form, as patterns of file names
+MODEL_FILES = (
+    *_ADAPTER_FILES,
+    *_WHOLE_MODEL_FILES,
+    *(f"{BASE_FOLDER}/{name}" for name in _WHOLE_MODEL_FILES),
+)  # of every form, as patterns of file names
 
 
 def save_export(
@@ -47,9 +52,8 @@ def save_export(
         repository: ``user/name`` on the Hub, which an adapter names as the place of its base.
 
     Raises:
-        ValueError: 'adapter', and the layers are not in adapter form.
+        ValueError: 'adapter', and PEFT has no way to express the model. Nothing is written then.
     """
-    _clear(Path(folder), _WHOLE_MODEL_FILES if export == "adapter" else _ADAPTER_FILES)
     match export:
         case "dense":
             report_merge(merge_errors(model, state))
@@ -62,12 +66,37 @@ def save_export(
             write_adapter(model, folder, repository or str(base))
             with undeclared(model):
                 save(str(base), base_state_dict(model))
+    if export == "adapter" and not any(isinstance(module, AdapterLinear) for module in model.modules()):
+        logger.warning(
+            "export=adapter, but no layer is in adapter form: training has stopped before its last phase, or the best "
+            "model is of another one. The model is saved in dense form."
+        )
+        export = "dense"
+    match export:
+        case "dense":
+            report_merge(merge_errors(model, state))
+            with undeclared(model):
+                save(folder, dense_state_dict(model, state))
+        case "native":
+            save(folder, state and marked_state_dict(model, state))
+        case "adapter":
+            base = Path(folder, BASE_FOLDER)
+            check_adapters(model)
+            with undeclared(model):
+                save(str(base), base_state_dict(model))
+            write_adapter(model, folder, repository or str(base))
+    _clear(Path(folder), keep_adapter=export == "adapter")
 
 
-def _clear(folder: Path, patterns: tuple[str, ...]) -> None:
+def _clear(folder: Path, keep_adapter: bool) -> None:
     """An adapter's files beside those of a whole model would be loaded together with them."""
-    for pattern in patterns:
-        for path in folder.glob(pattern):
+    if keep_adapter:
+        stale = [(folder, _WHOLE_MODEL_FILES)]
+    else:
+        left = [(folder / BASE_FOLDER, _WHOLE_MODEL_FILES)] if (folder / ADAPTER_CONFIG_NAME).is_file() else []
+        stale = [*left, (folder, _ADAPTER_FILES)]
+    for place, patterns in stale:
+        for path in (path for pattern in patterns for path in place.glob(pattern)):
             path.unlink(missing_ok=True)
 
 

@@ -6,8 +6,8 @@ What each override is for:
   optimizer is made.
 - ``create_optimizer``: form groups and step hooks, before the scheduler is made.
 - ``get_batch_samples``: sees the batches; counts them, and keeps one as the probe of a switch.
-- ``_save_checkpoint``, ``_save``: checkpoints keep their form and get ``drt_state.json``; models saved by the user are
-  dense. A save that fails leaves no unfinished files, and a checkpoint that it was to replace.
+- ``_save_checkpoint``, ``_save``: checkpoints keep their form and get ``drt_state.json``; models saved by the user
+  are what drt_export says. A save that fails leaves no unfinished files, and a checkpoint that it was to replace.
 - ``_save_rng_state``: every process has written its own before ``trainer_state.json`` says that the checkpoint is
   whole, and before older ones are deleted.
 - ``train``: resume_from_checkpoint=True means the last complete checkpoint.
@@ -21,6 +21,7 @@ What each override is for:
 import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import PushInProgress
 
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
@@ -97,7 +99,7 @@ class DRTTrainerMixin:
     Settings come from ``drt=`` (a :class:`hf_drt.DRTConfig` or a schedule's text), else from ``drt_*`` fields of the
     training arguments. Without a schedule the trainer behaves exactly like its base.
 
-    ``save_model()`` writes the dense model, which loads anywhere; checkpoints keep the form of their phase.
+    ``save_model()`` writes what ``drt_export`` says, by default a dense model; checkpoints keep their phase's form.
 
     Attributes:
         drt: The controller, from the start of training on; None while DRT is off.
@@ -283,8 +285,8 @@ class DRTTrainerMixin:
                 self._drt_save_in_form(output_dir, state_dict)
             else:
                 folder = output_dir if output_dir is not None else self.args.output_dir
-                repository = getattr(self, "hub_model_id", None) if self.args.push_to_hub else None
-                save_export(self.model, folder, self._drt_callback.config.export, super()._save, state_dict, repository)
+                repository = getattr(self, "hub_model_id", None)
+                save_export(self.model, folder, self._drt_config().export, super()._save, state_dict, repository)
 
     def _drt_save_in_form(self, output_dir: str, state_dict: dict | None) -> None:
         with _runtime_names(self.model):
@@ -315,7 +317,7 @@ class DRTTrainerMixin:
             return
         step = self.state.global_step
         tag = phase_tag(self.drt.plan, step) if self._drt_callback.config.tag_phases else None
-        last = step >= self.state.max_steps
+        last = self.control.should_training_stop
         if self.push_in_progress is not None and not self.push_in_progress.is_done():
             if tag is None and not last and not self.args.hub_always_push:
                 return
@@ -342,7 +344,7 @@ class DRTTrainerMixin:
         super().create_model_card(*args, **kwargs)
         if ours:
             repository = getattr(self, "hub_model_id", None) or self.args.output_dir
-            export = self._drt_callback.config.export
+            export = self._drt_config().export
             complete_card(self.args.output_dir, run_summary(self.drt, self.state.log_history, export, repository))
 
     def push_to_hub(
@@ -357,11 +359,12 @@ class DRTTrainerMixin:
         """The base's; a model that an earlier push has left there in another form is deleted afterwards."""
         commit = super().push_to_hub(commit_message, blocking, token, revision, *args, **kwargs)
         if self._drt_callback is not None and self.is_world_process_zero():
-            branch = revision if revision is not None else self.args.hub_revision
+            clear = partial(self._drt_publisher.clear, self.hub_model_id, revision or self.args.hub_revision, token)
             if isinstance(commit, Future):
-                commit.add_done_callback(lambda _: self._drt_publisher.clear(self.hub_model_id, branch))
+                self.push_in_progress = PushInProgress([commit])
+                commit.add_done_callback(lambda upload: upload.exception() or clear())
             else:
-                self._drt_publisher.clear(self.hub_model_id, branch)
+                clear()
         return commit
 
     # ---- loading

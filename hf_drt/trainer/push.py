@@ -70,8 +70,18 @@ class Publisher:
             tag: Name of the phase that has just ended, if it shall be a revision.
         """
         message = f"Training in progress, step {step}"
+        uploads = [Upload(Path(self._args.output_dir), None, message, tag)] if self._exported(step) else []
+        if self._args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            last = self._args.hub_strategy == HubStrategy.CHECKPOINT
+            name = "last-checkpoint" if last else Path(checkpoint).name
+            uploads.append(Upload(Path(checkpoint), name, f"{message}, checkpoint"))
+        due = self._due(uploads)
+        return self._start(repository, due) if due else None
+
+    def _exported(self, step: int) -> bool:
         try:
             self._export(self._args.output_dir)
+            return True
         except Exception as error:  # a full disk, an unreachable Hub: the checkpoint is safe, training goes on
             logger.error(
                 "the model of step %d is not on the Hub, since it could not be exported: %s. Make room, and push it by "
@@ -79,13 +89,7 @@ class Publisher:
                 step, self._clean(error),
             )  # fmt: skip
             self._failed = [old for old in self._failed if old.path is not None]  # half of it has been written over
-            return None
-        uploads = [Upload(Path(self._args.output_dir), None, message, tag)]
-        if self._args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            last = self._args.hub_strategy == HubStrategy.CHECKPOINT
-            name = "last-checkpoint" if last else Path(checkpoint).name
-            uploads.append(Upload(Path(checkpoint), name, f"{message}, checkpoint"))
-        return self._start(repository, self._due(uploads))
+            return False
 
     def finish(self, repository: str) -> None:
         """Try what has failed once more, and say what is not on the Hub then."""
@@ -104,15 +108,15 @@ class Publisher:
         if branch is not None and not branch.startswith("refs/"):
             HfApi().create_branch(repository, branch=branch, token=self._token, exist_ok=True)
 
-    def clear(self, repository: str, revision: str | None) -> None:
+    def clear(self, repository: str, revision: str | None, token: str | None = None) -> None:
         """Delete model files from the root that ``output_dir`` does not have: those of a push in another form."""
         api, folder = HfApi(), Path(self._args.output_dir)
+        options = {"revision": revision, "token": token or self._token}
         try:
-            stored = api.list_repo_files(repository, revision=revision, token=self._token)
+            stored = api.list_repo_files(repository, **options)
             stale = [file for file in stored if _is_model_file(file) and not (folder / file).is_file()]
             if stale:
-                message = "Delete the model of an earlier form"
-                api.delete_files(repository, stale, revision=revision, token=self._token, commit_message=message)
+                api.delete_files(repository, stale, commit_message="Delete the model of an earlier form", **options)
         except Exception as error:  # the model itself is there
             logger.error("files of an earlier push may be left in %s: %s", repository, self._clean(error))
 

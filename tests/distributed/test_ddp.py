@@ -82,7 +82,7 @@ def test_resume_with_another_number_of_processes(two, one, tmp_path):
         folder = tmp_path / f"to{processes}"
         checkpoint = str(source[0] / "checkpoint-7")
         seen = launch(folder, processes, gradient_accumulation_steps=accumulation, resume=checkpoint, **SGD)
-        assert all(seen["equal"])
+        assert seen.get("equal", []) == [True] * (13 if processes > 1 else 0)
         assert final(folder).keys() == final(source[0]).keys()
 
 

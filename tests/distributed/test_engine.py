@@ -136,5 +136,5 @@ def test_out_of_memory_in_a_switch_on_one_process_stops_all_of_them(seen):
     cell = seen["a decomposition fails"]
     own, other = cell["errors"][1], cell["errors"][0]
     assert own == "OutOfMemoryError: CUDA out of memory. Tried to allocate 1.00 GiB."
-    assert other == "ValueError: a decomposition failed on another process; its log has the reason."
+    assert other == "ValueError: the change of form failed on another process; its log has the reason."
     assert cell["equal"] == [True] * 4

@@ -4,10 +4,13 @@
 The client reads its address while it is imported, so these tests have a process of their own; test_push.py starts it.
 """
 
+import json
 import os
 import re
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
@@ -55,8 +58,6 @@ load = T.AutoModelForCausalLM.from_pretrained
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch):
-    import time
-
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))
 
@@ -180,6 +181,35 @@ def test_an_adapter_and_its_base(hub, name, tmp_path):
     assert torch.equal(logits(found["model"]), logits(run.model))
 
 
+def test_a_push_by_hand_names_the_repository_and_does_not_block(hub, name, tmp_path):
+    run = trainer(tmp_path, name, drt_export="adapter", push_to_hub=False, save_strategy="no")
+    run.train()
+    run.push_to_hub(blocking=False).result()
+    base = load(name, subfolder="base", adapter_kwargs={"subfolder": "base"})
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(base, name)), logits(run.model))
+    config = json.loads(Path(huggingface_hub.hf_hub_download(name, "adapter_config.json")).read_text())
+    assert config["base_model_name_or_path"] == name
+
+
+def test_without_a_layer_in_adapter_form_the_model_is_saved_dense_and_a_warning_says_so(hub, name, tmp_path, caplog):
+    run = trainer(tmp_path, name, drt_export="adapter", push_to_hub=False)
+    run.save_model()
+    assert "no layer is in adapter form" in caplog.text
+    loaded = T.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(run.model))
+
+
+def test_each_form_takes_the_place_of_another_in_one_folder(hub, name, tmp_path):
+    run = trainer(tmp_path, name, drt_export="adapter", push_to_hub=False, save_strategy="no")
+    run.train()
+    for export in ("adapter", "dense", "adapter", "native"):
+        run.args.drt_export = export
+        run.save_model()
+        assert (tmp_path / "adapter_config.json").exists() == (export == "adapter")
+        assert (tmp_path / "base" / "model.safetensors").exists() == (export == "adapter")
+        assert (tmp_path / "model.safetensors").exists() == (export != "adapter")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -252,9 +282,23 @@ def test_phases_are_revisions_and_a_second_run_moves_them(hub, name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.slow
-def test_the_last_push_waits_for_the_one_before(hub, name, tmp_path):
+def test_the_last_push_waits_for_the_one_before(hub, name, tmp_path, monkeypatch):
+    upload, wait, waited = huggingface_hub.HfApi.upload_folder, PushInProgress.wait_until_done, threading.Event()
+
+    def slow_upload(*args, **kwargs):
+        assert waited.wait(60)
+        return upload(*args, **kwargs)
+
+    def announced_wait(self):
+        waited.set()
+        wait(self)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", slow_upload)
+    monkeypatch.setattr(PushInProgress, "wait_until_done", announced_wait)
     run = trainer(tmp_path, name, hub_strategy="every_save", hub_always_push=False, save_steps=1)
     run.train()
+    pushed = [f"Training in progress, step {step}" for step in (1, 6)]  # those between have found it busy
+    assert list(commits(hub, name)) == ["init", *pushed]
     assert_same(load(name), run.model)
 
 
@@ -287,10 +331,11 @@ def test_a_push_during_training_over_another_form_and_an_older_checkpoint(hub, n
 
 
 def test_what_is_no_part_of_the_model_stays_at_home(hub, name, tmp_path):
-    # A save over a finished checkpoint of the same step moves it aside while the push goes on.
-    for _ in range(2):
-        trainer(tmp_path, name, hub_strategy="every_save").train()
-    assert not [path for path in hub.repos[name].names() if "checkpoint" in path]
+    for folder in (".checkpoint-2.replaced", "_notes"):  # a checkpoint that is being replaced, and the Trainer's rule
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "file").write_text("private")
+    trainer(tmp_path, name, hub_strategy="every_save").train()
+    assert not [path for path in hub.repos[name].names() if "checkpoint" in path or "notes" in path]
 
 
 # ---- the repository
@@ -400,21 +445,24 @@ def test_a_lost_revision_is_named(hub, name, tmp_path, caplog):
 @pytest.mark.slow
 def test_an_export_that_fails_costs_that_push_alone(hub, name, tmp_path, caplog, monkeypatch):
     run = trainer(tmp_path, name, hub_strategy="checkpoint")
-    publish, calls = run._drt_publisher._export, []
+    publish, states = run._drt_publisher._export, []
 
     def fail_once(folder):
-        calls.append(run._drt_in_checkpoint)
-        if len(calls) == 1:
-            with run._drt_saving(False):
-                raise OSError("No space left on device")
-        publish(folder)
+        try:
+            if not states:
+                with run._drt_saving(False):
+                    raise OSError("No space left on device")
+            publish(folder)
+        finally:
+            states.append(run._drt_in_checkpoint)
 
     run._drt_publisher._export = fail_once
     run.train()
     assert "the model of step 2 is not on the Hub, since it could not be exported: OSError: No space" in caplog.text
-    assert calls == [True] * 3  # the state of saving is as it was
+    assert states == [True] * 3  # as it was, since the checkpoint is still being written
     assert not run._drt_in_checkpoint
     assert "Training in progress, step 2" not in commits(hub, name)
+    assert "Training in progress, step 2, checkpoint" in commits(hub, name)
     assert_same(load(name), run.model)
 
 
@@ -431,8 +479,6 @@ def test_a_checkpoint_that_was_deleted_before_it_was_sent_is_passed_over(hub, na
 
 @pytest.mark.parametrize("write", [lambda run: run.save_model(_internal_call=True), lambda run: run.push_to_hub()])
 def test_the_model_is_not_written_over_under_an_upload(hub, name, tmp_path, write):
-    import threading
-
     run = trainer(tmp_path, name, hub_strategy="every_save")
     run.train()
     before = (tmp_path / "model.safetensors").stat().st_mtime_ns

