@@ -331,7 +331,7 @@ def test_a_push_during_training_over_another_form_and_an_older_checkpoint(hub, n
 
 
 def test_what_is_no_part_of_the_model_stays_at_home(hub, name, tmp_path):
-    for folder in (".checkpoint-2.replaced", "_notes"):  # a checkpoint that is being replaced, and the Trainer's rule
+    for folder in (".checkpoint-9.replaced", "_notes"):  # a checkpoint that is being replaced, and the Trainer's rule
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "file").write_text("private")
     trainer(tmp_path, name, hub_strategy="every_save").train()
