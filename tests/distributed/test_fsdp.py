@@ -44,14 +44,17 @@ def test_the_private_parts_of_fsdp2_are_where_they_were(parts):
 
 # Ranks of 1 and 3 on two processes: shards of unequal size, and empty ones.
 CASES = {
+    "odd ranks, principal": ADAM | {"drt": {"rank": 3, "adapter_init": "principal", "rank_pattern": {"mlp": 1}}},
     "sgd": SGD | {"drt": {"rank_multiple": 4}},
     "adamw, moments projected": ADAM | {"drt": {"rank_multiple": 4, "moments": "project"}},
-    "odd ranks, principal": ADAM | {"drt": {"rank": 3, "adapter_init": "principal", "rank_pattern": {"mlp": 1}}},
     "form groups": ADAM | {"drt": {"rank": 4, "factored_lr_scale": 0.5, "frobenius_decay": True}},
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in list(CASES)[1:]]
+
+
+@pytest.mark.parametrize("case", [next(iter(CASES)), *SLOW])
 def test_a_sharded_run_equals_one_process(tmp_path, case):
     alone, expected = run(tmp_path / "one", 1, CASES[case])
     sharded, weights = run(tmp_path / "two", 2, CASES[case])

@@ -36,7 +36,7 @@ def alone(tmp_path_factory):
     return folder, run(folder, 1)
 
 
-@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+@pytest.mark.parametrize("kind", [pytest.param("FULL_STATE_DICT", marks=pytest.mark.slow), "SHARDED_STATE_DICT"])
 def test_a_sharded_run_equals_one_process_resumes_bitwise_and_saves_a_dense_model(alone, tmp_path, kind):
     folder, expected = alone
     seen = run(tmp_path, 2, kind=kind, resume=[2, 6, 10], other=str(folder / "checkpoint-6"))
@@ -78,6 +78,7 @@ def test_a_sharded_run_in_other_settings_equals_one_process(tmp_path, settings):
     assert losses(seen) == pytest.approx(losses(expected), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bf16_with_an_adapter_first(tmp_path, dtype):
     """Accelerate upcasts what is trainable; the base is not, and becomes so at the inflation."""
