@@ -223,7 +223,7 @@ REFUSED = {
     "experts": (lambda: mixture("model.layers.1.mlp.shared_experts.up_proj"), {},
                 r"layers\.1\.mlp\.shared_experts\.up_proj has the name of a projection of the experts, .*Keep such"),
     "dense": (tiny.llama, {}, r"no layer of LlamaForCausalLM is in adapter form \(0 are factored, the others dense\), "
-              r".*Export after a phase 'adapter'.*trainer\.save_model\(\)"),
+              r".*Export after a phase 'adapter'.*export=dense or native"),
     "factored": (lambda: with_forms(q=Factored(4)), {}, r"in adapter form \(1 are factored, the others dense\)"),
     "mixed": (lambda: with_forms(q=Factored(4), v=Adapter(4)), {}, 
               rf"{Q} is in factored form, which PEFT does not have"),
