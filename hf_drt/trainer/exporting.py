@@ -54,18 +54,6 @@ def save_export(
     Raises:
         ValueError: 'adapter', and PEFT has no way to express the model. Nothing is written then.
     """
-    match export:
-        case "dense":
-            report_merge(merge_errors(model, state))
-            with undeclared(model):
-                save(folder, dense_state_dict(model, state))
-        case "native":
-            save(folder, state and marked_state_dict(model, state))
-        case "adapter":
-            base = Path(folder, BASE_FOLDER)
-            write_adapter(model, folder, repository or str(base))
-            with undeclared(model):
-                save(str(base), base_state_dict(model))
     if export == "adapter" and not any(isinstance(module, AdapterLinear) for module in model.modules()):
         logger.warning(
             "export=adapter, but no layer is in adapter form: training has stopped before its last phase, or the best "
