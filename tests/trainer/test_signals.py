@@ -183,7 +183,7 @@ import conftest, tiny, torch
 torch.set_num_threads(1)
 from transformers import TrainerCallback
 import hf_drt.controller as controller
-import hf_drt.forms as forms
+import hf_drt.transition as transition
 folder, place, step = sys.argv[1], sys.argv[2], int(sys.argv[3])
 trainer = tiny.trainer(folder, save_strategy="steps", save_steps=5)
 
@@ -210,11 +210,11 @@ match place:
         AtStepEnd.on_step_end = ends(AtStepEnd.on_step_end, number=signal.SIGTERM)
         trainer.add_callback(AtStepEnd())
     case "between two layers":
-        controller.prepare = ends(controller.prepare, calls=5)
+        transition.prepare = ends(transition.prepare, calls=5)
     case "before the model":
-        controller.replace = ends(controller.replace, after=False)
+        transition.replace = ends(transition.replace, after=False)
     case "between model and optimizer":
-        controller.replace = ends(controller.replace)
+        transition.replace = ends(transition.replace)
     case "after the optimizer":
         apply = controller.DynamicRank.apply
         controller.DynamicRank.apply = ends(apply)
