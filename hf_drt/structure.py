@@ -5,6 +5,7 @@ from typing import Any
 
 from hf_drt.forms import Form, form_from_dict, form_to_dict
 from hf_drt.schedule import Plan
+from hf_drt.wording import some
 
 # Settings that a resumed run must share with the one that wrote the checkpoint: they decide structure, parameter groups
 # and the numbers of later phases.
@@ -76,9 +77,9 @@ def check_structure(
 
 def _check_layers(layers: dict[str, Any], targets: Shapes, expected: dict[str, Form], phase: int) -> None:
     if missing := sorted(set(targets) - set(layers)):
-        raise ValueError(f"the state lacks {_some(missing)}, which this run selects. {_SAME_RUN}")
+        raise ValueError(f"the state lacks {some(missing)}, which this run selects. {_SAME_RUN}")
     if extra := sorted(set(layers) - set(targets)):
-        raise ValueError(f"the state holds {_some(extra)}, which this run does not select. {_SAME_RUN}")
+        raise ValueError(f"the state holds {some(extra)}, which this run does not select. {_SAME_RUN}")
     for name, entry in layers.items():
         if not (isinstance(entry, dict) and isinstance(entry.get("shape"), list)):
             raise ValueError(f"the state's entry of {name} is {entry!r}, which gives no form and shape.")
@@ -90,7 +91,3 @@ def _check_layers(layers: dict[str, Any], targets: Shapes, expected: dict[str, F
                 f"{name} is {form_from_dict(form)} in the state, but this run's settings make it {expected[name]} in "
                 f"phase {phase}. {_SAME_RUN}"
             )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

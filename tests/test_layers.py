@@ -17,14 +17,15 @@ ALLOWED = {
     "cost":       {"forms", "schedule"},
     "selection":  {"forms"},
     "surgery":    set(),
+    "wording":    set(),
     "sharding":   set(),
     "ddp":        set(),
     "distributed": {"spectral", "forms", "sharding"},
     "export":     {"spectral", "forms"},
-    "structure":  {"schedule", "forms"},
+    "structure":  {"schedule", "forms", "wording"},
     "pretrained": {"config", "schedule", "forms"},
     "declaration": {"forms"},
-    "hub":        {"config", "forms", "selection", "surgery", "declaration", "state"},
+    "hub":        {"config", "forms", "selection", "surgery", "declaration", "state", "wording"},
     "budget":     set(),
     "compress":   {"budget", "config", "declaration", "forms", "selection", "spectral", "surgery"},
     "optim":      {"spectral", "config", "forms", "surgery", "sharding"},
@@ -36,7 +37,7 @@ ALLOWED = {
     "run":        {"config", "schedule", "trainer"},
     "trl":        {"trainer"},
 }
-STDLIB_ONLY = {"config", "schedule", "state", "budget"}
+STDLIB_ONLY = {"config", "schedule", "state", "budget", "wording"}
 KNOWS_TRANSFORMERS = {"trainer", "hub", "run"}
 # fmt: on
 

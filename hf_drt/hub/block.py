@@ -58,10 +58,5 @@ def _read_layer(name: str, entry: Any) -> DeclaredLayer:
     return DeclaredLayer(name, (out, into), form)
 
 
-def some(names: list[str]) -> str:
-    """The first of many names, for a message."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

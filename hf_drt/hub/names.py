@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from hf_drt.forms import LowRankLinear, weight_shape
-from hf_drt.hub.block import DeclaredLayer, some
+from hf_drt.hub.block import DeclaredLayer
 from hf_drt.selection import is_linear
 from hf_drt.state import CheckpointError
+from hf_drt.wording import some
 
 _SAME = "Load it with the architecture and the configuration that it was saved from."
 

@@ -23,6 +23,7 @@ from hf_drt.declaration import declare, undeclared
 from hf_drt.forms import Adapter, AdapterLinear, Conversion, LowRankLinear, form_of, prepare, weight_shape
 from hf_drt.selection import find_targets
 from hf_drt.surgery import Swap, replace
+from hf_drt.wording import some
 
 logger = logging.getLogger(__name__)
 
@@ -139,19 +140,19 @@ def check_adapters(model: nn.Module) -> dict[str, AdapterLinear]:
         )
     if factored := [name for name in layers if name not in adapters]:
         raise ValueError(
-            f"{_some(factored)} is in factored form, which PEFT does not have. Make such layers dense first: "
+            f"{some(factored)} is in factored form, which PEFT does not have. Make such layers dense first: "
             "model.set_submodule(name, hf_drt.convert(model.get_submodule(name), hf_drt.Dense()).module)."
         )
     if misread := _taken_for_experts(model, list(adapters)):
         raise ValueError(
-            f"{_some(misread)} has the name of a projection of the experts, which transformers fuses into one tensor, "
+            f"{some(misread)} has the name of a projection of the experts, which transformers fuses into one tensor, "
             "so PEFT would look for it there and lose the adapter. Keep such layers dense (exclude=), or save the "
             "dense model in its place (hf_drt.dense_state_dict)."
         )
     counts = Counter(map(id, adapters.values()))
     if shared := [name for name, m in adapters.items() if counts[id(m)] > 1]:
         raise ValueError(
-            f"{_some(shared)} is one layer under several names, of which PEFT would adapt only the first. Save the "
+            f"{some(shared)} is one layer under several names, of which PEFT would adapt only the first. Save the "
             "dense model in its place (hf_drt.dense_state_dict)."
         )
     return adapters
@@ -186,7 +187,7 @@ def _origin(model: nn.Module) -> str | None:
 def _warn_of_the_base(model: nn.Module, adapters: dict[str, AdapterLinear], name: str | None) -> None:
     lora = {id(p) for m in adapters.values() for p in (m.lora_A, m.lora_B)}
     trained = [key for key, p in model.named_parameters() if p.requires_grad and id(p) not in lora]
-    signs = [f"{len(trained)} other parameters are trainable: {_some(trained)}"] if trained else []
+    signs = [f"{len(trained)} other parameters are trainable: {some(trained)}"] if trained else []
     if any(module.form.init == "principal" for module in adapters.values()):
         signs.append("adapter_init='principal' has moved part of W from the base into the adapter")
     logger.warning(
@@ -284,7 +285,7 @@ def load_peft_adapter(
     config = _read_config(folder)
     if low_rank := [name for name, m in model.named_modules() if isinstance(m, LowRankLinear)]:
         raise ValueError(
-            f"{_some(low_rank)} is in form {form_of(model.get_submodule(low_rank[0]))} already. Load the adapter into "
+            f"{some(low_rank)} is in form {form_of(model.get_submodule(low_rank[0]))} already. Load the adapter into "
             "the dense model that it was trained on."
         )
     pairs, others = _grouped(folder / WEIGHTS_NAME, _read_weights(folder))
@@ -369,9 +370,9 @@ def _grouped(path: Path, tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Te
     if not halves:
         raise ValueError(f"{path} holds no LoRA weight ({PREFIX}<layer>.lora_A.weight): there is nothing to load.")
     if torn := [name for name, half in halves.items() if len(half) < 2]:
-        raise ValueError(f"{path} is damaged: {_some(torn)} has only one of lora_A and lora_B. Save the adapter again.")
+        raise ValueError(f"{path} is damaged: {some(torn)} has only one of lora_A and lora_B. Save the adapter again.")
     if bad := [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
-        raise ValueError(f"{path}: {_some(bad)} holds inf or nan; that training has diverged. Use an earlier state.")
+        raise ValueError(f"{path}: {some(bad)} holds inf or nan; that training has diverged. Use an earlier state.")
     return {name: (half["A"], half["B"]) for name, half in halves.items()}, others
 
 
@@ -380,7 +381,7 @@ def _check_others(path: Path, others: dict[str, Tensor], model: nn.Module) -> No
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if strange := [name for name in others if name not in own]:
         raise ValueError(
-            f"{path} holds {_some(strange)}, which is no LoRA weight of a linear layer, and no tensor of "
+            f"{path} holds {some(strange)}, which is no LoRA weight of a linear layer, and no tensor of "
             f"{type(model).__name__}. Load the adapter into the class that it was trained on; if it has LoRA on "
             f"embeddings or convolutions, that cannot be loaded. {_MERGE}"
         )
@@ -395,7 +396,7 @@ def _check_others(path: Path, others: dict[str, Tensor], model: nn.Module) -> No
         whole = len(saved) == len(names) and all(torch.equal(others[saved[0]], others[name]) for name in saved)
         if saved and not whole:
             raise ValueError(
-                f"{path} holds {_some(saved)}, but {type(model).__name__} ties it to another tensor "
+                f"{path} holds {some(saved)}, but {type(model).__name__} ties it to another tensor "
                 f"({', '.join(names)}), which PEFT has not trained along. Load a model whose weights are not tied "
                 "(tie_word_embeddings=False)."
             )
@@ -427,7 +428,7 @@ def _layers(model: nn.Module, pairs: dict[str, Any]) -> dict[str, nn.Module]:
     counts = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     if shared := [name for name in pairs if counts[id(modules[name])] > 1]:
         raise ValueError(
-            f"{_some(shared)} is one layer under several names, of which PEFT has adapted only the first. {_MERGE}"
+            f"{some(shared)} is one layer under several names, of which PEFT has adapted only the first. {_MERGE}"
         )
     return {name: layer for name, layer in selection.targets.items() if name in pairs}
 
@@ -470,7 +471,3 @@ def _conversion(layer: nn.Module, form: Adapter, A: Tensor, B: Tensor) -> Conver
         adapter.lora_A.copy_(A)
         adapter.lora_B.copy_(B)
     return conversion
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -15,11 +15,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_drt.declaration import METHOD, declare
 from hf_drt.forms import AdapterLinear, LowRankLinear, empty_like
-from hf_drt.hub.block import AGAIN, DeclaredLayer, read_block, some
+from hf_drt.hub.block import AGAIN, DeclaredLayer, read_block
 from hf_drt.hub.names import candidates, matched
 from hf_drt.hub.weights import check_weights
 from hf_drt.state import CheckpointError
 from hf_drt.surgery import Swap, replace
+from hf_drt.wording import some
 
 
 class NativeConfig(QuantizationConfigMixin):

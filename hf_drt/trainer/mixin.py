@@ -36,7 +36,6 @@ from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.ddp import renewed_reducer
 from hf_drt.export import marked_state_dict
-from hf_drt.forms import AdapterLinear
 from hf_drt.hub.card import complete_card, renew_card
 from hf_drt.optim import form_group_options, remembered
 from hf_drt.pretrained import resolved_plan
@@ -45,6 +44,7 @@ from hf_drt.selection import find_targets
 from hf_drt.sharding import is_sharded
 from hf_drt.state import STATE_NAME, CheckpointError, read_state
 from hf_drt.trainer.arguments import PREFIX
+from hf_drt.trainer.aside import metrics_set_aside, runtime_names, untouched_rng, upcast_bases
 from hf_drt.trainer.callback import DRTCallback, updates_per_epoch
 from hf_drt.trainer.checkpoint import (
     check_optimizer,
@@ -165,7 +165,7 @@ class DRTTrainerMixin:
         return DRTConfig.of(self._drt_given)
 
     def _drt_log(self, row: dict[str, float]) -> None:
-        with _metrics_set_aside(self):
+        with metrics_set_aside(self):
             self.log(row)
 
     # ---- the plan, and the model in its first phase
@@ -181,7 +181,7 @@ class DRTTrainerMixin:
                     self._drt_callback.first_transition = controller.apply(self.state.global_step, self.optimizer)
                 self._drt_callback.meter = PhaseMeter()
             if self.is_fsdp_enabled and self.args.mixed_precision != "no" and not is_sharded(self.model):
-                _upcast_bases(self.model)
+                upcast_bases(self.model)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _drt_restore_before_sharding(self, folder: str, controller: DynamicRank) -> None:
@@ -289,7 +289,7 @@ class DRTTrainerMixin:
                 save_export(self.model, folder, self._drt_config().export, super()._save, state_dict, repository)
 
     def _drt_save_in_form(self, output_dir: str, state_dict: dict | None) -> None:
-        with _runtime_names(self.model):
+        with runtime_names(self.model):
             super()._save(output_dir, state_dict=state_dict and marked_state_dict(self.model, state_dict))
         if self.args.should_save:
             self._drt_callback.write_state(output_dir, self.state.global_step, self.args)
@@ -388,7 +388,7 @@ class DRTTrainerMixin:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.args.auto_find_batch_size:  # the base restores it only after the weights, but the plan depends on it
             self._train_batch_size = stored_batch_size(resume_from_checkpoint) or self._train_batch_size
-        with _untouched_rng():
+        with untouched_rng():
             dataloader = self.get_train_dataloader()
         max_steps = self.set_initial_training_values(self.args, dataloader)[-1]
         controller = self._drt_controller(max_steps, dataloader)
@@ -439,58 +439,6 @@ def _refuse_low_rank(folder: str) -> None:
             f"{folder} was written by dynamic-rank training, which is off here. Its plan is "
             f"drt_schedule='{read_state(folder).get('plan')}'; set it and the other drt settings as they were then."
         )
-
-
-def _upcast_bases(model: nn.Module) -> None:
-    """Under mixed precision Accelerate keeps what is trainable in float32, and FSDP wants one dtype for it in a block;
-    an adapter's base is frozen now and trainable later."""
-    for module in model.modules():
-        if isinstance(module, AdapterLinear):
-            module.base.data = module.base.data.float()
-
-
-@contextlib.contextmanager
-def _runtime_names(model: nn.Module) -> Iterator[None]:
-    """Save under the names that the model has at run time.
-
-    ``save_pretrained`` maps names back to those of older releases for some architectures (ViT, BERT-like ones), but the
-    Trainer resumes without mapping them again, and would miss every renamed weight.
-    """
-    missing = object()
-    kept = getattr(model, "_weight_conversions", missing)
-    model._weight_conversions = []
-    try:
-        yield
-    finally:
-        if kept is missing:
-            del model._weight_conversions
-        else:
-            model._weight_conversions = kept
-
-
-@contextlib.contextmanager
-def _untouched_rng() -> Iterator[None]:
-    """Leave torch's global generator as it was."""
-    state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-
-
-@contextlib.contextmanager
-def _metrics_set_aside(trainer: Trainer) -> Iterator[None]:
-    """Log a row of ours alone: TRL's trainers add to any row the metrics of the steps since the last one, and forget
-    them, so that their own row would lack them."""
-    gathered = getattr(trainer, "_metrics", None)
-    if not isinstance(gathered, dict) or not all(isinstance(metrics, dict) for metrics in gathered.values()):
-        yield
-        return
-    trainer._metrics = {mode: {} for mode in gathered}
-    try:
-        yield
-    finally:
-        trainer._metrics = gathered
 
 
 class DRTTrainer(DRTTrainerMixin, Trainer):

@@ -1,0 +1,62 @@
+"""What the mixin sets aside around a method of the Trainer, and puts back."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from hf_drt.forms import AdapterLinear
+
+
+def upcast_bases(model: nn.Module) -> None:
+    """Under mixed precision Accelerate keeps what is trainable in float32, and FSDP wants one dtype for it in a block;
+    an adapter's base is frozen now and trainable later."""
+    for module in model.modules():
+        if isinstance(module, AdapterLinear):
+            module.base.data = module.base.data.float()
+
+
+@contextlib.contextmanager
+def runtime_names(model: nn.Module) -> Iterator[None]:
+    """Save under the names that the model has at run time.
+
+    ``save_pretrained`` maps names back to those of older releases for some architectures (ViT, BERT-like ones), but the
+    Trainer resumes without mapping them again, and would miss every renamed weight.
+    """
+    missing = object()
+    kept = getattr(model, "_weight_conversions", missing)
+    model._weight_conversions = []
+    try:
+        yield
+    finally:
+        if kept is missing:
+            del model._weight_conversions
+        else:
+            model._weight_conversions = kept
+
+
+@contextlib.contextmanager
+def untouched_rng() -> Iterator[None]:
+    """Leave torch's global generator as it was."""
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+@contextlib.contextmanager
+def metrics_set_aside(trainer: Trainer) -> Iterator[None]:
+    """Log a row of ours alone: TRL's trainers add to any row the metrics of the steps since the last one, and forget
+    them, so that their own row would lack them."""
+    gathered = getattr(trainer, "_metrics", None)
+    if not isinstance(gathered, dict) or not all(isinstance(metrics, dict) for metrics in gathered.values()):
+        yield
+        return
+    trainer._metrics = {mode: {} for mode in gathered}
+    try:
+        yield
+    finally:
+        trainer._metrics = gathered
