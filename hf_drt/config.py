@@ -29,8 +29,8 @@ class DRTConfig:
     schedule: str | None = _option(
         None,
         "Phases of the run, e.g. 'factored@0 dense@40%% adapter@80%%', or a preset: paper, fixed, warmup, cyclic, "
-        "decay. Boundaries are shares of the run (%%), update steps (400), epochs (1.5ep), or LR anchors (lr<0.9). "
-        "Unset: plain training, without any change.",
+        "decay. Boundaries are shares of the run (%%), update steps (400), epochs (1.5ep), LR anchors (lr<0.9), or "
+        "'budget'. Unset: plain training, without any change.",
     )
     rank_ratio: float = _option(0.25, "Rank of low-rank layers as a share of min(out, in), in (0, 1].")
     rank: int | None = _option(None, "Absolute rank of low-rank layers, at least 1; takes the place of rank_ratio.")
@@ -44,6 +44,11 @@ class DRTConfig:
         None, "Regular expressions; of the layers selected by the rule, keep those whose name matches one."
     )
     exclude: list[str] | None = _option(None, "Regular expressions; layers whose name matches one stay dense.")
+    budget: float | None = _option(
+        None,
+        "Share of the dense training FLOPs of the selected layers that the run may take, in (0, 1]; decides the "
+        "boundary at 'budget' of a schedule, e.g. 'factored@0 dense@budget', and all of 'auto'.",
+    )
     start: Start = _option(
         "auto",
         "What 'lowrank' in a schedule or preset stands for: factored form for a model from 'scratch', adapter form for "
@@ -101,6 +106,14 @@ class DRTConfig:
             "rank_multiple",
             "a whole number of at least 1",
         )
+        if self.budget is not None:
+            _require(
+                _is_number(self.budget) and 0 < self.budget <= 1,
+                self,
+                "budget",
+                "in (0, 1]",
+                "It is a share of dense training FLOPs.",
+            )
         _require(_is_number(self.adapter_alpha) and self.adapter_alpha > 0, self, "adapter_alpha", "a number above 0")
         for name, choices in (
             ("start", Start),

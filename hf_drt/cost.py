@@ -43,6 +43,12 @@ class PlanCost:
         return sum(getattr(p, name) * p.steps for p in self.phases) / sum(p.steps for p in self.phases)
 
 
+def relative_flops(shapes: Sequence[tuple[int, int]], forms: Sequence[Form]) -> float:
+    """Multiply-adds of layers of shapes ``(out, in)`` in some forms over those of the same layers in dense form."""
+    dense = sum(Dense().flops(*shape) for shape in shapes)
+    return sum(form.flops(*shape) for form, shape in zip(forms, shapes, strict=True)) / dense
+
+
 def plan_cost(plan: Plan, shapes: Sequence[tuple[int, int]], forms: Sequence[Sequence[Form]]) -> PlanCost:
     """Cost of a plan.
 
@@ -52,14 +58,13 @@ def plan_cost(plan: Plan, shapes: Sequence[tuple[int, int]], forms: Sequence[Seq
         forms: For every phase the form of every layer, in the order of ``shapes``.
     """
     dense_parameters = sum(Dense().parameters(*shape) for shape in shapes)
-    dense_flops = sum(Dense().flops(*shape) for shape in shapes)
     return PlanCost(
         tuple(
             PhaseCost(
                 plan.end_of(index) - phase.start,
                 sum(form.parameters(*shape) for form, shape in zip(forms[index], shapes, strict=True))
                 / dense_parameters,
-                sum(form.flops(*shape) for form, shape in zip(forms[index], shapes, strict=True)) / dense_flops,
+                relative_flops(shapes, forms[index]),
             )
             for index, phase in enumerate(plan.phases)
         )

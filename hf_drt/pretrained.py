@@ -1,12 +1,16 @@
 """Are a model's weights pretrained, or drawn at random? Truncation to factors would destroy pretrained ones."""
 
 import logging
+from collections.abc import Callable
+from dataclasses import replace
 
 from torch import nn
 
 from hf_drt.config import DRTConfig
-from hf_drt.forms import AdapterLinear, FactoredLinear
+from hf_drt.cost import relative_flops
+from hf_drt.forms import AdapterLinear, FactoredLinear, resolve_form, weight_shape
 from hf_drt.schedule import Plan, Run, Schedule
+from hf_drt.selection import find_targets
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +41,7 @@ def resolved_plan(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Mod
             "start='pretrained': truncation would destroy them.",
             origin,
         )
+    run = replace(run, budget=config.budget, cost=_cost_of_forms(model, config))
     plan = schedule.resolve(run, "adapter" if pretrained else "factored")
     factored = next((phase for phase in plan.phases if phase.kind == "factored"), None)
     if pretrained and factored is not None and not any(isinstance(m, FactoredLinear) for m in model.modules()):
@@ -45,3 +50,14 @@ def resolved_plan(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Mod
             factored,
         )
     return plan
+
+
+def _cost_of_forms(model: nn.Module, config: DRTConfig) -> Callable[[str, int | float | None], float]:
+    """FLOPs of a step of the target layers in a phase of some kind and rank, relative to dense."""
+
+    def cost(kind: str, rank: int | float | None) -> float:
+        shapes = {n: weight_shape(m) for n, m in find_targets(model, config.include, config.exclude).targets.items()}
+        forms = [resolve_form(kind, shape, config, name, rank) for name, shape in shapes.items()]
+        return relative_flops(list(shapes.values()), forms)
+
+    return cost

@@ -23,7 +23,7 @@ ALLOWED = {
     "distributed": {"spectral", "forms", "sharding"},
     "export":     {"spectral", "forms"},
     "structure":  {"schedule", "forms", "wording"},
-    "pretrained": {"config", "schedule", "forms"},
+    "pretrained": {"config", "schedule", "forms", "cost", "selection"},
     "declaration": {"forms"},
     "hub":        {"config", "forms", "selection", "surgery", "declaration", "state", "wording"},
     "budget":     set(),

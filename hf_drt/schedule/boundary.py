@@ -16,8 +16,11 @@ _PATTERNS = {
     "lr_below": re.compile(r"lr<(\d*\.?\d+)"),
     "lr_above": re.compile(r"lr>(\d*\.?\d+)"),
     "paper": re.compile(r"([ID])"),
+    "budget": re.compile(r"(budget)"),
 }
-ALLOWED = "a share (40%), update steps (400), epochs (1.5ep), an LR anchor (lr<0.9, lr>0.5), or I / D of the paper"
+ALLOWED = (
+    "a share (40%), update steps (400), epochs (1.5ep), an LR anchor (lr<0.9, lr>0.5), I / D of the paper, or budget"
+)
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,16 @@ class Run:
         steps_per_epoch: Update steps of one epoch, or None where the data have no length.
         lr: Gives the scheduled learning rate of every update step, or None where the scheduler cannot be evaluated
             beforehand; called only if a boundary needs it.
+        budget: Share of the FLOPs of dense training that the plan may take, in (0, 1], or None.
+        cost: Gives the FLOPs per step of a phase of a kind ('dense', 'factored', 'adapter') and rank relative to dense,
+            or None; needed if a boundary is at ``budget``.
     """
 
     max_steps: int
     steps_per_epoch: float | None = None
     lr: Callable[[], Sequence[float] | None] = lambda: None
+    budget: float | None = None
+    cost: Callable[[str, int | float | None], float] | None = None
 
     @cached_property
     def curve(self) -> Sequence[float] | None:
@@ -43,7 +51,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Boundary:
-    """One boundary, unresolved. ``unit`` is a key of the table above; ``value`` its number, or the letter I or D."""
+    """One boundary, unresolved. ``unit`` is a key of the table above; ``value`` its number, or its own text."""
 
     unit: str
     value: float | int | str
@@ -57,8 +65,8 @@ class Boundary:
         """
         for unit, pattern in _PATTERNS.items():
             if match := pattern.fullmatch(text):
-                value = match[1] if unit == "paper" else int(match[1]) if unit == "steps" else float(match[1])
-                return cls(unit, value)
+                number = int if unit == "steps" else str if unit in ("paper", "budget") else float
+                return cls(unit, number(match[1]))
         raise ValueError(f"'{text}' is no phase boundary; allowed is {ALLOWED}.")
 
     def __post_init__(self) -> None:
@@ -71,12 +79,12 @@ class Boundary:
         number = self.value if isinstance(self.value, str) else number_text(self.value)
         if self.unit == "steps":
             return number
-        return {"share": f"{number}%", "epochs": f"{number}ep", "paper": number}.get(
+        return {"share": f"{number}%", "epochs": f"{number}ep", "paper": number, "budget": number}.get(
             self.unit, f"lr{'<' if self.unit == 'lr_below' else '>'}{number}"
         )
 
     def resolve(self, run: Run) -> int:
-        """The update step at which the phase starts.
+        """The update step at which the phase starts; not for the unit 'budget', which depends on the other phases.
 
         Raises:
             ValueError: The run lacks what the unit needs: an epoch's length, or an LR that gets there.

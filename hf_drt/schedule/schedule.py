@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from hf_drt.schedule.boundary import Boundary, Run
+from hf_drt.schedule.budget_step import budget_step
 from hf_drt.schedule.plan import Phase, Plan, form_text
 from hf_drt.schedule.presets import expand
 
@@ -64,7 +65,7 @@ class Schedule:
 
         Raises:
             ValueError: The text is empty, a phase cannot be read, the first one does not start at 0, or two neighbours
-                are both dense.
+                are both dense, or two boundaries are at 'budget'.
         """
         words = text.split()
         if not words:
@@ -73,7 +74,7 @@ class Schedule:
             words = (expand(text) or _not_a_schedule(text)).split()
         entries = tuple(map(Entry.parse, words))
         first = entries[0]
-        if first.at.unit in ("share", "steps", "epochs") and first.at.value != 0:
+        if first.at.unit in ("share", "steps", "epochs", "budget") and first.at.value != 0:
             raise ValueError(
                 f"the first phase must start at step 0, got '{first}'. Write {first.kind}@0, or a phase before it, "
                 f"e.g. lowrank@0 {first}."
@@ -81,6 +82,8 @@ class Schedule:
         for before, after in pairwise(entries):
             if before.kind == after.kind == "dense":
                 raise ValueError(f"'{before} {after}' is one dense phase; drop the second.")
+        if sum(entry.at.unit == "budget" for entry in entries) > 1:
+            raise ValueError(f"'{text}' has several boundaries at 'budget'; one budget decides one boundary.")
         return cls(entries)
 
     def resolve(self, run: Run, lowrank: str = "factored") -> Plan:
@@ -95,10 +98,13 @@ class Schedule:
         """
         if run.max_steps < 1:
             raise ValueError(f"the schedule '{self}' never trains: the run has {run.max_steps} update steps.")
-        phases = (
-            Phase(entry.at.resolve(run), lowrank if entry.kind == "lowrank" else entry.kind, entry.rank)
-            for entry in self.entries
-        )
+        kinds = [lowrank if entry.kind == "lowrank" else entry.kind for entry in self.entries]
+        starts = [None if entry.at.unit == "budget" else entry.at.resolve(run) for entry in self.entries]
+        if None in starts:
+            index = starts.index(None)
+            ranks = [entry.rank for entry in self.entries]
+            starts[index] = budget_step(index, starts, list(zip(kinds, ranks, strict=True)), run)
+        phases = (Phase(*parts) for parts in zip(starts, kinds, (e.rank for e in self.entries), strict=True))
         return Plan(tuple(phases), run.max_steps)
 
     def __str__(self) -> str:

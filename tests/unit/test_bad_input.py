@@ -85,6 +85,9 @@ FIELDS = [
     ("exclude", {"attn": 4}, r"exclude must be a list of regular expressions, got {'attn': 4}"),
     ("start", "finetune", r"start must be one of auto, scratch, pretrained, got 'finetune'"),
     ("start", None, r"start must be one of auto, scratch, pretrained, got None"),
+    ("budget", 0, r"budget must be in \(0, 1\], got 0\. It is a share of dense training FLOPs\."),
+    ("budget", 1.5, r"budget must be in \(0, 1\], got 1\.5"),
+    ("budget", "half", r"budget must be in \(0, 1\], got 'half'"),
     ("adapter_alpha", 0, r"adapter_alpha must be a number above 0, got 0"),
     ("adapter_alpha", -16.0, r"adapter_alpha must be a number above 0, got -16\.0"),
     ("adapter_alpha", math.inf, r"adapter_alpha must be a number above 0, got inf"),
@@ -158,7 +161,7 @@ TEXTS = [
     ("paper dense@90%", r"'paper' has no boundary"),
     # boundaries
     ("factored@", r"'' is no phase boundary; allowed is a share \(40%\), update steps \(400\), epochs \(1\.5ep\)"),
-    ("factored@0 dense@half", r"'half' is no phase boundary; allowed is .*an LR anchor \(lr<0\.9, lr>0\.5\), or I / D"),
+    ("factored@0 dense@half", r"'half' is no phase boundary; allowed is .*an LR anchor \(lr<0\.9, lr>0\.5\), I / D"),
     ("factored@0 dense@-5", r"'-5' is no phase boundary"),
     ("factored@0 dense@1.5", r"'1\.5' is no phase boundary"),
     ("factored@0 dense@1e3", r"'1e3' is no phase boundary"),
@@ -257,6 +260,26 @@ RUNS = [
     # epochs
     ("factored@0 dense@1ep", {}, r"'@1ep' needs data of known length; give the boundary in % or steps"),
     ("factored@0 dense@2ep", {"steps_per_epoch": 50}, r"'dense@100' never trains: the run ends at step 100"),
+    # budget
+    ("factored@0 dense@budget", {}, r"at 'budget' needs budget=, a share of dense training FLOPs in \(0, 1\]"),
+    ("factored@0 dense@budget", {"budget": 0.5}, r"needs budget=.* a model whose layers tell what a step costs"),
+    ("factored@budget dense@40%", {}, r"the first phase must start at step 0, got 'factored@budget'"),
+    (
+        "factored@0 dense@budget factored@budget",
+        {},
+        r"'factored@0 dense@budget factored@budget' has several boundaries at 'budget'; one budget decides one",
+    ),
+    (
+        "factored@0 dense@budget",
+        {"budget": 0.2, "cost": lambda kind, rank: 1.0 if kind == "dense" else 0.25},
+        r"no boundary between 'factored' and 'dense' meets a budget of 0\.2: this schedule takes a share of dense "
+        r"training FLOPs between 0\.250 and 1\.000, both excluded\. Change the budget or a rank",
+    ),
+    (
+        "factored@0 factored@budget",
+        {"budget": 0.2, "cost": lambda kind, rank: 0.25},
+        r"'factored' and 'factored' cost the same, so that no boundary between them is decided by a budget",
+    ),
     # order
     ("dense@40%", {}, r"the first phase must start at step 0, got 'dense@40%'\. Write dense@0, or a phase before it"),
     (

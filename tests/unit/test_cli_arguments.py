@@ -23,6 +23,7 @@ FLAGS = {
     "include": (["attn", r"mlp\.(up|down)"], ["attn", r"mlp\.(up|down)"]),
     "exclude": (["layers\\.0"], ["layers\\.0"]),
     "start": (["pretrained"], "pretrained"),
+    "budget": (["0.5"], 0.5),
     "adapter_alpha": (["32"], 32.0),
     "adapter_init": (["principal"], "principal"),
     "moments": (["reset"], "reset"),

@@ -23,6 +23,51 @@ def starts(text: str, max_steps: int = 1000, **run) -> list[int]:
     return [phase.start for phase in plan_of(text, max_steps, **run).phases]
 
 
+# ---- a boundary that a budget decides
+
+
+@reproducibly
+@given(
+    budget=st.floats(0.01, 1.0),
+    low=st.floats(0.05, 0.9),
+    steps=st.integers(10, 5000),
+    text=st.sampled_from(
+        [
+            "factored@0 dense@budget",
+            "dense@0 factored@budget",
+            "factored@0 dense@budget factored@80%",
+            "factored@0 dense@30% factored@budget",
+            "factored@0 dense@20% factored@40% dense@budget adapter@90%",
+        ]
+    ),
+)
+def test_a_budget_is_met_and_a_step_further_would_exceed_it(budget, low, steps, text):
+    costs = {"dense": 1.0, "factored": low, "adapter": 2 / 3 + low / 3}
+
+    def average(plan: Plan) -> float:
+        return sum(costs[p.kind] * (plan.end_of(i) - p.start) for i, p in enumerate(plan.phases)) / plan.max_steps
+
+    try:
+        plan = plan_of(text, steps, budget=budget, cost=lambda kind, rank: costs[kind])
+    except ValueError:
+        return  # out of reach: the messages have their own tests
+    assert average(plan) <= budget + 1e-9
+    index = next(i for i, entry in enumerate(Schedule.parse(text).entries) if entry.at.unit == "budget")
+    dearer = -1 if plan.phases[index].kind == "dense" else 1
+    phases = list(plan.phases)
+    phases[index] = Phase(phases[index].start + dearer, phases[index].kind, phases[index].rank)
+    try:
+        wider = Plan(tuple(phases), steps)
+    except ValueError:
+        return  # the phase beside it would be empty
+    assert average(wider) > budget
+
+
+def test_a_budget_in_a_model():
+    plan = plan_of("factored@0 dense@budget", 100, budget=0.6, cost=lambda kind, rank: 1.0 if kind == "dense" else 0.2)
+    assert str(plan) == "factored@0 dense@50"  # 50 steps of 0.2 and 50 of 1
+
+
 # ---- learning-rate curves, from their formulas
 
 

@@ -1,0 +1,50 @@
+"""The one boundary of a plan that a budget decides."""
+
+import math
+
+from hf_drt.schedule.boundary import Run
+from hf_drt.schedule.plan import form_text
+
+Form = tuple[str, int | float | None]
+
+
+def budget_step(index: int, starts: list[int | None], forms: list[Form], run: Run) -> int:
+    """The update step at which phase ``index`` starts, so that the plan's average cost is the run's budget.
+
+    With ``c`` the cost of a step before the boundary and ``c'`` after it, both phases together in ``[s, e)``, and all
+    others costing ``A``: ``A + (x - s) c + (e - x) c' = budget * max_steps``, solved for x and rounded to the cheaper
+    side.
+
+    Args:
+        index: Of the phase, not the first.
+        starts: Start of every other phase, in update steps.
+        forms: Kind and rank of every phase.
+        run: With its length, its budget and the cost of a form.
+
+    Raises:
+        ValueError: There is no budget, both phases cost the same, or no boundary meets the budget; the message says
+            which budgets could be met.
+    """
+    if run.budget is None or run.cost is None:
+        raise ValueError(
+            "a boundary at 'budget' needs budget=, a share of dense training FLOPs in (0, 1], and a model whose layers "
+            "tell what a step costs."
+        )
+    costs = [run.cost(*form) for form in forms]
+    before, after = costs[index - 1], costs[index]
+    names = f"'{form_text(*forms[index - 1])}' and '{form_text(*forms[index])}'"
+    if before == after:
+        raise ValueError(f"{names} cost the same, so that no boundary between them is decided by a budget.")
+    ends = [*starts[1:], run.max_steps]
+    start, end = starts[index - 1], ends[index]
+    others = sum(cost * (ends[i] - starts[i]) for i, cost in enumerate(costs) if i not in (index - 1, index))
+    exact = (run.budget * run.max_steps - others + start * before - end * after) / (before - after)
+    # A boundary that is off by less than float's rounding is no dearer.
+    step = math.ceil(exact - 1e-9) if before < after else math.floor(exact + 1e-9)
+    if not start < step < end:
+        shares = sorted((others + (end - start) * cost) / run.max_steps for cost in (before, after))
+        raise ValueError(
+            f"no boundary between {names} meets a budget of {run.budget:g}: this schedule takes a share of dense "
+            f"training FLOPs between {shares[0]:.3f} and {shares[1]:.3f}, both excluded. Change the budget or a rank."
+        )
+    return step
