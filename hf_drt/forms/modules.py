@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_drt.forms.lazy import EffectiveWeight
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form
-from hf_drt.spectral import working_dtype
+from hf_drt.spectral import full_precision, working_dtype
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 
@@ -217,6 +217,7 @@ def kaiming_rows(rank: int, width: int, generator: torch.Generator | None) -> Te
     return torch.empty(rank, width).uniform_(-bound, bound, generator=generator or torch.Generator().manual_seed(0))
 
 
+@full_precision()
 def effective_weight(module: nn.Module) -> Tensor:
     """``W (out, in)`` of a layer in any form, merged in float32 or better."""
     dtype = working_dtype(next(module.parameters()).dtype)
