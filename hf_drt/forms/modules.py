@@ -199,7 +199,10 @@ class AdapterLinear(LowRankLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, as_matrix(self.base, self.transposed), self.bias)
-        return y + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.form.scaling
+        low = F.linear(x, self.lora_A).reshape(-1, self.form.rank)
+        # One product that adds and scales: the sum of two outputs would be a third pass over memory of their size.
+        fused = torch.addmm(y.reshape(-1, self.out_features), low, self.lora_B.mT, alpha=self.form.scaling)
+        return fused.reshape(y.shape)
 
     def matrix(self) -> Tensor:
         return as_matrix(self.base, self.transposed) + self.form.scaling * (self.lora_B @ self.lora_A)
