@@ -199,10 +199,12 @@ class AdapterLinear(LowRankLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, as_matrix(self.base, self.transposed), self.bias)
-        low = F.linear(x, self.lora_A).reshape(-1, self.form.rank)
+        low = F.linear(x, self.lora_A)
+        if not self.training:  # rounded as PEFT rounds: an adapter that was trained there gives the same bits here
+            return y + F.linear(low, self.lora_B) * self.form.scaling
         # One product that adds and scales: the sum of two outputs would be a third pass over memory of their size.
-        fused = torch.addmm(y.reshape(-1, self.out_features), low, self.lora_B.mT, alpha=self.form.scaling)
-        return fused.reshape(y.shape)
+        low, sum_with = low.reshape(-1, self.form.rank), y.reshape(-1, self.out_features)
+        return torch.addmm(sum_with, low, self.lora_B.mT, alpha=self.form.scaling).reshape(y.shape)
 
     def matrix(self) -> Tensor:
         return as_matrix(self.base, self.transposed) + self.form.scaling * (self.lora_B @ self.lora_A)

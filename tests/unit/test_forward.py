@@ -47,9 +47,10 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 @forms
 @shapes
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("dense", "bias"), [(nn.Linear, True), (nn.Linear, False), (Conv1D, True)])
-def test_values_and_gradients_are_those_of_the_definition(form, shape, dense, bias):
-    layer, x = made(form, dense, bias), inputs(*shape)
+def test_values_and_gradients_are_those_of_the_definition(form, shape, dense, bias, training):
+    layer, x = made(form, dense, bias).train(training), inputs(*shape)
     torch.testing.assert_close(layer(x), plain(layer, x))
     for mine, theirs in zip(gradients(layer, layer, x), gradients(lambda x: plain(layer, x), layer, x), strict=True):
         torch.testing.assert_close(mine, theirs)
