@@ -39,7 +39,7 @@ from hf_drt.pretrained import resolved_plan
 from hf_drt.schedule import Plan, Run, Schedule
 from hf_drt.selection import find_targets, has_hooks, is_linear
 from hf_drt.sharding import gathered
-from hf_drt.spectral import effective_rank, factored_singular_values, singular_values
+from hf_drt.spectral import effective_rank, factored_singular_values, gram_singular_values
 from hf_drt.structure import LASTING, check_structure, structure
 from hf_drt.surgery import Swap, replace
 from hf_drt.transition import change_forms, empty_forms
@@ -397,7 +397,7 @@ def _plan_from(config: DRTConfig, max_steps: int | None, model: nn.Module) -> Pl
 def _spectrum(module: nn.Module) -> Tensor:
     if isinstance(module, FactoredLinear):
         return factored_singular_values(module.U, module.V)
-    return singular_values(effective_weight(module))
+    return gram_singular_values(effective_weight(module))
 
 
 def _trainable_parameters(model: nn.Module) -> int:

@@ -10,7 +10,8 @@ from torch import nn
 
 from hf_drt.forms import Form, decompose, decomposition_shapes, weight_shape
 from hf_drt.sharding import gathered
-from hf_drt.spectral import SVD, working_dtype
+from hf_drt.spectral import working_dtype
+from hf_drt.truncation import Truncation
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def shares(costs: list[float], count: int) -> list[int]:
     return owner
 
 
-def decompositions(jobs: list[Job]) -> Iterator[SVD | None]:
+def decompositions(jobs: list[Job]) -> Iterator[Truncation | None]:
     """:func:`hf_drt.forms.decompose` of every job in turn, each done by one process and sent to all.
 
     All processes end with the same bits, whatever their hardware, and must take all results. On one process each is
@@ -49,7 +50,7 @@ def decompositions(jobs: list[Job]) -> Iterator[SVD | None]:
         yield from (decompose(gathered(job.module), job.form) for job in jobs)
         return
     owners = shares([_cost(job) for job in jobs], processes())
-    own: dict[int, SVD | None] = {}
+    own: dict[int, Truncation | None] = {}
     error: Exception | None = None
     for index, module in _in_rounds(jobs, owners):
         try:
@@ -94,14 +95,16 @@ def raise_everywhere(error: Exception | None, jobs: list[Job]) -> None:
         raise ValueError("the change of form failed on another process; its log has the reason.")
 
 
-def _broadcast(job: Job, owner: int, part: SVD | None) -> SVD | None:
+def _broadcast(job: Job, owner: int, part: Truncation | None) -> Truncation | None:
     """One result to all processes. Whether there is one follows from the form, so no process has to ask."""
     shapes = decomposition_shapes(job.module, job.form)
     if shapes is None:
         return None
     if part is None:
         like = next(job.module.parameters())
-        part = SVD(*(torch.empty(shape, dtype=working_dtype(like.dtype), device=like.device) for shape in shapes))
+        part = Truncation(
+            *(torch.empty(shape, dtype=working_dtype(like.dtype), device=like.device) for shape in shapes)
+        )
     for tensor in part:
         dist.broadcast(tensor, src=owner)
     return part

@@ -4,7 +4,9 @@ All decompositions run in float32 or better, whatever the dtype of the input: ha
 useless. For a factored weight ``W = U V`` every metric comes from r x r matrices, never from the m x n product.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,16 +21,35 @@ class SVD(NamedTuple):
     Vh: Tensor
 
 
+GRAM_FROM = 128  # min(m, n) from which the Gram matrix is quicker than the matrix itself
+GRAM_TOLERANCE = 1e-4
+
+
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a tensor of ``dtype`` is decomposed: float64 stays, all others become float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def svd(W: Tensor) -> SVD:
-    """Thin singular value decomposition of ``W (m, n)``, with a fall-back where the first routine does not converge.
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Within, products of float32 matrices are computed in float32, though training may use TF32 or bfloat16 for them.
 
-    LAPACK's and cuSOLVER's divide-and-conquer can fail on finite input; the same matrix in float64 on the CPU rarely
-    does, and the eigenvectors of the Gram matrix always exist.
+    Their relative error of 1e-3 would be that of every conversion. Also a decorator.
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    kept = [(backend, backend.fp32_precision) for backend in backends]
+    reduced = [(backend, precision) for backend, precision in kept if precision not in ("none", "ieee")]
+    for backend, _ in reduced:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in reduced:
+            backend.fp32_precision = precision
+
+
+def checked(W: Tensor) -> Tensor:
+    """``W``, without its graph, in the dtype in which it is decomposed.
 
     Raises:
         ValueError: ``W`` is no matrix, or holds inf or nan.
@@ -40,7 +61,19 @@ def svd(W: Tensor) -> SVD:
             f"svd got a matrix of shape {tuple(W.shape)} that holds inf or nan. The training has diverged: "
             "lower the learning rate, or go back to an earlier checkpoint."
         )
-    A = W.detach().to(working_dtype(W.dtype))
+    return W.detach().to(working_dtype(W.dtype))
+
+
+def svd(W: Tensor) -> SVD:
+    """Thin singular value decomposition of ``W (m, n)``, with a fall-back where the first routine does not converge.
+
+    LAPACK's and cuSOLVER's divide-and-conquer can fail on finite input; the same matrix in float64 on the CPU rarely
+    does, and the eigenvectors of the Gram matrix always exist.
+
+    Raises:
+        ValueError: ``W`` is no matrix, or holds inf or nan.
+    """
+    A = checked(W)
     for attempt in (_svd_lapack, _svd_double, _svd_gram):
         try:
             result = attempt(A)
@@ -70,47 +103,6 @@ def _svd_gram(A: Tensor) -> SVD:
     return SVD(A @ Q * scale, S, Q.mT) if tall else SVD(Q, S, (Q * scale).mT @ A)
 
 
-def truncated_svd(W: Tensor, rank: int) -> SVD:
-    """The best approximation of ``W (m, n)`` of the given rank in the Frobenius norm (Eckart and Young 1936).
-
-    Raises:
-        ValueError: ``rank`` is outside 1..min(m, n), or as in :func:`svd`.
-    """
-    limit = min(W.shape)
-    if not 1 <= rank <= limit:
-        raise ValueError(f"rank must lie in 1..{limit} for a matrix of shape {tuple(W.shape)}, got {rank}.")
-    U, S, Vh = svd(W)
-    # Clones: a slice would keep the storage of the whole U alive, and safetensors refuses it.
-    return SVD(U[:, :rank].clone(), S[:rank].clone(), Vh[:rank].clone())
-
-
-def factored_svd(U: Tensor, V: Tensor) -> SVD:
-    """SVD of the product ``U V`` of ``U (m, r)`` and ``V (r, n)`` by QR of both and an SVD of the r x r core.
-
-    Costs O((m + n) r^2); the m x n product is never formed.
-    """
-    dtype = working_dtype(U.dtype)
-    Q_u, R_u = torch.linalg.qr(U.detach().to(dtype))
-    Q_v, R_v = torch.linalg.qr(V.detach().to(dtype).mT)
-    core = svd(R_u @ R_v.mT)
-    return SVD(Q_u @ core.U, core.S, core.Vh @ Q_v.mT)
-
-
-def rebalance(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    """Balanced factors of the same product: ``U' V' = U V`` with ``U'^T U' = V' V'^T = diag(sigma)``.
-
-    Balanced factors are the best-conditioned ones, and where L2 on the factors equals the nuclear norm of the
-    product (Srebro et al. 2004). ``U (m, r)``, ``V (r, n)``; shapes and dtype stay.
-    """
-    return tuple(factor.to(U.dtype) for factor in balanced(factored_svd(U, V)))
-
-
-def balanced(parts: SVD) -> tuple[Tensor, Tensor]:
-    """``(U sqrt(S), sqrt(S) Vh)``: both factors carry the square root of the spectrum (Khodak et al. 2021)."""
-    root = parts.S.sqrt()
-    return parts.U * root, root[:, None] * parts.Vh
-
-
 def singular_values(W: Tensor) -> Tensor:
     """Singular values of ``W (m, n)``, descending, in float32 or better."""
     A = W.detach().to(working_dtype(W.dtype))
@@ -121,6 +113,37 @@ def singular_values(W: Tensor) -> Tensor:
     return S if torch.isfinite(S).all() else svd(A).S
 
 
+@full_precision()
+def gram_singular_values(W: Tensor) -> Tensor:
+    """Singular values of ``W (m, n)`` for its effective rank: from the Gram matrix where that is accurate enough.
+
+    The eigenvalues of ``W^T W`` are wrong by about eps ``sigma_1^2``, so ``sigma_i`` by eps ``sigma_1^2 / sigma_i``. If
+    these errors make up more than :data:`GRAM_TOLERANCE` of the sum of all singular values, as where the rank is
+    deficient, or if W is small or in float64, :func:`singular_values` is taken.
+    """
+    A = W.detach()
+    if min(A.shape) < GRAM_FROM or A.dtype == torch.float64:
+        return singular_values(A)
+    A = A.to(working_dtype(A.dtype))
+    A = A / A.abs().amax()  # squares neither overflow nor vanish
+    try:
+        eigenvalues = torch.linalg.eigvalsh(A.mT @ A if A.shape[0] >= A.shape[1] else A @ A.mT)
+    except torch.linalg.LinAlgError:
+        return singular_values(W)
+    S = eigenvalues.flip(0).clamp_min(0).sqrt()
+    eps = torch.finfo(S.dtype).eps
+    wrong = torch.minimum(eps * S[0] ** 2 / S, eps**0.5 * S[0])
+    accurate = wrong.sum() <= GRAM_TOLERANCE * S.sum()  # False for nan
+    return S * W.detach().abs().amax().to(S) if accurate else singular_values(W)
+
+
+def factor_qr(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``Q_u, R_u, Q_v, R_v`` with ``U V = Q_u (R_u R_v^T) Q_v^T``, for ``U (m, r)`` and ``V (r, n)``."""
+    dtype = working_dtype(U.dtype)
+    return *torch.linalg.qr(U.detach().to(dtype)), *torch.linalg.qr(V.detach().to(dtype).mT)
+
+
+@full_precision()
 def factored_singular_values(U: Tensor, V: Tensor) -> Tensor:
     """The r singular values of the product of ``U (m, r)`` and ``V (r, n)``, descending, from r x r matrices only."""
     dtype = working_dtype(U.dtype)

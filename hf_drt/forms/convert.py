@@ -19,7 +19,7 @@ from hf_drt.forms.modules import (
     with_weight,
 )
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form
-from hf_drt.spectral import SVD, balanced, factored_svd, svd, truncation_error
+from hf_drt.truncation import Truncation, balanced, truncated_product, truncated_svd
 
 
 def convert(module: nn.Module, form: Form, generator: torch.Generator | None = None) -> Conversion:
@@ -29,34 +29,32 @@ def convert(module: nn.Module, form: Form, generator: torch.Generator | None = N
     return conversion
 
 
-def decompose(module: nn.Module, form: Form) -> SVD | None:
+def decompose(module: nn.Module, form: Form) -> Truncation | None:
     """What a conversion to ``form`` needs of the layer's SVD, or None: the one expensive part of :func:`prepare`.
 
-    ``U (out, k)`` and ``Vh (k, in)`` with k = min(form.rank, number of singular values), and ``S`` in full. A factored
-    layer is decomposed by QR and an r x r SVD.
+    ``U (out, k)``, ``S (k,)`` and ``Vh (k, in)`` with k = min(form.rank, rank of the layer's own factors), and the
+    truncation's error. A factored layer is decomposed by QR and an r x r matrix.
     """
     shapes = decomposition_shapes(module, form)
     if shapes is None:
         return None
     k = shapes[0][1]
-    with torch.no_grad():
-        factored = isinstance(module, FactoredLinear)
-        U, S, Vh = factored_svd(module.U, module.V) if factored else svd(effective_weight(module))
-    return SVD(U[:, :k].contiguous(), S, Vh[:k].contiguous())
+    if isinstance(module, FactoredLinear):
+        return truncated_product(module.U, module.V, k)
+    return truncated_svd(effective_weight(module), k)
 
 
-def decomposition_shapes(module: nn.Module, form: Form) -> tuple[tuple[int, int], tuple[int], tuple[int, int]] | None:
-    """Shapes of the three parts of :func:`decompose`'s result, or None where the form needs none."""
+def decomposition_shapes(module: nn.Module, form: Form) -> tuple[tuple[int, ...], ...] | None:
+    """Shapes of the parts of :func:`decompose`'s result, or None where the form needs none."""
     if not (isinstance(form, Factored) or (isinstance(form, Adapter) and form.init == "principal")):
         return None
     out, into = weight_shape(module)
-    values = module.form.rank if isinstance(module, FactoredLinear) else min(out, into)
-    k = min(form.rank, values)
-    return (out, k), (values,), (k, into)
+    k = min(form.rank, module.form.rank) if isinstance(module, FactoredLinear) else form.rank
+    return (out, k), (k,), (k, into), ()
 
 
 def prepare(
-    module: nn.Module, form: Form, generator: torch.Generator | None = None, parts: SVD | None = None
+    module: nn.Module, form: Form, generator: torch.Generator | None = None, parts: Truncation | None = None
 ) -> Conversion:
     """The conversion of a layer to ``form``; nothing changes before its ``commit()``.
 
@@ -157,16 +155,18 @@ def _to_dense(module: nn.Module) -> Conversion:
     return Conversion(module, 0.0)
 
 
-def _to_factored(module: nn.Module, form: Factored, generator: torch.Generator | None, parts: SVD) -> Conversion:
+def _to_factored(module: nn.Module, form: Factored, generator: torch.Generator | None, parts: Truncation) -> Conversion:
     U, V = spectral_factors(parts, form.rank, generator)
     like = next(p for name, p in module.named_parameters() if name != "bias")
     dense = _dense_module(module)
     factored = FactoredLinear(dense, form, _parameter(U, like), _parameter(V, like), module.bias)
     factored.training = module.training
-    return Conversion(factored, truncation_error(parts.S, form.rank))
+    return Conversion(factored, parts.error.item())
 
 
-def _to_adapter(module: nn.Module, form: Adapter, generator: torch.Generator | None, parts: SVD | None) -> Conversion:
+def _to_adapter(
+    module: nn.Module, form: Adapter, generator: torch.Generator | None, parts: Truncation | None
+) -> Conversion:
     out, into = weight_shape(module)
     like = next(p for name, p in module.named_parameters() if name != "bias")
     if parts is not None:
@@ -210,18 +210,17 @@ def _unformed(like: Tensor) -> nn.Parameter:
     return nn.Parameter(like.new_empty(0))
 
 
-def spectral_factors(parts: SVD, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def spectral_factors(parts: Truncation, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """Balanced factors ``U (m, rank)``, ``V (rank, n)`` of the best rank-``rank`` approximation.
 
     Where the matrix has fewer than ``rank`` non-zero singular values, both factors of a surplus direction would be
     zero, and so would its gradients for ever. There V gets a random row as long as the smallest kept one, and U a zero
     column: the product is the same and the direction can learn.
     """
-    kept = min(rank, len(parts.S))
-    U, V = balanced(SVD(parts.U[:, :kept], parts.S[:kept], parts.Vh[:kept]))
+    U, V = balanced(parts)
     U, V = _padded(U, rank, dim=1), _padded(V, rank, dim=0)
     threshold = parts.S[0] * torch.finfo(parts.S.dtype).eps * max(U.shape[0], V.shape[1])
-    alive = int((parts.S[:kept] > threshold).sum())
+    alive = int((parts.S > threshold).sum())
     if alive < rank:
         rows = kaiming_rows(rank - alive, V.shape[1], generator).to(V)
         length = parts.S[alive - 1].sqrt() if alive else rows.new_ones(())

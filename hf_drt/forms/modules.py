@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_drt.forms.lazy import EffectiveWeight
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form
-from hf_drt.spectral import working_dtype
+from hf_drt.spectral import full_precision, working_dtype
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 
@@ -199,7 +199,12 @@ class AdapterLinear(LowRankLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, as_matrix(self.base, self.transposed), self.bias)
-        return y + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.form.scaling
+        low = F.linear(x, self.lora_A)
+        if not self.training:  # rounded as PEFT rounds: an adapter that was trained there gives the same bits here
+            return y + F.linear(low, self.lora_B) * self.form.scaling
+        # One product that adds and scales: the sum of two outputs would be a third pass over memory of their size.
+        low, sum_with = low.reshape(-1, self.form.rank), y.reshape(-1, self.out_features)
+        return torch.addmm(sum_with, low, self.lora_B.mT, alpha=self.form.scaling).reshape(y.shape)
 
     def matrix(self) -> Tensor:
         return as_matrix(self.base, self.transposed) + self.form.scaling * (self.lora_B @ self.lora_A)
@@ -217,6 +222,7 @@ def kaiming_rows(rank: int, width: int, generator: torch.Generator | None) -> Te
     return torch.empty(rank, width).uniform_(-bound, bound, generator=generator or torch.Generator().manual_seed(0))
 
 
+@full_precision()
 def effective_weight(module: nn.Module) -> Tensor:
     """``W (out, in)`` of a layer in any form, merged in float32 or better."""
     dtype = working_dtype(next(module.parameters()).dtype)
