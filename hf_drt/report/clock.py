@@ -45,23 +45,24 @@ class Clock:
 
 def read_clock(rows: Rows) -> Clock:
     """The clock of a run, from its ``log_history``."""
-    anchors = [(row["step"], row["drt_seconds"]) for row in rows if "drt_seconds" in row]
-    if not anchors or anchors != sorted(anchors):  # logged, or begun, by a version that did not know it
-        anchors = _summed(rows)
+    timed = [row for row in rows if "drt_switch_seconds" in row or "drt_phase_seconds" in row]
+    if all("drt_seconds" in row for row in timed):
+        anchors = [(row["step"], row["drt_seconds"]) for row in rows if "drt_seconds" in row]
+    else:  # begun by a version that did not log them
+        anchors = _summed(timed)
     if anchors and anchors[-1][0] > 0:
         return Clock(((0, 0.0), *anchors), "measured")
     return _from_runtime(rows)
 
 
-def _summed(rows: Rows) -> list[tuple[int, float]]:
+def _summed(timed: Rows) -> list[tuple[int, float]]:
     """Anchors at switches and ends of phases, from what each of them took."""
     anchors, switches, phases = [], 0.0, {}
-    for row in rows:
+    for row in timed:
         switches += row.get("drt_switch_seconds", 0.0)
         if "drt_phase_seconds" in row:  # a phase that was resumed is logged twice, the second time in whole
             phases[row.get("drt_phase")] = row["drt_phase_seconds"]
-        if "drt_switch_seconds" in row or "drt_phase_seconds" in row:
-            anchors.append((row["step"], switches + sum(phases.values())))
+        anchors.append((row["step"], switches + sum(phases.values())))
     return anchors
 
 

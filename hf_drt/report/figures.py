@@ -23,7 +23,7 @@ _COLOURS = ("#0072b2", "#d55e00", "#008060", "#a8428a", "#7a6400", "#3b3f45")
 _MARKERS = ("o", "s", "^", "D")
 _FORMS = {"factored": "#f0862b", "dense": "#31688e", "adapter": "#7a9e26", "unknown": "#808080"}
 _UNITS = {"steps": "update steps", "seconds": "seconds of training"}
-_STYLE = {
+STYLE = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.titleweight": "bold",
@@ -58,15 +58,16 @@ def write_figures(runs: Sequence[RunData], folder: str | os.PathLike) -> list[Pa
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    with rc_context(_STYLE):
-        for name, figure in _figures(runs):
+    with rc_context(STYLE):
+        for name, figure in draw_figures(runs):
             for suffix in FORMATS:
                 written.append(folder / f"{name}.{suffix}")
                 figure.savefig(written[-1], metadata={"Date": None} if suffix == "svg" else None)
     return written
 
 
-def _figures(runs: Sequence[RunData]) -> Iterator[tuple[str, Figure]]:
+def draw_figures(runs: Sequence[RunData]) -> Iterator[tuple[str, Figure]]:
+    """The pictures and their names, one at a time; :func:`write_figures` sets their style."""
     for name in curve_names(runs):
         yield f"curve-{_slug(name)}", _curve(runs, name, title(name) if name != "loss" else "training loss")
     if any("drt_effective_rank_mean" in run.series for run in runs):

@@ -160,7 +160,10 @@ class LineChart {
     if (!this.line) return;
     this.dots.replaceChildren();
     this.line.setAttribute("visibility", at === null ? "hidden" : "visible");
-    if (at === null) return;
+    if (at === null) {
+      this.at = undefined;
+      return;
+    }
     this.line.setAttribute("x1", this.x(at));
     this.line.setAttribute("x2", this.x(at));
   }
