@@ -180,6 +180,7 @@ def main(arguments: list[str] | None = None) -> DRTTrainer:
     checkpoint = args.resume_from_checkpoint
     trainer.train(True if checkpoint == "last" else checkpoint)  # True: the last complete one
     loss = trainer.evaluate()["eval_loss"]
+    trainer.save_state()  # the log with the last evaluation, for `hf-drt report`
     if trainer.drt is not None:
         print_phase_table(trainer)
     trainer.save_model()

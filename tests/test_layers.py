@@ -35,11 +35,13 @@ ALLOWED = {
                    "structure", "pretrained", "sharding", "transition", "declaration"},
     "trainer":    {"config", "schedule", "forms", "selection", "export", "optim", "controller", "state",
                    "ddp", "sharding", "pretrained", "declaration", "hub"},
+    "report":     {"schedule", "state"},
+    "cli":        {"report"},
     "run":        {"config", "schedule", "trainer"},
     "trl":        {"trainer"},
 }
 STDLIB_ONLY = {"config", "schedule", "state", "budget", "wording"}
-KNOWS_TRANSFORMERS = {"trainer", "hub", "run"}
+KNOWS_TRANSFORMERS = {"trainer", "hub", "run", "cli"}
 # fmt: on
 
 

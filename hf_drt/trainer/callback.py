@@ -97,11 +97,12 @@ class DRTCallback(TrainerCallback):
     ) -> None:
         if not self.in_drt_trainer:
             self._begin_alone(args, state, kwargs)
-        self.meter.start_phase(self.controller.phase, args.device)
+        first = self.first_transition
+        self.meter.start_phase(self.controller.phase, args.device, first.seconds if first is not None else 0.0)
         cost = self.controller.cost()
-        if self.first_transition is not None:
+        if first is not None:
             row = {"drt_plan_flops": round(cost.flops, 4), "drt_plan_parameters": round(cost.parameters, 4)}
-            self._log(state, row | _switch_row(self.first_transition))
+            self._log(state, row | _switch_row(first))
             self.first_transition = None
         logger.info(
             "dynamic-rank plan: %s (of %d update steps) on %d layers; on average %.2f of their dense training FLOPs "
@@ -123,6 +124,7 @@ class DRTCallback(TrainerCallback):
         plan = resolved_plan(self.schedule, run, self.config, model)
         self.controller = DynamicRank(model, self.config, plan=plan, seed=args.seed)
         self.first_transition = self.controller.apply(0, kwargs["optimizer"])
+        self.meter = PhaseMeter()
 
     # ---- in the loop
 
@@ -133,7 +135,7 @@ class DRTCallback(TrainerCallback):
         with switch:
             transition = self.controller.begin_step(state.global_step, kwargs["optimizer"], self.probe)
         if transition is not None:
-            self.meter.start_phase(transition.phase, args.device)
+            self.meter.start_phase(transition.phase, args.device, transition.seconds)
             self._log(state, _switch_row(transition))
             logger.info("update step %d: phase %d (%s)", transition.step, transition.phase, transition.kind)
         if self.in_drt_trainer:
@@ -177,6 +179,7 @@ class DRTCallback(TrainerCallback):
     # ---- rows
 
     def _log(self, state: TrainerState, row: dict[str, float]) -> None:
+        row = {**row, "drt_seconds": round(self.meter.trained, 4)}
         if self.log is not None:
             self.log(row)
         else:

@@ -12,7 +12,7 @@ from hf_drt.trainer.memory import read_peak, reset_peak
 @dataclass
 class PhaseMeter:
     """Update steps, seconds within steps (evaluation, saving and switches excluded), samples, tokens and peak memory
-    (MiB) of one phase."""
+    (MiB) of one phase; and ``earlier``, the seconds that the phases before it and all switches took."""
 
     phase: int | None = None
     steps: int = 0
@@ -20,15 +20,22 @@ class PhaseMeter:
     samples: int = 0
     tokens: int = 0
     peak_memory: float | None = None
+    earlier: float = 0.0
 
     def __post_init__(self) -> None:
         self._started: float | None = None
         self._device = torch.device("cpu")
 
-    def start_phase(self, phase: int, device: torch.device) -> None:
-        """Forget the phase before. The same phase again, as after a resume, goes on counting."""
+    @property
+    def trained(self) -> float:
+        """Seconds since the run's first step: steps and switches; evaluation and saving excluded."""
+        return self.earlier + self.seconds
+
+    def start_phase(self, phase: int, device: torch.device, switch: float = 0.0) -> None:
+        """Forget the phase before, but for its seconds and those of the ``switch``. The same phase again, as after a
+        resume, goes on counting."""
         if phase != self.phase:
-            self.__init__(phase)
+            self.__init__(phase, earlier=self.trained + switch)
         self._device = device
         reset_peak(device)
 

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import time
 import weakref
 
 import pytest
@@ -193,6 +194,34 @@ def test_logged_numbers_are_right(tmp_path):
         p = p / p.sum()
         expected.append(math.exp(-(p * p.log()).sum()))
     assert ranks[-1] == pytest.approx(sum(expected) / len(expected), rel=1e-4)
+
+
+def assert_seconds_add_up(history):
+    """Every row of ours has the seconds of all steps and switches before it."""
+    spent = 0.0
+    for row in (row for row in history if any(key.startswith("drt_") for key in row)):
+        spent += row.get("drt_switch_seconds", 0.0) + row.get("drt_phase_seconds", 0.0)
+        if "drt_phase" in row:
+            assert row["drt_seconds"] == pytest.approx(spent, abs=1e-3)
+        else:  # within a phase, whose seconds are logged at its end
+            assert row["drt_seconds"] > spent
+
+
+def test_seconds_count_steps_and_switches_and_nothing_else(tmp_path):
+    class SlowSaving(T.TrainerCallback):
+        def on_save(self, *args, **kwargs):
+            time.sleep(0.2)
+
+    started = time.perf_counter()
+    trainer = tiny.trainer(tmp_path, drt_log_rank_steps=5, save_strategy="steps", save_steps=3)
+    trainer.add_callback(SlowSaving())
+    trainer.train()
+    assert_seconds_add_up(trainer.state.log_history)
+    total = max(row.get("drt_seconds", 0.0) for row in trainer.state.log_history)
+    assert 0 < total < time.perf_counter() - started - 7 * 0.2  # saved at 3, 6, ..., 18, 20
+    trainer = tiny.trainer(tmp_path)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    assert_seconds_add_up(trainer.state.log_history)
 
 
 def test_evaluation_and_saving_at_the_end_of_each_phase(tmp_path):
