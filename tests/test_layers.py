@@ -34,13 +34,18 @@ ALLOWED = {
     "transition": {"forms", "surgery", "optim", "distributed", "sharding"},
     "controller": {"spectral", "config", "schedule", "forms", "cost", "selection", "surgery", "optim",
                    "structure", "pretrained", "sharding", "transition", "declaration"},
+    "estimate":   {"config", "controller", "forms", "schedule", "transition"},
     "trainer":    {"config", "schedule", "forms", "selection", "export", "optim", "controller", "state",
                    "ddp", "sharding", "pretrained", "declaration", "hub", "weight_files"},
+    "inspection": {"declaration", "forms", "hub", "schedule", "spectral", "state", "weight_files"},
+    "comparison": {"forms", "inspection", "spectral"},
+    "cli":        {"comparison", "config", "controller", "estimate", "forms", "inspection", "schedule",
+                   "state", "timeline", "trainer"},
     "run":        {"config", "schedule", "trainer"},
     "trl":        {"trainer"},
 }
 STDLIB_ONLY = {"config", "schedule", "state", "budget"}
-KNOWS_TRANSFORMERS = {"trainer", "hub", "run"}
+KNOWS_TRANSFORMERS = {"trainer", "hub", "run", "cli"}
 # fmt: on
 
 
