@@ -6,10 +6,10 @@ from typing import Literal
 
 from huggingface_hub import ModelCard
 
+from hf_drt.timeline import draw_timeline, timeline
+
 TAGS = ("hf_drt", "dynamic-rank-training", "low-rank")
 TIMELINE_NAME = "drt_timeline.png"
-_COLOURS = {"dense": "#31688e", "factored": "#fd9a44", "adapter": "#8fb339"}
-_BLOCKS = {"dense": "█", "factored": "░", "adapter": "▒"}
 
 CITATION = """\
 @article{shin2025dynamic,
@@ -104,7 +104,8 @@ def complete_card(folder: str | Path, run: RunSummary) -> None:
     card = ModelCard.load(path)
     card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *TAGS]))
     card.data.library_name = "peft" if run.export == "adapter" else "transformers"
-    card.text = f"{card.text.rstrip()}\n\n{method_section(run, picture=draw_timeline(run.phases, folder))}\n"
+    picture = draw_timeline(run.phases, path.with_name(TIMELINE_NAME))
+    card.text = f"{card.text.rstrip()}\n\n{method_section(run, picture)}\n"
     card.save(path)
 
 
@@ -132,32 +133,6 @@ def method_section(run: RunSummary, picture: bool = False) -> str:
 
 def _code(run: RunSummary) -> str:
     return _CODE[run.export].format(name=run.model_class, repository=run.repository)
-
-
-def timeline(phases: tuple[PhaseSummary, ...], width: int = 60) -> str:
-    """The run as a line of text, each phase at least one character wide, with a legend of the forms in it."""
-    total = phases[-1].end
-    bar = "".join(_BLOCKS[p.kind] * max(1, round(width * (p.end - p.start) / total)) for p in phases)
-    legend = "  ".join(f"{_BLOCKS[kind]} {kind}" for kind in dict.fromkeys(p.kind for p in phases))
-    return f"{bar}  {total} update steps\n{legend}"
-
-
-def draw_timeline(phases: tuple[PhaseSummary, ...], folder: str | Path) -> bool:
-    """Write :data:`TIMELINE_NAME`, phases over update steps; False where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(8, 1.4), layout="constrained")
-    axes = figure.subplots()
-    for phase in phases:
-        axes.barh(0, phase.end - phase.start, left=phase.start, color=_COLOURS[phase.kind], edgecolor="white")
-        if phase.end - phase.start > phases[-1].end / 12:
-            axes.text((phase.start + phase.end) / 2, 0, phase.kind, ha="center", va="center", color="white")
-    axes.set(xlim=(0, phases[-1].end), yticks=[], xlabel="update step")
-    axes.spines[["top", "left", "right"]].set_visible(False)
-    figure.savefig(Path(folder) / TIMELINE_NAME, dpi=150)
-    return True
 
 
 def _table(phases: tuple[PhaseSummary, ...]) -> str:

@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Sequence
 
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from hf_drt.forms import is_transposed, tensor_shapes
@@ -11,8 +10,7 @@ from hf_drt.forms.specs import Dense
 from hf_drt.hub.block import AGAIN, DeclaredLayer
 from hf_drt.hub.names import candidates
 from hf_drt.state import CheckpointError
-
-Shapes = dict[str, tuple[int, ...]]
+from hf_drt.weight_files import Shapes, stored_shapes
 
 
 def check_weights(files: Sequence[str], layers: Sequence[tuple[DeclaredLayer, nn.Module]], prefix: str) -> None:
@@ -34,14 +32,9 @@ def check_weights(files: Sequence[str], layers: Sequence[tuple[DeclaredLayer, nn
 
 def _shapes_by_layer(files: Sequence[str]) -> dict[str, Shapes]:
     shapes: dict[str, Shapes] = defaultdict(dict)
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as weights:
-                for key in weights.keys():  # noqa: SIM118
-                    layer, _, tensor = key.rpartition(".")
-                    shapes[layer][tensor] = tuple(weights.get_slice(key).get_shape())
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is cut short or damaged ({error}). {AGAIN}") from None
+    for key, shape in stored_shapes(files, AGAIN).items():
+        layer, _, tensor = key.rpartition(".")
+        shapes[layer][tensor] = shape
     return shapes
 
 

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME
 
 from hf_drt.controller import DynamicRank
 from hf_drt.forms import form_from_dict, is_transposed, tensor_shapes
@@ -24,12 +23,12 @@ from hf_drt.forms.modules import LowRankLinear
 from hf_drt.optim import unwrap
 from hf_drt.state import STATE_NAME, CheckpointError, read_state
 from hf_drt.trainer.fsdp_files import check_engine, check_fsdp_files, is_fsdp_checkpoint
+from hf_drt.weight_files import Shapes, stored_shapes, weight_files
 
 logger = logging.getLogger(__name__)
 
 _OTHER = "Resume from another checkpoint."
 _BROKEN_JSON = (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError)
-Shapes = dict[str, tuple[int, ...]]
 
 
 def checked_state(folder: str | Path, controller: DynamicRank, for_resume: bool, fsdp: bool = False) -> dict[str, Any]:
@@ -57,7 +56,7 @@ def checked_state(folder: str | Path, controller: DynamicRank, for_resume: bool,
     check_engine(folder, fsdp)
     if for_resume:
         _check_trainer_files(folder, state)
-    if not fsdp or _weight_files(folder)[0].is_file():  # in shards, they are compared as they are loaded
+    if not fsdp or weight_files(folder, _OTHER)[0].is_file():  # in shards, they are compared as they are loaded
         _check_weights(folder, controller, state)
     return state
 
@@ -252,25 +251,4 @@ def _is_tied(model: nn.Module, name: str, stored: Shapes) -> bool:
 
 
 def _stored_shapes(folder: Path) -> Shapes:
-    """Shapes of all tensors in a folder's safetensors files, from their headers: as the Trainer does, of the single
-    file where there is one, and of the index's shards otherwise."""
-    shapes: Shapes = {}
-    for path in _weight_files(folder):
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing: the checkpoint is incomplete. {_OTHER}")
-        try:
-            with safe_open(path, framework="pt") as weights:
-                shapes |= {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is cut short or damaged ({error}). {_OTHER}") from None
-    return shapes
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
-    if single.is_file() or not index.is_file():
-        return [single]
-    try:
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    except _BROKEN_JSON:
-        raise CheckpointError(f"{index} is damaged. {_OTHER}") from None
+    return stored_shapes(weight_files(folder, _OTHER), _OTHER)

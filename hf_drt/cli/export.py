@@ -1,0 +1,61 @@
+"""``hf-drt export``: a checkpoint as a dense, a native or a PEFT model."""
+
+import shutil
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+from torch import Tensor
+from typer import Option
+
+from hf_drt.cli.output import progress
+from hf_drt.cli.source import load, local_folder
+from hf_drt.config import Export
+from hf_drt.inspection import read_checkpoint
+from hf_drt.trainer.exporting import save_export
+
+# What lies beside the weights of a model and belongs to it; a checkpoint's optimizer, states and card do not.
+_BESIDE = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
+    "preprocessor_config.json", "processor_config.json", "feature_extractor*",
+)  # fmt: skip
+
+
+def export(
+    source: Annotated[str, typer.Argument(help="A checkpoint-N of a run, or the folder of a model in any form.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; it must not exist, or be empty.")],
+    format: Annotated[str, Option(help=f"One of {', '.join(get_args(Export))}.")] = "dense",
+    task: Annotated[str | None, Option(help="E.g. causal-lm; by default what the configuration says.")] = None,
+) -> None:
+    """Write a checkpoint as a dense model, a native one, or a PEFT adapter with its base.
+
+    Tokenizer and processor files are copied along.
+    """
+    if format not in get_args(Export):
+        allowed = ", ".join(get_args(Export))
+        raise typer.BadParameter(f"'{format}' is none; allowed are {allowed}.", param_hint="--format")
+    folder = local_folder(source)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is no empty folder. Give another target, or remove it.")
+    found = read_checkpoint(folder)
+    if format == "adapter" and not any(type(layer.form).__name__ == "Adapter" for layer in found.layers):
+        raise ValueError(
+            f"{source} has no layer in adapter form, so it cannot be a PEFT adapter. Export it as dense or native."
+        )
+    with progress("export", 3) as tick:
+        model = load(folder, task)
+        tick()
+
+        def save(where: str, state: dict[str, Tensor] | None) -> None:
+            model.save_pretrained(where, state_dict=state)
+
+        save_export(model, str(target), format, save)
+        tick()
+        _copy_beside(folder, target)
+        tick()
+    typer.echo(f"{source}: {found.kind}, written to {target} as {format}")
+
+
+def _copy_beside(folder: Path, target: Path) -> None:
+    for path in sorted({path for pattern in _BESIDE for path in folder.glob(pattern) if path.is_file()}):
+        shutil.copy(path, target / path.name)

@@ -1,0 +1,104 @@
+"""Real update steps of every phase of a plan on this machine: what a step and a switch take."""
+
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, TrainerCallback
+
+from hf_drt.config import DRTConfig
+from hf_drt.estimate import BatchSpec
+from hf_drt.schedule import Plan
+from hf_drt.schedule.plan import form_text
+from hf_drt.trainer import DRTTrainer, DRTTrainingArguments
+
+
+@dataclass(frozen=True)
+class PhaseTime:
+    """What was measured of one phase.
+
+    Attributes:
+        seconds: Of an update step, the median.
+        switch: Seconds of the switch into the phase.
+        peak: MiB of the process on a CPU, of the allocator on an accelerator; None where the platform does not tell.
+    """
+
+    seconds: float
+    switch: float
+    peak: float | None
+
+
+class _StepTimes(TrainerCallback):
+    """Seconds of every update step. Added after DRT's own callback, so that a switch is over when a step begins."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._started)
+
+
+class _Rows(Dataset):
+    """One random batch's rows, over and over."""
+
+    def __init__(self, batch: dict[str, Tensor], length: int):
+        self._batch, self._length = batch, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: tensor[index % len(tensor)] for name, tensor in self._batch.items()}
+
+
+def measured(
+    model: nn.Module, batch: BatchSpec, plan: Plan, config: DRTConfig, steps: int, **settings: Any
+) -> tuple[PhaseTime, ...]:
+    """Train every phase of a plan for a few steps on random data, and time it.
+
+    Args:
+        model: With real weights; it is trained.
+        batch: Of one forward pass.
+        plan: Whose phases are made, each ``steps`` long.
+        config: Ranks and all else.
+        steps: Update steps per phase, of which the first is not counted.
+        settings: Training arguments: batch size, accumulation, optimizer, precision.
+    """
+    phases = plan.phases
+    text = " ".join(f"{form_text(phase.kind, phase.rank)}@{index * steps}" for index, phase in enumerate(phases))
+    own = replace(config, schedule=text, log_rank_steps=0, evaluate_at_switch=False, save_at_switch=False,
+                  tag_phases=False, export="dense")  # fmt: skip
+    times = _StepTimes()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = DRTTrainingArguments(
+            output_dir=str(Path(folder)), max_steps=steps * len(phases), report_to=[], save_strategy="no",
+            logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, learning_rate=1e-5, **settings,
+        )  # fmt: skip
+        rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.max_steps
+        data = _Rows(batch.random(torch.Generator().manual_seed(0)), rows)
+        trainer = DRTTrainer(model, arguments, train_dataset=data, drt=own)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(times)
+        trainer.train()
+    return tuple(
+        _phase_time(index, times.seconds[index * steps + 1 : (index + 1) * steps], trainer.state.log_history)
+        for index in range(len(phases))
+    )
+
+
+def _phase_time(index: int, seconds: list[float], log: list[dict[str, Any]]) -> PhaseTime:
+    own = [row for row in log if row.get("drt_phase") == index]
+    switch = next(row["drt_switch_seconds"] for row in own if "drt_switch_seconds" in row)
+    end = next(row for row in own if "drt_phase_steps" in row)
+    return PhaseTime(statistics.median(seconds), switch, end.get("drt_peak_memory_mib"))

@@ -1,0 +1,131 @@
+"""What ``hf-drt plan`` prints."""
+
+from typing import Any
+
+import typer
+
+from hf_drt.cli.measurement import PhaseTime
+from hf_drt.cli.output import duration, in_terminal, mib, print_table
+from hf_drt.config import DRTConfig
+from hf_drt.estimate import Proposal, RunEstimate, StepCost
+from hf_drt.forms import Dense, form_to_dict
+from hf_drt.timeline import BLOCKS, LETTERS, timeline
+
+
+def print_estimate(
+    title: str, run: RunEstimate, proposal: Proposal | None, times: tuple[PhaseTime, ...] | None, layers: bool
+) -> None:
+    """Print a plan's timeline, the table of its phases, totals and warnings.
+
+    Args:
+        title: Model and load.
+        run: The estimate.
+        proposal: What the budget has led to, if one was given.
+        times: Of real steps, if they were measured.
+        layers: Whether to add a table of all target layers.
+    """
+    typer.echo(f"{title}; {run.dense.parameters:,} parameters, {len(run.layers)} target layers\n")
+    typer.echo(timeline(run.phases, marks=BLOCKS if in_terminal() else LETTERS) + "\n")
+    print_table(*_phase_table(run, times), left=2)
+    extra = mib(run.switch_extra)
+    typer.echo(f"\nmemory in MiB, of tensors; a switch may need up to {extra} MiB more than the larger of its phases")
+    typer.echo(
+        f"the run: {run.flops:.4g} FLOPs, {run.share:.3f} of dense training; trainable parameters "
+        f"{run.trainable:.3f} of dense on average; peak {mib(run.peak)} MiB, {run.peak / run.dense.peak:.3f} of dense"
+    )
+    if times is not None:
+        total, steps, switches = _length(run, times)
+        typer.echo(
+            f"predicted length: {duration(total)} (steps {duration(steps)}, switches {duration(switches)}; without "
+            "evaluation and saving)"
+        )
+    if proposal is not None:
+        typer.echo(f"proposal: --schedule '{proposal.plan}' --rank-ratio {proposal.rank_ratio:g} --steps {run.steps}")
+    for warning in run.warnings:
+        typer.echo(f"warning: {warning}")
+    if layers:
+        typer.echo("")
+        print_table(*_layer_table(run))
+
+
+def _phase_table(run: RunEstimate, times: tuple[PhaseTime, ...] | None) -> tuple[list[str], list[list[str]]]:
+    columns = ["phase", "form", "steps", "rank", "trainable", "GFLOPs/step", "FLOPs/dense", "weights", "gradients",
+               "optimizer", "activations", "peak", "peak/dense"]  # fmt: skip
+    columns += ["s/step", "switch s"] if times is not None else []
+    rows = []
+    for index, phase in enumerate(run.phases):
+        rows.append(
+            [f"{index}", phase.kind, f"{phase.steps}", _ranks(phase.ranks), *_cost_cells(phase.step, run.dense)]
+        )
+        if times is not None:
+            rows[-1] += [f"{times[index].seconds:.3f}", f"{times[index].switch:.2f}"]
+    rows.append(["-", "dense run", f"{run.steps}", "full", *_cost_cells(run.dense, run.dense)])
+    rows[-1] += ["-"] * (len(columns) - len(rows[-1]))
+    return columns, rows
+
+
+def _cost_cells(step: StepCost, dense: StepCost) -> list[str]:
+    sizes = (step.weights, step.gradients, step.optimizer, step.activations, step.peak)
+    return [
+        f"{step.trainable:,}", f"{step.flops / 1e9:,.4g}", f"{step.flops / dense.flops:.3f}", *map(mib, sizes),
+        f"{step.peak / dense.peak:.3f}",
+    ]  # fmt: skip
+
+
+def _ranks(ranks: tuple[int, int] | None) -> str:
+    if ranks is None:
+        return "full"
+    return f"{ranks[0]}" if ranks[0] == ranks[1] else f"{ranks[0]}-{ranks[1]}"
+
+
+def _layer_table(run: RunEstimate) -> tuple[list[str], list[list[str]]]:
+    columns = ["layer", "out x in", "break-even", "vectors/step"]
+    for index, phase in enumerate(run.phases):
+        columns += [f"rank {index} ({phase.kind})", "FLOPs/dense"]
+    rows = []
+    for layer in run.layers:
+        rows.append([layer.name, f"{layer.shape[0]} x {layer.shape[1]}", f"{layer.break_even:.1f}", f"{layer.rows:,}"])
+        for index, form in enumerate(layer.forms):
+            rows[-1] += ["full" if form == Dense() else f"{form.rank}", f"{layer.share(index):.3f}"]
+    return columns, rows
+
+
+def _length(run: RunEstimate, times: tuple[PhaseTime, ...]) -> tuple[float, float, float]:
+    """Seconds of the run, of its steps, and of its switches."""
+    steps = sum(phase.steps * time.seconds for phase, time in zip(run.phases, times, strict=True))
+    switches = sum(time.switch for time in times)
+    return steps + switches, steps, switches
+
+
+def as_json(
+    run: RunEstimate, settings: DRTConfig, proposal: Proposal | None, times: tuple[PhaseTime, ...] | None
+) -> dict[str, Any]:
+    """The same as JSON; memory in bytes."""
+
+    def cost(step: StepCost) -> dict[str, int]:
+        return {key: value for key, value in vars(step).items() if key != "rows"}
+
+    phases: list[dict[str, Any]] = [
+        {"form": p.kind, "start": p.start, "end": p.end, "ranks": p.ranks, **cost(p.step)} for p in run.phases
+    ]
+    for phase, time in zip(phases, times or (), strict=False):
+        phase |= {"seconds_per_step": time.seconds, "switch_seconds": time.switch, "process_peak_mib": time.peak}
+    result = {
+        "steps": run.steps, "flops": run.flops, "flops_share": run.share, "trainable_share": run.trainable,
+        "peak": run.peak, "switch_extra": run.switch_extra, "rank_ratio": settings.rank_ratio, "phases": phases,
+        "dense": cost(run.dense), "warnings": list(run.warnings),
+        "layers": [
+            {"name": layer.name, "shape": layer.shape, "break_even": layer.break_even, "rows": layer.rows,
+             "forms": [form_to_dict(form) for form in layer.forms]}
+            for layer in run.layers
+        ],
+    }  # fmt: skip
+    if times is not None:
+        result |= dict(zip(("seconds", "step_seconds", "switch_seconds"), _length(run, times), strict=True))
+    if proposal is not None:
+        result["proposal"] = {
+            "schedule": str(proposal.plan),
+            "rank_ratio": proposal.rank_ratio,
+            "share": proposal.share,
+        }
+    return result

@@ -1,0 +1,200 @@
+"""One update step of a model on tensors without data: its FLOPs and its memory.
+
+The model's own forward and backward pass run on fake tensors that say they are on the CPU, so that the kernels are
+those of a real run (fused attention where there is one), whatever the architecture.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from hf_drt.estimate.batch import BatchSpec
+from hf_drt.estimate.live import LiveBytes
+from hf_drt.estimate.optimizer import optimizer_bytes
+
+
+class SimulationError(ValueError):
+    """The cost of a model does not follow from its shapes."""
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One update step. Memory is in bytes, and is what tensors take: a process needs some hundred MiB beside.
+
+    Attributes:
+        flops: Floating-point operations of the forward and backward passes, two per multiply-add: products of matrices,
+            attention and convolutions of the whole model. Element-wise operations and the optimizer are not counted.
+        parameters: Of the model, those without gradients included; ``trainable`` those with.
+        weights: Parameters and buffers.
+        gradients, optimizer: Gradients of all trainable parameters, and the optimizer's state.
+        activations: What the forward pass keeps for the backward pass.
+        peak: The most that is alive at one time. Less than the sum of the parts: gradients come as activations go.
+        rows: Vectors that each watched layer multiplies in the forward passes, by name.
+    """
+
+    flops: int
+    parameters: int
+    trainable: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    peak: int
+    rows: dict[str, int]
+
+
+def simulate_step(
+    model: nn.Module,
+    batch: BatchSpec,
+    *,
+    optimizer: str = "adamw_torch",
+    accumulation: int = 1,
+    autocast: torch.dtype | None = None,
+    watch: Sequence[str] = (),
+) -> StepCost:
+    """Count one update step.
+
+    Args:
+        model: On the meta device, of transformers, in any mix of forms; it stays as it is.
+        batch: Of one forward pass.
+        optimizer: A key of :data:`hf_drt.estimate.OPTIMIZERS`.
+        accumulation: Forward and backward passes per update step.
+        autocast: Mixed precision.
+        watch: Names of linear layers whose :attr:`StepCost.rows` are asked for.
+
+    Raises:
+        SimulationError: The forward pass depends on values, or a kernel has no rule for shapes.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(_without_data(model))
+        flops = stack.enter_context(FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION))
+        rows = stack.enter_context(_watched(model, watch))
+        live = _with_parameters(model)
+        weights = live.now
+        state, scratch = optimizer_bytes(optimizer, model.parameters())
+        inputs = batch.empty()
+        # A third micro-batch takes the memory of the second.
+        passes = min(accumulation, 2)
+        try:
+            activations = _passes(model, inputs, live, passes, autocast)
+        except Exception as error:  # whatever a model raises on tensors without data
+            raise SimulationError(_explained(model, error)) from error
+        gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
+        return StepCost(
+            flops=flops.get_total_flops() * accumulation // passes,
+            parameters=sum(p.numel() for p in model.parameters()),
+            trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            weights=weights,
+            gradients=gradients,
+            optimizer=state,
+            activations=activations,
+            peak=state + max(live.peak, weights + gradients + scratch),
+            rows={name: count * accumulation // passes for name, count in rows.items()},
+        )
+
+
+def _passes(
+    model: nn.Module, inputs: dict[str, Tensor], live: LiveBytes, times: int, autocast: torch.dtype | None
+) -> int:
+    """Forward and backward passes; the bytes that the first forward pass has left."""
+    model.train()
+    before, left = live.now, 0
+    for index in range(times):
+        with live, torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+            output = model(**inputs)
+            loss = output.loss if hasattr(output, "loss") else output[0]
+            left = left if index else live.now - before
+        with live:
+            loss.backward()
+        del output, loss
+    return left
+
+
+def _with_parameters(model: nn.Module) -> LiveBytes:
+    live = LiveBytes()
+    for tensor in (*model.parameters(), *model.buffers()):
+        live.add(tensor)
+    return live
+
+
+@contextlib.contextmanager
+def _without_data(model: nn.Module) -> Iterator[None]:
+    """Inside, every parameter and buffer is a fake tensor on the CPU; ties between modules stay."""
+    places = [
+        (holder, key, tensor)
+        for module in model.modules()
+        for holder in (module._parameters, module._buffers)
+        for key, tensor in holder.items()
+        if tensor is not None
+    ]
+    fakes = {id(tensor): _fake(tensor) for _, _, tensor in places}
+    training = [(module, module.training) for module in model.modules()]
+    for holder, key, tensor in places:
+        holder[key] = fakes[id(tensor)]
+    try:
+        yield
+    finally:
+        for holder, key, tensor in places:
+            holder[key] = tensor
+        for module, mode in training:
+            module.training = mode
+
+
+def _fake(tensor: Tensor) -> Tensor:
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(fake, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, int]]:
+    rows = dict.fromkeys(names, 0)
+
+    def count(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if not torch._C._current_graph_task_id() >= 0:  # no second count as checkpointing repeats the forward pass
+                rows[name] += args[0].numel() // args[0].shape[-1]
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(count(name)) for name in names]
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # logs what is raised anyway
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield rows
+    finally:
+        logger.setLevel(level)
+        for handle in handles:
+            handle.remove()
+
+
+def _explained(model: nn.Module, error: Exception) -> str:
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return (
+        f"the cost of {type(model).__name__} does not follow from its shapes ({reason}). Mixtures of experts may need "
+        "their weights in bfloat16."
+    )
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kw: Any) -> int:
+    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+
+_attention._get_raw = _attention_backward._get_raw = True  # tensors, not shapes
+# torch counts the fused attention of accelerators only.
+_CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
