@@ -29,8 +29,8 @@ class DRTConfig:
     schedule: str | None = _option(
         None,
         "Phases of the run, e.g. 'factored@0 dense@40%% adapter@80%%', or a preset: paper, fixed, warmup, cyclic, "
-        "decay. Boundaries are shares of the run (%%), update steps (400), epochs (1.5ep), LR anchors (lr<0.9), or "
-        "'budget'. Unset: plain training, without any change.",
+        "decay, adaptive. Boundaries are shares of the run (%%), update steps (400), epochs (1.5ep), LR anchors "
+        "(lr<0.9), or 'budget'. Unset: plain training, without any change.",
     )
     rank_ratio: float = _option(0.25, "Rank of low-rank layers as a share of min(out, in), in (0, 1].")
     rank: int | None = _option(None, "Absolute rank of low-rank layers, at least 1; takes the place of rank_ratio.")
@@ -46,8 +46,9 @@ class DRTConfig:
     exclude: list[str] | None = _option(None, "Regular expressions; layers whose name matches one stay dense.")
     budget: float | None = _option(
         None,
-        "Share of the dense training FLOPs of the selected layers that the run may take, in (0, 1]; decides the "
-        "boundary at 'budget' of a schedule, e.g. 'factored@0 dense@budget', and all of 'auto'.",
+        "Share of the dense training FLOPs of the selected layers that the run may take, in (0, 1]. It decides the "
+        "boundary at 'budget' of a schedule, e.g. 'factored@0 dense@budget', and limits the windows of 'adaptive'. "
+        "Unset: 0.6, or 0.9 where low rank means adapters.",
     )
     start: Start = _option(
         "auto",

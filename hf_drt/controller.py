@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_drt.adaptive import Windows
 from hf_drt.config import DRTConfig
 from hf_drt.cost import PlanCost, plan_cost
 from hf_drt.declaration import declare
@@ -35,12 +36,12 @@ from hf_drt.optim import (
     rewarmup_factor,
     unwrap,
 )
-from hf_drt.pretrained import resolved_plan
-from hf_drt.schedule import Plan, Run, Schedule
+from hf_drt.pretrained import budget_of, resolved_plan
+from hf_drt.schedule import Phase, Plan, Run, Schedule, Trigger
 from hf_drt.selection import find_targets, has_hooks, is_linear
 from hf_drt.sharding import gathered
 from hf_drt.spectral import effective_rank, factored_singular_values, gram_singular_values
-from hf_drt.structure import LASTING, check_structure, structure
+from hf_drt.structure import LASTING, check_structure, stored_plan, structure
 from hf_drt.surgery import Swap, replace
 from hf_drt.transition import change_forms, empty_forms
 
@@ -102,12 +103,15 @@ class DynamicRank:
         max_steps: Update steps of the run; not read if ``plan`` is given.
         plan: Resolved phases, in place of ``config.schedule`` and ``max_steps``; needed where a boundary is in epochs
             or an LR anchor: ``Schedule.parse(text).resolve(Run(max_steps, steps_per_epoch, lr))``.
+        trigger: Adds full-rank windows to a plan of one low-rank phase, as :meth:`observe` sees that they are due;
+            that of ``config.schedule`` if no plan is given.
         seed: Seed of new adapter directions where ``config.seed`` is None.
 
     Attributes:
         targets: ``(out, in)`` of every layer that changes form, by name.
         skipped: Reason of every linear layer that stays as it is, by name.
-        plan: The resolved phases.
+        plan: The resolved phases, with the windows that a trigger has added so far.
+        windows: The trigger's checks and decisions (:class:`hf_drt.adaptive.Windows`); None without a trigger.
         phase: Index of the phase the model is in; None before the first.
 
     Raises:
@@ -121,6 +125,7 @@ class DynamicRank:
         max_steps: int | None = None,
         *,
         plan: Plan | None = None,
+        trigger: Trigger | None = None,
         seed: int = 0,
     ):
         self.model, self.config = model, config
@@ -128,12 +133,18 @@ class DynamicRank:
         # Names and shapes only: a reference to a module would keep its old weights alive after a switch.
         self.targets = {name: weight_shape(module) for name, module in selection.targets.items()}
         self.skipped = selection.skipped
-        self.plan = plan if plan is not None else _plan_from(config, max_steps, model)
+        if plan is None:
+            plan, trigger = _plan_from(config, max_steps, model)
+        self.plan = self.initial_plan = plan
         self.seed = config.seed if config.seed is not None else seed
         self.phase: int | None = None
         self._step = 0
         self._installed: weakref.ref | None = None
         self._check_phases()
+        self.windows: Windows | None = None
+        if trigger is not None:
+            limit = budget_of(config, plan.phases[0].kind)
+            self.windows = Windows(trigger, plan, limit, lambda extended: self._cost_of(extended).flops)
         for pattern in config.rank_pattern or {}:
             if not any(re.search(pattern, name) for name in self.targets):
                 logger.warning("rank_pattern: %r matches none of the %d layers.", pattern, len(self.targets))
@@ -142,8 +153,12 @@ class DynamicRank:
 
     def forms(self, phase: int) -> dict[str, Form]:
         """The form of every target layer in a phase, by name."""
-        p = self.plan.phases[phase]
-        return {name: resolve_form(p.kind, shape, self.config, name, p.rank) for name, shape in self.targets.items()}
+        return self._forms_of(self.plan.phases[phase])
+
+    def _forms_of(self, phase: Phase) -> dict[str, Form]:
+        return {
+            name: resolve_form(phase.kind, shape, self.config, name, phase.rank) for name, shape in self.targets.items()
+        }
 
     def _check_phases(self) -> None:
         for index, phase in enumerate(self.plan.phases):
@@ -197,6 +212,29 @@ class DynamicRank:
         if optimizer is not None and (self._installed is None or self._installed() is not unwrap(optimizer)):
             self.install(optimizer)
         return transition
+
+    def observe(self, step: int, loss: Tensor | float | None = None) -> bool:
+        """Look, after an update step, whether a full-rank window is due; nothing without a trigger.
+
+        Args:
+            step: Updates made so far, this one included.
+            loss: Mean training loss of this update; needed for the signal 'loss'. On several processes it must be the
+                same on all.
+
+        Returns:
+            Whether a window begins with the next update step: :attr:`plan` has grown then.
+        """
+        if self.windows is None:
+            return False
+        if loss is not None:
+            self.windows.add_loss(loss)
+        if not self.windows.is_due(self.plan, step):
+            return False
+        ranks = self.effective_ranks().values()
+        plan = self.windows.check(self.plan, step, sum(ranks) / len(ranks))
+        grown = plan != self.plan
+        self.plan = plan
+        return grown
 
     def apply(
         self,
@@ -277,7 +315,8 @@ class DynamicRank:
     def state_dict(self) -> dict[str, Any]:
         """The plan, the phase, the lasting settings, and every target's shape and form; JSON-serialisable."""
         forms = {name: form_of(self._layer(name)) for name in self.targets}
-        return structure(self.plan, self.phase, self._settings(), self.targets, forms)
+        state = structure(self.plan, self.phase, self._settings(), self.targets, forms)
+        return state if self.windows is None else state | {"windows": self.windows.state_dict()}
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Compare a state with this plan and model.
@@ -285,10 +324,22 @@ class DynamicRank:
         Raises:
             ValueError: It belongs to another plan, model, selection or setting; the message names the difference.
         """
-        check_structure(state, self.plan, self._settings(), self.targets, self.forms)
+        plan = self._plan_of(state)
+        check_structure(state, plan, self._settings(), self.targets, lambda index: self._forms_of(plan.phases[index]))
+
+    def _plan_of(self, state: dict[str, Any]) -> Plan:
+        """The plan that a state must have: with a trigger any that has grown out of the initial one."""
+        if self.windows is None:
+            return self.plan
+        plan, initial = stored_plan(state), self.initial_plan
+        grown = plan is not None and (plan.phases[0], plan.max_steps) == (initial.phases[0], initial.max_steps)
+        return plan if grown else self.plan
 
     def _settings(self) -> dict[str, Any]:
-        return {"seed": self.seed} | {name: getattr(self.config, name) for name in LASTING}
+        settings = {"seed": self.seed} | {name: getattr(self.config, name) for name in LASTING}
+        if self.windows is not None:
+            settings |= {"schedule": str(self.windows.trigger), "budget": self.windows.limit}
+        return settings
 
     def load_state_dict(self, state: dict[str, Any], optimizer: torch.optim.Optimizer | None = None) -> list[Swap]:
         """Restore the structure that a state describes; the weights' values are unset until they are loaded.
@@ -305,7 +356,10 @@ class DynamicRank:
             ValueError: As in :meth:`check_state`; the model is as it was then.
         """
         self.check_state(state)
-        forms = self.forms(state["phase"])
+        if self.windows is not None and len(plan := self._plan_of(state)) >= len(self.plan):
+            self.windows.load_state_dict(state.get("windows", {}))
+            self.plan = plan
+        forms = self._forms_of(self._plan_of(state).phases[state["phase"]])
         changed = {name: form for name, form in forms.items() if form_of(self._layer(name)) != form}
         swaps = empty_forms(self.model, changed, optimizer)
         declare(self.model)
@@ -373,8 +427,11 @@ class DynamicRank:
 
     def cost(self) -> PlanCost:
         """What the plan costs relative to dense training of the target layers."""
-        forms = [list(self.forms(index).values()) for index in range(len(self.plan))]
-        return plan_cost(self.plan, list(self.targets.values()), forms)
+        return self._cost_of(self.plan)
+
+    def _cost_of(self, plan: Plan) -> PlanCost:
+        forms = [list(self._forms_of(phase).values()) for phase in plan.phases]
+        return plan_cost(plan, list(self.targets.values()), forms)
 
     def effective_ranks(self) -> dict[str, float]:
         """Effective rank of every target layer; factored ones from r x r matrices only. Collective under FSDP2."""
@@ -388,10 +445,11 @@ class DynamicRank:
         self.phase = None
 
 
-def _plan_from(config: DRTConfig, max_steps: int | None, model: nn.Module) -> Plan:
+def _plan_from(config: DRTConfig, max_steps: int | None, model: nn.Module) -> tuple[Plan, Trigger | None]:
     if config.schedule is None or max_steps is None:
         raise ValueError("DynamicRank needs either a plan, or config.schedule and max_steps.")
-    return resolved_plan(Schedule.parse(config.schedule), Run(max_steps), config, model)
+    schedule = Schedule.parse(config.schedule)
+    return resolved_plan(schedule, Run(max_steps), config, model), schedule.trigger
 
 
 def _spectrum(module: nn.Module) -> Tensor:

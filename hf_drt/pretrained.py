@@ -41,8 +41,9 @@ def resolved_plan(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Mod
             "start='pretrained': truncation would destroy them.",
             origin,
         )
-    run = replace(run, budget=config.budget, cost=_cost_of_forms(model, config))
-    plan = schedule.resolve(run, "adapter" if pretrained else "factored")
+    lowrank = "adapter" if pretrained else "factored"
+    run = replace(run, budget=budget_of(config, lowrank), cost=_cost_of_forms(model, config))
+    plan = schedule.resolve(run, lowrank)
     factored = next((phase for phase in plan.phases if phase.kind == "factored"), None)
     if pretrained and factored is not None and not any(isinstance(m, FactoredLinear) for m in model.modules()):
         logger.warning(
@@ -50,6 +51,11 @@ def resolved_plan(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Mod
             factored,
         )
     return plan
+
+
+def budget_of(config: DRTConfig, lowrank: str) -> float:
+    """The budget in force. An adapter alone takes more than 2/3 of the dense FLOPs, whatever its rank."""
+    return config.budget if config.budget is not None else {"factored": 0.6, "adapter": 0.9}[lowrank]
 
 
 def _cost_of_forms(model: nn.Module, config: DRTConfig) -> Callable[[str, int | float | None], float]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hf_drt.forms import Form, form_from_dict, form_to_dict
-from hf_drt.schedule import Plan
+from hf_drt.schedule import Plan, Run, Schedule
 from hf_drt.wording import some
 
 # Settings that a resumed run must share with the one that wrote the checkpoint: they decide structure, parameter groups
@@ -33,6 +33,14 @@ def structure(
     """The structure as JSON: plan, phase, lasting settings, and ``(out, in)`` and form of every target layer."""
     layers = {name: {"shape": list(shape), **form_to_dict(forms[name])} for name, shape in targets.items()}
     return {"plan": str(plan), "max_steps": plan.max_steps, "phase": phase, "settings": settings, "layers": layers}
+
+
+def stored_plan(state: dict[str, Any]) -> Plan | None:
+    """The plan of a state, or None where it cannot be read."""
+    try:
+        return Schedule.parse(state["plan"]).resolve(Run(state["max_steps"]))
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return None
 
 
 def check_structure(

@@ -30,11 +30,12 @@ ALLOWED = {
     "declaration": {"forms"},
     "hub":        {"config", "forms", "selection", "surgery", "declaration", "state", "weight_files",
                    "timeline", "wording"},
+    "adaptive":   {"schedule"},
     "budget":     set(),
     "compress":   {"budget", "config", "declaration", "forms", "selection", "spectral", "surgery"},
     "optim":      {"spectral", "config", "forms", "surgery", "sharding"},
     "transition": {"forms", "surgery", "optim", "distributed", "sharding"},
-    "controller": {"spectral", "config", "schedule", "forms", "cost", "selection", "surgery", "optim",
+    "controller": {"adaptive", "spectral", "config", "schedule", "forms", "cost", "selection", "surgery", "optim",
                    "structure", "pretrained", "sharding", "transition", "declaration"},
     "estimate":   {"config", "controller", "forms", "schedule", "transition"},
     "trainer":    {"config", "schedule", "forms", "selection", "export", "optim", "controller", "state",
@@ -47,7 +48,7 @@ ALLOWED = {
     "run":        {"config", "schedule", "trainer"},
     "trl":        {"trainer"},
 }
-STDLIB_ONLY = {"config", "schedule", "state", "budget", "wording"}
+STDLIB_ONLY = {"adaptive", "config", "schedule", "state", "budget", "wording"}
 KNOWS_TRANSFORMERS = {"trainer", "hub", "run", "cli"}
 # fmt: on
 

@@ -1,18 +1,22 @@
-"""Presets: names, with options, for schedules that are known by name. Each expands to plain schedule text."""
+"""Presets: names, with options, for schedules that are known by name. Each expands to plain schedule text, but
+'adaptive', whose windows are decided during the run."""
 
 import math
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from hf_drt.schedule.boundary import number_text
 from hf_drt.schedule.plan import form_text
+from hf_drt.schedule.trigger import Trigger
 
 _CALL = re.compile(r"(\w+)\s*(?:\((.*)\))?")
 
 
-def expand(text: str) -> str | None:
-    """The schedule text behind ``name`` or ``name(option=value, ...)``; None if the text is no preset at all.
+def expand(text: str) -> str | Trigger | None:
+    """The schedule text behind ``name`` or ``name(option=value, ...)``, the trigger behind 'adaptive'; None if the text
+    is no preset at all.
 
     Raises:
         ValueError: Unknown preset or option, or a value outside its interval.
@@ -98,12 +102,13 @@ SHAPES: dict[str, Callable[[float, float, float], float]] = {
     "sigmoid": _sigmoid,
 }
 
-PRESETS: dict[str, tuple[Callable[..., str], dict[str, Any]]] = {
+PRESETS: dict[str, tuple[Callable[..., str | Trigger], dict[str, Any]]] = {
     "paper": (_paper, {"final": "adapter"}),
     "fixed": (_fixed, {}),
     "warmup": (_warmup, {"until": 40.0}),
     "cyclic": (_cyclic, {"windows": 2, "share": 40.0}),
     "decay": (_decay, {"first": 0.375, "last": 0.125, "stages": 4, "shape": "linear"}),
+    "adaptive": (Trigger, asdict(Trigger())),
 }
 
 

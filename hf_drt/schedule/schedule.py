@@ -8,6 +8,7 @@ from hf_drt.schedule.boundary import Boundary, Run
 from hf_drt.schedule.budget_step import budget_step
 from hf_drt.schedule.plan import Phase, Plan, form_text
 from hf_drt.schedule.presets import expand
+from hf_drt.schedule.trigger import Trigger
 
 KINDS = ("dense", "factored", "adapter", "lowrank")
 
@@ -55,9 +56,13 @@ def _parse_rank(text: str, entry: str) -> int | float:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The phases as written. ``str()`` gives text that parses to an equal schedule."""
+    """The phases as written. ``str()`` gives text that parses to an equal schedule.
+
+    With a ``trigger`` full-rank windows are added to the one phase during the run (:mod:`hf_drt.adaptive`).
+    """
 
     entries: tuple[Entry, ...]
+    trigger: Trigger | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Schedule":
@@ -71,7 +76,10 @@ class Schedule:
         if not words:
             raise ValueError("the schedule is empty; write e.g. 'factored@0 dense@40% adapter@80%'.")
         if "@" not in text:
-            words = (expand(text) or _not_a_schedule(text)).split()
+            preset = expand(text) or _not_a_schedule(text)
+            if isinstance(preset, Trigger):
+                return cls((Entry.parse("lowrank@0"),), preset)
+            words = preset.split()
         entries = tuple(map(Entry.parse, words))
         first = entries[0]
         if first.at.unit in ("share", "steps", "epochs", "budget") and first.at.value != 0:
@@ -108,7 +116,7 @@ class Schedule:
         return Plan(tuple(phases), run.max_steps)
 
     def __str__(self) -> str:
-        return " ".join(map(str, self.entries))
+        return " ".join(map(str, self.entries)) if self.trigger is None else str(self.trigger)
 
 
 def _not_a_schedule(text: str) -> str:

@@ -59,6 +59,7 @@ class DRTCallback(TrainerCallback):
         self.probe: Callable[[], torch.Tensor | None] | None = None
         self.first_transition: Transition | None = None
         self.batches: list[Any] = []
+        self.step_loss: Callable[[], torch.Tensor | None] = lambda: None
         self.around_switch: Callable[[], AbstractContextManager] = contextlib.nullcontext
         self.in_drt_trainer = False
 
@@ -84,6 +85,11 @@ class DRTCallback(TrainerCallback):
             raise ValueError(
                 "enable_jit_checkpoint saves without an event in a plain Trainer, so that drt_state.json would be "
                 "missing. Use DRTTrainer, or set enable_jit_checkpoint=False."
+            )
+        if self.schedule.trigger is not None and self.schedule.trigger.signal != "rank":
+            raise ValueError(
+                f"DRTCallback in a plain Trainer does not see the loss, which signal={self.schedule.trigger.signal} of "
+                "the preset adaptive needs. Use DRTTrainer, or adaptive(signal=rank)."
             )
         if form_group_options(self.config):
             raise ValueError(
@@ -122,7 +128,7 @@ class DRTCallback(TrainerCallback):
         epoch = updates_per_epoch(kwargs["train_dataloader"], args.gradient_accumulation_steps)
         run = Run(state.max_steps, epoch, existing_curve(scheduler, state.max_steps))
         plan = resolved_plan(self.schedule, run, self.config, model)
-        self.controller = DynamicRank(model, self.config, plan=plan, seed=args.seed)
+        self.controller = DynamicRank(model, self.config, plan=plan, trigger=self.schedule.trigger, seed=args.seed)
         self.first_transition = self.controller.apply(0, kwargs["optimizer"])
         self.meter = PhaseMeter()
 
@@ -146,10 +152,12 @@ class DRTCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.meter.end_step()
-        step, plan = state.global_step, self.controller.plan
+        step = state.global_step
+        row = self._observe(step)
+        plan = self.controller.plan
         phase_ends = step == plan.end_of(self.controller.phase)
         every = self.config.log_rank_steps
-        row = self.meter.row() if phase_ends else {}
+        row |= self.meter.row() if phase_ends else {}
         if every and (phase_ends or step % every == 0):
             row |= self._rank_row()
         if row:
@@ -160,6 +168,21 @@ class DRTCallback(TrainerCallback):
             control.should_evaluate |= self.config.evaluate_at_switch
             control.should_save |= self.config.save_at_switch
         control.should_save |= phase_ends and self.config.tag_phases
+
+    def _observe(self, step: int) -> dict[str, float]:
+        """Let a trigger look, and report what it saw."""
+        windows = self.controller.windows
+        if windows is None:
+            return {}
+        checks = len(windows.trace)
+        begins = self.controller.observe(step, self.step_loss())
+        if len(windows.trace) == checks:
+            return {}
+        check = windows.trace[-1]
+        if check["decision"] is not None:
+            what = "begins" if begins else "is due, but would exceed the budget"
+            logger.info("update step %d: a full-rank window %s (signal: %s)", step, what, check["decision"])
+        return {"drt_effective_rank_mean": check["effective_rank"], "drt_window": float(begins)}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.in_drt_trainer:

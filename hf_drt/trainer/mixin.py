@@ -6,6 +6,7 @@ What each override is for:
   optimizer is made.
 - ``create_optimizer``: form groups and step hooks, before the scheduler is made.
 - ``get_batch_samples``: sees the batches; counts them, and keeps one as the probe of a switch.
+- ``training_step``: sees the losses, for full-rank windows that a trigger begins.
 - ``_save_checkpoint``, ``_save``: checkpoints keep their form and get ``drt_state.json``; models saved by the user
   are what drt_export says. A save that fails leaves no unfinished files, and a checkpoint that it was to replace.
 - ``_save_rng_state``: every process has written its own before ``trainer_state.json`` says that the checkpoint is
@@ -69,6 +70,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "_prepare_for_training": ("max_steps", "train_dataloader", "resume_from_checkpoint"),
     "create_optimizer": ("model",),
     "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
+    "training_step": ("model", "inputs", "num_items_in_batch"),
     "_save_checkpoint": ("model", "trial"),
     "_save": ("output_dir", "state_dict"),
     "save_model": ("output_dir", "_internal_call"),
@@ -114,6 +116,7 @@ class DRTTrainerMixin:
     _drt_callback: DRTCallback | None = None
     _drt_given: DRTConfig | str | None = None
     _drt_in_checkpoint = False
+    _drt_losses: torch.Tensor | float = 0.0
 
     def __init__(self, *args: Any, drt: DRTConfig | str | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -129,6 +132,7 @@ class DRTTrainerMixin:
         self._drt_probe = Probe(self)
         callback.probe = self._drt_probe
         callback.around_switch = self._drt_around_switch
+        callback.step_loss = self._drt_step_loss
         self._drt_publisher = Publisher(self.args, self._drt_publish)
         if self.args.push_to_hub and self.is_world_process_zero():
             self._drt_publisher.make_branch(self.hub_model_id)
@@ -173,7 +177,7 @@ class DRTTrainerMixin:
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         self._drt_refuse_callbacks()
         if self._drt_callback is not None:
-            controller = self._drt_controller(max_steps, train_dataloader)
+            controller = self._drt_controller(max_steps, train_dataloader, resume_from_checkpoint is not None)
             if resume_from_checkpoint is not None and self.is_fsdp_enabled:
                 self._drt_restore_before_sharding(resume_from_checkpoint, controller)
             elif resume_from_checkpoint is None:
@@ -190,7 +194,7 @@ class DRTTrainerMixin:
         controller.load_state_dict(state, self.optimizer)
         self._drt_callback.meter.load_state_dict(state.get("meter", {}))
 
-    def _drt_controller(self, max_steps: int, train_dataloader: Any) -> DynamicRank:
+    def _drt_controller(self, max_steps: int, train_dataloader: Any, resumed: bool) -> DynamicRank:
         """The controller of this model and run: the present one if it fits, else a new one."""
         callback = self._drt_callback
         config = self._drt_config()
@@ -203,10 +207,12 @@ class DRTTrainerMixin:
         epoch = updates_per_epoch(train_dataloader, self.args.gradient_accumulation_steps)
         run = Run(max_steps, epoch, self._drt_lr_curve(max_steps))
         plan = resolved_plan(callback.schedule, run, config, self.model)
-        fits = self.drt is not None and (self.drt.model, self.drt.plan, self.drt.config) == (self.model, plan, config)
-        if not fits:
+        drt = self.drt
+        fits = drt is not None and (drt.model, drt.initial_plan, drt.config) == (self.model, plan, config)
+        if not fits or (drt.windows is not None and not resumed):  # a new run has its own windows
             check_export(config.export, plan, self.args, self.is_fsdp_enabled)
-            self.drt = DynamicRank(self.model, config, plan=plan, seed=self.args.seed)
+            trigger = callback.schedule.trigger
+            self.drt = DynamicRank(self.model, config, plan=plan, trigger=trigger, seed=self.args.seed)
             callback.controller = self.drt
         return self.drt
 
@@ -250,6 +256,18 @@ class DRTTrainerMixin:
             self._drt_probe.batch = result[0][0]
             self._drt_callback.batches = result[0]
         return result
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base's; its loss is added up where a trigger wants to know it."""
+        loss = super().training_step(*args, **kwargs)
+        if self.drt is not None and self.drt.windows is not None:
+            self._drt_losses = self._drt_losses + loss.detach()
+        return loss
+
+    def _drt_step_loss(self) -> torch.Tensor:
+        """The loss of the update step that ends, alike on all processes."""
+        loss, self._drt_losses = torch.as_tensor(self._drt_losses, device=self.args.device), 0.0
+        return self.accelerator.reduce(loss, "mean")
 
     # ---- saving
 
@@ -391,7 +409,7 @@ class DRTTrainerMixin:
         with untouched_rng():
             dataloader = self.get_train_dataloader()
         max_steps = self.set_initial_training_values(self.args, dataloader)[-1]
-        controller = self._drt_controller(max_steps, dataloader)
+        controller = self._drt_controller(max_steps, dataloader, resumed=True)
         state = checked_state(resume_from_checkpoint, controller, for_resume=True)
         with self._drt_around_switch():
             self._drt_restore_structure(resume_from_checkpoint, controller, state)

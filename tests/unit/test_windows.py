@@ -1,0 +1,147 @@
+"""Full-rank windows that begin during a run: when, for how long, and within which budget."""
+
+import pytest
+import tiny
+
+from hf_drt import DRTConfig, DynamicRank
+from hf_drt.adaptive import Windows
+from hf_drt.schedule import Check, Phase, Plan, Schedule, Trigger
+
+START = Plan((Phase(0, "factored"),), 100)
+
+
+def windows(limit: float = 1.0, cost=lambda plan: 0.0, **options) -> Windows:
+    return Windows(Trigger(**{"window": 10.0, "every": 5.0} | options), START, limit, cost)
+
+
+def dense_share(plan: Plan) -> float:
+    steps = (plan.end_of(i) - p.start for i, p in enumerate(plan.phases) if p.kind == "dense")
+    return sum(steps) / plan.max_steps
+
+
+# ---- when a window is due
+
+
+@pytest.mark.parametrize(
+    ("options", "checks", "expected"),
+    [
+        ({"signal": "rank", "drop": 10}, [Check(5, 50.0), Check(10, 46.0)], None),
+        ({"signal": "rank", "drop": 10}, [Check(5, 50.0), Check(10, 44.0)], "rank"),
+        ({"signal": "rank", "drop": 10}, [Check(5, 40.0), Check(10, 50.0), Check(15, 44.9)], "rank"),  # of the highest
+        ({"signal": "rank"}, [Check(5, 50.0, 2.0), Check(10, 50.0, 2.0)], None),
+        ({"signal": "loss", "plateau": 1}, [Check(5, 50.0, 2.0), Check(10, 40.0, 1.97)], None),
+        ({"signal": "loss", "plateau": 1}, [Check(5, 50.0, 2.0), Check(10, 50.0, 1.99)], "loss"),
+        ({"signal": "loss"}, [Check(5, 50.0, 2.0)], None),
+        ({"signal": "loss"}, [Check(5, 50.0), Check(10, 40.0)], None),  # the loss is not told
+        ({"signal": "either", "drop": 10, "plateau": 1}, [Check(5, 50.0, 2.0), Check(10, 50.0, 2.1)], "loss"),
+        ({"signal": "either", "drop": 10, "plateau": 1}, [Check(5, 50.0, 2.0), Check(10, 40.0, 1.0)], "rank"),
+    ],
+)
+def test_a_window_is_due_when_the_rank_falls_or_the_loss_stands_still(options, checks, expected):
+    assert Trigger(**options).reason(checks) == expected
+
+
+def test_checks_are_made_at_equal_distances_and_in_low_rank_phases():
+    plan = Plan((Phase(0, "factored"), Phase(30, "dense"), Phase(50, "factored")), 100)
+    due = [step for step in range(101) if windows().is_due(plan, step)]
+    assert due == [5, 10, 15, 20, 25, 30, 55, 60, 65, 70, 75, 80, 85, 90, 95]
+
+
+# ---- how a plan grows
+
+
+def test_a_window_has_its_length_and_a_phase_like_the_first_after_it():
+    w = windows(drop=10)
+    plan = w.check(START, 5, 50.0)
+    assert plan == START
+    plan = w.check(plan, 10, 30.0)
+    assert str(plan) == "factored@0 dense@10 factored@20"
+    assert [row["decision"] for row in w.trace] == [None, "rank"]
+
+
+def test_the_highest_rank_is_that_of_the_present_phase():
+    w = windows(signal="rank", drop=10)
+    plan = w.check(w.check(START, 5, 50.0), 10, 30.0)
+    assert w.check(plan, 25, 30.0) == plan  # a first check after the window, whatever was before it
+
+
+def test_a_window_at_the_end_lasts_to_the_end():
+    w = windows(drop=10)
+    plan = w.check(w.check(START, 90, 50.0), 95, 30.0)
+    assert str(plan) == "factored@0 dense@95"
+
+
+def test_the_mean_loss_is_of_the_steps_since_the_last_check():
+    w = windows(signal="loss", plateau=1)
+    for loss in (4.0, 2.0):
+        w.add_loss(loss)
+    w.check(START, 5, 50.0)
+    w.add_loss(2.99)
+    assert str(w.check(START, 10, 50.0)) == "factored@0 dense@10 factored@20"
+    assert [row["loss"] for row in w.trace] == [3.0, 2.99]
+
+
+def test_a_window_that_would_exceed_the_budget_does_not_begin():
+    w = windows(limit=0.15, cost=dense_share, drop=10)
+    plan = w.check(w.check(START, 5, 50.0), 10, 30.0)
+    assert dense_share(plan) == 0.1
+    plan = w.check(w.check(plan, 25, 50.0), 30, 30.0)
+    assert dense_share(plan) == 0.1
+    assert [row["decision"] for row in w.trace] == [None, "rank", None, "budget"]
+
+
+def test_the_trace_goes_on_where_it_was():
+    w, other = windows(drop=10), windows(drop=10)
+    w.add_loss(1.5)
+    w.check(START, 5, 50.0)
+    w.add_loss(2.5)
+    other.load_state_dict(w.state_dict())
+    assert other.check(START, 10, 30.0) == w.check(START, 10, 30.0)
+    assert other.trace == w.trace
+
+
+@pytest.mark.parametrize(
+    "state", [{}, {"trace": [{}], "loss_sum": 0, "loss_steps": 0}, {"trace": 5, "loss_sum": 0, "loss_steps": 0}]
+)
+def test_a_damaged_trace_is_refused(state):
+    with pytest.raises(ValueError, match="the state's trace of checks is damaged"):
+        windows().load_state_dict(state)
+
+
+# ---- as text
+
+
+def test_the_preset_round_trips():
+    schedule = Schedule.parse("adaptive(signal=rank, drop=2.5, window=20)")
+    assert schedule.trigger == Trigger("rank", 2.5, 1.0, 20.0, 5.0)
+    assert Schedule.parse(str(schedule)) == schedule
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("adaptive(signal=both)", r"signal must be rank, loss or either, got both"),
+        ("adaptive(drop=0)", r"option drop must be in \(0, 100\), in %, got 0"),
+        ("adaptive(window=100)", r"option window must be in \(0, 100\), in %, got 100"),
+        ("adaptive(every=-1)", r"option every must be in \(0, 100\), in %, got -1"),
+        ("adaptive(plateau=x)", r"option 'plateau' of preset 'adaptive' must be like 1\.0, got 'x'"),
+        ("adaptive(size=3)", r"has no option 'size'; its options are: signal, drop, plateau, window, every"),
+    ],
+)
+def test_options_are_checked(text, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule.parse(text)
+
+
+# ---- in a hand-written loop
+
+
+def test_a_loop_gets_its_windows():
+    config = DRTConfig(schedule="adaptive(signal=loss,plateau=1,window=20,every=10)", rank=4, budget=0.5)
+    drt = DynamicRank(tiny.llama(), config, max_steps=50)
+    assert str(drt.plan) == "factored@0"
+    grown = [step for step in range(1, 51) if drt.observe(step, loss=1.0)]
+    assert grown == [10, 45]  # a whole window at 30 would be too much; what is left of the run at 45 is not
+    assert str(drt.plan) == "factored@0 dense@10 factored@20 dense@45"
+    assert drt.cost().flops <= 0.5
+    assert [check["step"] for check in drt.windows.trace if check["decision"] == "budget"] == [30, 35, 40]
