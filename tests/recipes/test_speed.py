@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "benchmarks"))
 import speed_forms
 import speed_kit
 import speed_layers
+import speed_svd
 import speed_switches
 import torch
 
@@ -48,6 +49,17 @@ def test_switches_has_a_row_for_every_kind_and_full_svds_where_weights_are_decom
     with_svd = {row[0] for row in switches if row[3] != "-"}
     assert with_svd == {row[0] for row in switches if row[0].endswith(("factored", "(principal)"))}
     assert [row[0] for row in metrics] == ["dense", "factored"]
+
+
+def test_svd_marks_what_is_taken_and_shows_its_excess(capsys):
+    speed_svd.main(["--shapes", "140x130", "--shares", "16", "4", "--rounds", "1"])
+    table = rows(capsys.readouterr().out)
+    assert [(row[2], "*" in row[4], "*" in row[6]) for row in table[:4]] == [
+        ("8", True, False),
+        ("32", False, True),
+    ] * 2
+    assert all(abs(float(row[5])) < 5e-3 and abs(float(row[7])) < 1e-4 for row in table[:4])
+    assert [row[1] for row in table[4:]] == ["random", "1 / sqrt(i)"]
 
 
 @pytest.mark.parametrize("method", ["dense", "factored", "adapter", "lora"])
