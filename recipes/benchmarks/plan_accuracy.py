@@ -1,6 +1,6 @@
 """What `hf-drt plan --measure` predicts against the run that follows, on three architectures.
 
-    python recipes/benchmarks/plan_accuracy.py [--steps 50] [--measure_steps 8]
+    python recipes/benchmarks/plan_accuracy.py [--steps 50] [--measure_steps 8] [--rounds 1]
 
 What it shows, by model: the run's seconds, predicted from a few timed steps of each form, against those of a real
 DRTTrainer run in a process of its own; and the peak of memory, predicted from shapes, against the largest resident set
@@ -8,7 +8,8 @@ of the phases. A process holds more than tensors, so what it holds after a run o
 the kernels' code) is added to the prediction; the row of tensors compares without that. glibc's malloc keeps much of
 what is freed, so memory is read in a short run of its own that gives freed memory back; the row of the allocator's
 default is that of the timed run. Seconds of the CPU stand beside those of the clock: on a machine shared with others
-the clock may not repeat within 10 % whatever is predicted. It reads the resident set under Linux.
+the clock may not repeat within 10 % whatever is predicted; `--rounds` alternates predictions and runs, and adds up the
+seconds of both. It reads the resident set under Linux.
 """
 
 import argparse
@@ -108,21 +109,29 @@ def actual_run(folder: Path, batch_size: int, tokens: int, steps: int, **environ
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def rows_of(name: str, prediction: dict, actual: dict, trimmed: dict) -> list[list[str]]:
-    """Predicted and measured, by quantity."""
-    cpu = sum(p["cpu_seconds_per_step"] * (p["end"] - p["start"]) for p in prediction["phases"])
+def rows_of(name: str, rounds: list[tuple[dict, dict]], trimmed: dict) -> list[list[str]]:
+    """Predicted and measured, by quantity: seconds summed over the rounds, memory of the last one."""
+    prediction, actual = rounds[-1]
     peak, tensors = max(trimmed["peaks"]), prediction["peak"] / 2**20
-    measured = max(phase["process_peak_mib"] for phase in prediction["phases"])
+    steps = sum(p["step_seconds"] for p, _ in rounds), sum(a["seconds"] for _, a in rounds)
+    whole = sum(p["seconds"] for p, _ in rounds), sum(a["seconds"] + a["switches"] for _, a in rounds)
     pairs = {
-        "seconds, steps and switches": (prediction["seconds"], actual["seconds"] + actual["switches"]),
-        "seconds, steps": (prediction["step_seconds"], actual["seconds"]),
-        "CPU seconds, steps": (cpu, actual["cpu_seconds"]),
+        "seconds, steps and switches": whole,
+        "seconds, steps": steps,
+        "CPU seconds, steps": (sum(_cpu_seconds(p) for p, _ in rounds), sum(a["cpu_seconds"] for _, a in rounds)),
         "peak MiB, process": (trimmed["before"] + tensors, peak),
         "peak MiB, tensors": (tensors, peak - trimmed["before"]),
         "peak MiB, process, malloc's default": (actual["before"] + tensors, max(actual["peaks"])),
-        "the same, from the timed steps": (measured, max(actual["peaks"])),
+        "the same, from the timed steps": (
+            max(phase["process_peak_mib"] for phase in prediction["phases"]),
+            max(actual["peaks"]),
+        ),
     }
     return [[name, what, f"{p:,.1f}", f"{a:,.1f}", f"{p / a - 1:+.1%}"] for what, (p, a) in pairs.items()]
+
+
+def _cpu_seconds(prediction: dict) -> float:
+    return sum(phase["cpu_seconds_per_step"] * (phase["end"] - phase["start"]) for phase in prediction["phases"])
 
 
 def main() -> None:
@@ -130,6 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--measure_steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.run:
@@ -141,13 +151,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             config.architectures = [architecture]
             config.save_pretrained(folder)
-            prediction = predicted(Path(folder), batch_size, tokens, chosen.steps, chosen.measure_steps)
             load = (Path(folder), batch_size, tokens)
-            actual = actual_run(*load, chosen.steps)
+            rounds = [
+                (predicted(*load, chosen.steps, chosen.measure_steps), actual_run(*load, chosen.steps))
+                for _ in range(chosen.rounds)
+            ]
             trimmed = actual_run(*load, 10, MALLOC_TRIM_THRESHOLD_="131072", MALLOC_TOP_PAD_="0")
-        for row in rows_of(name, prediction, actual, trimmed):
+        for row in rows_of(name, rounds, trimmed):
             table.add_row(*row)
-        print(f"{name}: {[round(p['peak'] / 2**20) for p in prediction['phases']]}, {actual}, {trimmed}")
     Console(width=110).print(table)
 
 

@@ -1,5 +1,6 @@
 """The program as a whole: help, a pipe, and an installation without the extra."""
 
+import logging
 import subprocess
 import sys
 import tomllib
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import transformers
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,3 +51,11 @@ def test_without_typer_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "typer", None)
     with pytest.raises(SystemExit, match=r"hf-drt needs the package 'typer': pip install 'hf-drt\[cli\]'"):
         main()
+
+
+def test_a_command_leaves_the_logging_of_its_process_alone(hf_drt, configured):
+    logger, before = logging.getLogger("hf_drt"), transformers.logging.get_verbosity()
+    level = logger.level
+    assert hf_drt("plan", configured(), "--rank-multiple", 4, "--seq-length", 8).code == 0
+    assert hf_drt("plan", "/no/such").code == 1
+    assert (logger.level, transformers.logging.get_verbosity()) == (level, before)
