@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_drt.forms import as_matrix
 from hf_drt.inspection import StoredLayer
 from hf_drt.spectral import effective_rank, singular_values
 
@@ -92,13 +93,10 @@ def weight_differences(
     for a, b in pairs:
         # A dense layer does not say how it is stored; the same layer in low-rank form does.
         transposed = bool(a.transposed or b.transposed)
-        W_a, W_b = (
-            layer.matrix().mT if transposed and layer.transposed is None else layer.matrix() for layer in (a, b)
-        )
+        W_a, W_b = (as_matrix(layer.matrix(), transposed and layer.transposed is None) for layer in (a, b))
         if W_a.shape != W_b.shape:
-            raise ValueError(
-                f"{a.name} has shape {tuple(W_a.shape)} in one checkpoint, {tuple(W_b.shape)} in the other."
-            )
+            shapes = f"{tuple(W_a.shape)} in one checkpoint and {tuple(W_b.shape)} in the other"
+            raise ValueError(f"{a.name} has shape {shapes}: they are of different models.")
         size = W_a.norm()
         relative = ((W_b - W_a).norm() / size).item() if size > 0 else float(W_b.norm() > 0)
         ranks = tuple(effective_rank(singular_values(W)) for W in (W_a, W_b))

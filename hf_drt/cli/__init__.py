@@ -12,4 +12,4 @@ def main() -> None:
         sys.exit(f"hf-drt needs the package '{error.name}': pip install 'hf-drt[cli]'.")
     from hf_drt.cli.app import app
 
-    app()
+    app(prog_name="hf-drt")

@@ -11,6 +11,7 @@ from typer import Option
 from hf_drt.cli.output import progress
 from hf_drt.cli.source import load, local_folder
 from hf_drt.config import Export
+from hf_drt.forms import Adapter
 from hf_drt.inspection import read_checkpoint
 from hf_drt.trainer.exporting import save_export
 
@@ -38,7 +39,7 @@ def export(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is no empty folder. Give another target, or remove it.")
     found = read_checkpoint(folder)
-    if format == "adapter" and not any(type(layer.form).__name__ == "Adapter" for layer in found.layers):
+    if format == "adapter" and not any(isinstance(layer.form, Adapter) for layer in found.layers):
         raise ValueError(
             f"{source} has no layer in adapter form, so it cannot be a PEFT adapter. Export it as dense or native."
         )

@@ -109,7 +109,10 @@ def as_json(
         {"form": p.kind, "start": p.start, "end": p.end, "ranks": p.ranks, **cost(p.step)} for p in run.phases
     ]
     for phase, time in zip(phases, times or (), strict=False):
-        phase |= {"seconds_per_step": time.seconds, "switch_seconds": time.switch, "process_peak_mib": time.peak}
+        phase |= {
+            "seconds_per_step": time.seconds, "cpu_seconds_per_step": time.cpu_seconds,
+            "switch_seconds": time.switch, "process_peak_mib": time.peak,
+        }  # fmt: skip
     result = {
         "steps": run.steps, "flops": run.flops, "flops_share": run.share, "trainable_share": run.trainable,
         "peak": run.peak, "switch_extra": run.switch_extra, "rank_ratio": settings.rank_ratio, "phases": phases,

@@ -112,7 +112,8 @@ def build(config: PretrainedConfig, task: str | None, dtype: torch.dtype, meta: 
     except (TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{cls.__name__} cannot be made of this configuration: {error}.") from None
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        model.config.use_cache = False
+        model.activation_checkpointing_enable()
     return model
 
 

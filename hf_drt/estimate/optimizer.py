@@ -20,9 +20,8 @@ def _bytes(p: torch.Tensor) -> int:
 
 def _adafactor(p: torch.Tensor) -> int:
     """Row and column means of the squared gradient in float32; of a vector the squares themselves."""
-    if p.ndim < 2:
-        return 4 * p.numel()
-    return 4 * (p.numel() // p.shape[-1] + p.numel() // p.shape[-2])
+    factors = p.numel() if p.ndim < 2 else p.numel() // p.shape[-1] + p.numel() // p.shape[-2]
+    return 4 * factors + 4  # and the root mean square of the parameter
 
 
 _STEP_COUNT = 4  # torch keeps it as a float32 tensor per parameter

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from hf_drt.estimate.batch import BatchSpec
-from hf_drt.estimate.live import LiveBytes
+from hf_drt.estimate.counter import StepCounter
 from hf_drt.estimate.optimizer import optimizer_bytes
 
 
@@ -75,54 +74,56 @@ def simulate_step(
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_without_data(model))
-        flops = stack.enter_context(FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION))
         rows = stack.enter_context(_watched(model, watch))
-        live = _with_parameters(model)
-        weights = live.now
+        counter = _with_parameters(model)
+        weights = counter.now
         state, scratch = optimizer_bytes(optimizer, model.parameters())
         inputs = batch.empty()
+        for tensor in inputs.values():
+            counter.add(tensor)
         # A third micro-batch takes the memory of the second.
         passes = min(accumulation, 2)
         try:
-            activations = _passes(model, inputs, live, passes, autocast)
+            activations = _passes(model, inputs, counter, passes, autocast)
         except Exception as error:  # whatever a model raises on tensors without data
             raise SimulationError(_explained(model, error)) from error
         gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
         return StepCost(
-            flops=flops.get_total_flops() * accumulation // passes,
+            flops=counter.flops * accumulation // passes,
             parameters=sum(p.numel() for p in model.parameters()),
             trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
             weights=weights,
             gradients=gradients,
             optimizer=state,
             activations=activations,
-            peak=state + max(live.peak, weights + gradients + scratch),
+            peak=state + max(counter.peak, weights + gradients + scratch),
             rows={name: count * accumulation // passes for name, count in rows.items()},
         )
 
 
 def _passes(
-    model: nn.Module, inputs: dict[str, Tensor], live: LiveBytes, times: int, autocast: torch.dtype | None
+    model: nn.Module, inputs: dict[str, Tensor], counter: StepCounter, times: int, autocast: torch.dtype | None
 ) -> int:
     """Forward and backward passes; the bytes that the first forward pass has left."""
     model.train()
-    before, left = live.now, 0
+    before, left = counter.now, 0
     for index in range(times):
-        with live, torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        with counter, torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
             output = model(**inputs)
             loss = output.loss if hasattr(output, "loss") else output[0]
-            left = left if index else live.now - before
-        with live:
+        del output  # a Trainer keeps the loss alone
+        left = left if index else counter.now - before
+        with counter:
             loss.backward()
-        del output, loss
+        del loss
     return left
 
 
-def _with_parameters(model: nn.Module) -> LiveBytes:
-    live = LiveBytes()
+def _with_parameters(model: nn.Module) -> StepCounter:
+    counter = StepCounter()
     for tensor in (*model.parameters(), *model.buffers()):
-        live.add(tensor)
-    return live
+        counter.add(tensor)
+    return counter
 
 
 @contextlib.contextmanager
@@ -182,19 +183,3 @@ def _explained(model: nn.Module, error: Exception) -> str:
         f"the cost of {type(model).__name__} does not follow from its shapes ({reason}). Mixtures of experts may need "
         "their weights in bfloat16."
     )
-
-
-def _attention(query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
-
-
-def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kw: Any) -> int:
-    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
-
-
-_attention._get_raw = _attention_backward._get_raw = True  # tensors, not shapes
-# torch counts the fused attention of accelerators only.
-_CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}

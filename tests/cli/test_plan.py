@@ -1,0 +1,171 @@
+"""``hf-drt plan``."""
+
+import json
+
+import pytest
+import tiny
+import torch
+
+from hf_drt import DRTConfig, DynamicRank
+from hf_drt.estimate import batch_spec, estimate_run
+
+SMALL = ("--batch-size", 2, "--seq-length", 8, "--rank-multiple", 4)
+
+
+def test_the_numbers_are_those_of_the_estimate(hf_drt, configured):
+    result = hf_drt("plan", configured(), *SMALL, "--schedule", "factored@0 dense@40%", "--steps", 50, "--json")
+    assert result.code == 0
+    data = json.loads(result.out)
+    with torch.device("meta"):
+        model = tiny.llama()
+    drt = DynamicRank(model, DRTConfig(schedule="factored@0 dense@40%", rank_multiple=4), max_steps=50)
+    run = estimate_run(drt, batch_spec(model, 2, 8), optimizer="adamw_torch_fused")
+    assert (data["flops"], data["peak"], data["flops_share"]) == (run.flops, run.peak, run.share)
+    assert [(p["form"], p["start"], p["end"]) for p in data["phases"]] == [("factored", 0, 20), ("dense", 20, 50)]
+    assert data["phases"][0]["trainable"] == run.phases[0].step.trainable
+    assert len(data["layers"]) == 14
+    assert data["layers"][0]["forms"] == [{"form": "factored", "rank": 8}, {"form": "dense"}]
+
+
+@pytest.mark.parametrize("kind", tiny.MODELS)
+def test_every_kind_of_model(hf_drt, configured, kind):
+    result = hf_drt("plan", configured(kind), "--batch-size", 2, "--seq-length", 8, "--rank", 4)
+    assert result.code == 0, result.err
+    assert "scratch" in result.out
+    assert "the run: " in result.out
+
+
+def test_plain_text_in_a_pipe(hf_drt, configured):
+    result = hf_drt("plan", configured(), *SMALL, "--steps", 100)
+    lines = result.out.splitlines()
+    assert result.out.isascii()
+    assert "\x1b" not in result.out
+    assert "." * 24 + "#" * 24 + "+" * 12 + "  100 update steps" in lines
+    table = lines[lines.index("") + 4 :]
+    header = next(line for line in table if line.startswith("phase"))
+    rows = table[table.index(header) + 1 :][:4]
+    assert [row.split()[1] for row in rows] == ["factored", "dense", "adapter", "dense"]
+    end = header.index("trainable") + len("trainable")
+    assert all(row[end - 1].isdigit() and row[end] == " " for row in rows)  # right-aligned under its title
+
+
+def test_a_model_with_weights_counts_as_pretrained(hf_drt, tmp_path):
+    tiny.llama().save_pretrained(tmp_path / "weights")
+    data = json.loads(hf_drt("plan", tmp_path / "weights", *SMALL, "--json").out)
+    assert [p["form"] for p in data["phases"]] == ["adapter", "dense", "adapter"]
+    data = json.loads(hf_drt("plan", tmp_path / "weights", *SMALL, "--start", "scratch", "--json").out)
+    assert data["phases"][0]["form"] == "factored"
+
+
+def test_a_native_checkpoint_is_planned_from_its_dense_shapes(hf_drt, checkpoint):
+    data = json.loads(hf_drt("plan", checkpoint() / "checkpoint-4", *SMALL, "--json").out)
+    assert data["dense"]["parameters"] == tiny.llama().num_parameters()
+    assert data["phases"][0]["form"] == "adapter"
+
+
+def test_layers_and_warnings(hf_drt, configured):
+    out = hf_drt("plan", configured(), *SMALL, "--rank-pattern", '{"q_proj": 16}', "--layers").out
+    assert "warning: phase 0 (factored): 2 layers (e.g. model.layers.0.self_attn.q_proj" in out
+    row = next(line for line in out.splitlines() if line.startswith("model.layers.1.mlp.up_proj"))
+    assert "64 x 32" in row
+    assert "21.3" in row
+
+
+def test_boundaries_at_epochs_and_learning_rates(hf_drt, configured):
+    lr = ("--lr-scheduler", "linear", "--warmup-steps", 0, "--steps", 100)
+    data = json.loads(hf_drt("plan", configured(), *SMALL, *lr, "--schedule", "dense@0 factored@lr<0.5", "--json").out)
+    assert data["phases"][1]["start"] == 51
+    epochs = ("--schedule", "dense@0 factored@1.5ep", "--steps-per-epoch", 20, "--steps", 100)
+    assert json.loads(hf_drt("plan", configured(), *SMALL, *epochs, "--json").out)["phases"][1]["start"] == 30
+
+
+def test_a_budget_is_kept(hf_drt, configured):
+    wanted = ("--schedule", "factored@0 dense@30% factored@60%", "--rank-multiple", 1, "--budget", 0.75)
+    data = json.loads(hf_drt("plan", configured(), "--batch-size", 2, "--seq-length", 8, *wanted, "--json").out)
+    assert data["flops_share"] <= 0.75
+    assert data["flops_share"] == pytest.approx(data["proposal"]["share"])
+    out = hf_drt("plan", configured(), "--batch-size", 2, "--seq-length", 8, *wanted).out
+    proposal = data["proposal"]
+    assert f"proposal: --schedule '{proposal['schedule']}' --rank-ratio {proposal['rank_ratio']:g}" in out
+
+
+def test_measured_steps_predict_the_length(hf_drt, configured):
+    result = hf_drt("plan", configured(), *SMALL, "--measure", "--measure-steps", 3, "--steps", 10, "--json")
+    data = json.loads(result.out)
+    steps = sum((p["end"] - p["start"]) * p["seconds_per_step"] for p in data["phases"])
+    assert data["step_seconds"] == pytest.approx(steps) != 0
+    assert data["seconds"] == pytest.approx(steps + sum(p["switch_seconds"] for p in data["phases"]))
+    assert all(p["cpu_seconds_per_step"] > 0 for p in data["phases"])
+
+
+def test_the_length_is_printed(hf_drt, configured):
+    out = hf_drt("plan", configured(), *SMALL, "--measure", "--measure-steps", 2, "--steps", 10).out
+    assert "predicted length: " in out
+    assert "s/step" in out
+
+
+def test_a_picture(hf_drt, configured, tmp_path):
+    path = tmp_path / "plan.png"
+    assert hf_drt("plan", configured(), *SMALL, "--picture", path).code == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_precision_and_checkpointing_change_the_memory(hf_drt, configured):
+    def dense(*flags):
+        return json.loads(hf_drt("plan", configured(), *SMALL, "--batch-size", 64, *flags, "--json").out)["dense"]
+
+    plain, half, mixed = dense(), dense("--dtype", "bfloat16"), dense("--bf16")
+    assert 2 * half["weights"] == pytest.approx(plain["weights"], rel=0.01)
+    assert mixed["weights"] == plain["weights"]
+    assert mixed["activations"] < plain["activations"]
+    assert dense("--checkpointing")["activations"] < plain["activations"]
+    assert dense("--accumulation", 4)["flops"] == 4 * plain["flops"]
+    assert dense("--optimizer", "sgd")["optimizer"] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (("--schedule", "factored@0 dnse@40%"), 2, "the plan: 'dnse' in 'dnse@40%' is no form"),
+        (("--schedule", "sometimes"), 2, "'sometimes' is neither a preset"),
+        (("--schedule", "dense@0 factored@2ep"), 2, "needs data of known length"),
+        (("--rank-ratio", "3"), 2, r"rank_ratio must be in (0, 1], got 3.0"),
+        (("--rank-pattern", "{"), 2, "rank_pattern is not valid JSON"),
+        (("--dtype", "int4"), 2, "'int4' is none; allowed are float32, bfloat16"),
+        (("--steps", "0"), 2, "Invalid value for '--steps'"),
+        (("--rank-ratio", "0.9"), 1, "leaves all 14 layers dense"),
+        (("--optimizer", "lion"), 1, "'lion' is no optimizer of known state"),
+        (("--task", "poetry"), 1, "'poetry' is no task; allowed are e.g. causal-lm"),
+        (("--budget", "0.01"), 1, "a budget of 0.01 cannot be reached"),
+        (("--seq-length", "5000"), 1, "sequences of 5000 tokens exceed the 2048 positions"),
+    ],
+)
+def test_wrong_settings(hf_drt, configured, flags, code, message):
+    result = hf_drt("plan", configured(), "--rank-multiple", 4, *flags)
+    assert result.code == code
+    assert message in " ".join(result.err.split())
+
+
+def test_what_is_no_model(hf_drt, configured, tmp_path, monkeypatch):
+    for source, message in [
+        ("/no/such/folder", "there is no such path: /no/such/folder. Give the folder of a model, or a repository"),
+        (tmp_path, "is not a checkpoint: it holds no config.json"),
+        ("nobody/no-model", "there is no folder nobody/no-model here, and it could not be fetched from the Hub"),
+    ]:
+        result = hf_drt("plan", source)
+        assert result.code == 1
+        assert message in result.err
+    folder = configured()
+    config = json.loads((folder / "config.json").read_text())
+    for change, message in [
+        ({"architectures": ["NoSuchForCausalLM"]}, "of which transformers has none. Name a task"),
+        ({"architectures": None}, "names the architectures None"),
+        ({"model_type": "no-such"}, "config.json cannot be read"),
+    ]:
+        (folder / "config.json").write_text(json.dumps(config | change))
+        result = hf_drt("plan", folder, *SMALL)
+        assert (result.code, message in result.err) == (1, True), result.err
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": None}))
+    assert hf_drt("plan", folder, *SMALL, "--task", "causal-lm").code == 0
+    (folder / "config.json").write_text("{")
+    assert "config.json cannot be read" in hf_drt("plan", folder).err
