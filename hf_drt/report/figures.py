@@ -242,7 +242,7 @@ def _phase_bars(runs: Sequence[tuple[int, RunData]]) -> Figure:
         pattern = "{:,.1f}" if name == "seconds" else "{:,.0f}"
         _bars(panel, runs, [getattr(phase, name) for _, phase in bars], pattern)
         panel.set_title(wanted[name])
-    _name_bars(panels[0], runs, [[f"{phase.index} {phase.label}" for phase in run.phases] for _, run in runs])
+    _name_bars(panels[0], runs, [[phase.numbered for phase in run.phases] for _, run in runs])
     return figure
 
 

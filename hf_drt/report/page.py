@@ -171,7 +171,7 @@ def _lead(runs: Sequence[RunData]) -> str:
     dynamic = sum(run.dynamic for run in runs)
     if len(runs) == 1:
         return f"One run, {runs[0].step:,} update steps" + ("" if dynamic else ", without phases") + "."
-    return f"{len(runs)} runs side by side, {dynamic} of them in dynamic rank."
+    return f"{len(runs)} runs side by side, {dynamic} of them with phases."
 
 
 def _sections(runs: Sequence[RunData]) -> list[str]:

@@ -64,6 +64,11 @@ class PhaseData:
         form = self.kind or f"phase {self.index}"
         return form if self.rank is None else f"{form}:{self.rank}"
 
+    @property
+    def numbered(self) -> str:
+        """The label with the phase's place in the plan: ``1 dense``."""
+        return f"{self.index} {self.label}" if self.kind else self.label
+
 
 @dataclass(frozen=True)
 class SwitchData:

@@ -107,7 +107,7 @@ def phase_table(runs: Sequence[RunData]) -> Table:
     def row(run: RunData, phase: PhaseData) -> Row:
         values = [(column, column.read(run, phase)) for column in columns]
         cells = (Cell(number(v, c.pattern), share(v, largest[c.name]) if c.bar else None) for c, v in values)
-        return (Cell(f"{phase.index} {phase.label}"), *cells)
+        return (Cell(phase.numbered), *cells)
 
     groups = {index: tuple(row(run, phase) for phase in run.phases) for index, run in enumerate(runs) if run.phases}
     return Table(("phase", *(column.name for column in columns)), groups)
@@ -119,7 +119,7 @@ def switch_table(runs: Sequence[RunData]) -> Table:
     longest = max((switch.seconds or 0.0 for run in runs for switch in run.switches), default=0.0)
 
     def row(run: RunData, switch: SwitchData) -> Row:
-        labels = {phase.index: f"{phase.index} {phase.label}" for phase in run.phases}
+        labels = {phase.index: phase.numbered for phase in run.phases}
         errors = (switch.truncation_error, switch.merge_error, switch.function_error)
         return (
             Cell(f"step {switch.step:,}"),

@@ -57,6 +57,11 @@ def opened(browser, report):
         page.close()
 
 
+# Text that is cut off at the edge of its picture.
+OUTSIDE = """() => [...document.querySelectorAll("svg.plot text")].filter((text) => {
+    const own = text.getBoundingClientRect(), plot = text.closest("svg").getBoundingClientRect();
+    return own.left < plot.left - 1 || own.right > plot.right + 1 || own.bottom > plot.bottom + 1;
+}).map((text) => text.textContent)"""
 LINES = "figure[data-chart={}] path.line:not(.thin)"
 
 
@@ -81,15 +86,19 @@ def test_everything_is_drawn_and_fits(opened, size, scheme):
             assert len(lines(page, chart)) == 3
         assert len(lines(page, "drt_effective_rank_mean")) == 2
         assert page.locator("figure[data-heat] image").count() == 2
-        outside = page.evaluate(
-            """() => [...document.querySelectorAll("svg.plot text")].filter((text) => {
-                const own = text.getBoundingClientRect(), plot = text.closest("svg").getBoundingClientRect();
-                return own.left < plot.left - 1 || own.right > plot.right + 1 || own.bottom > plot.bottom + 1;
-            }).map((text) => text.textContent)"""
-        )
-        assert outside == []
+        assert page.evaluate(OUTSIDE) == []
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, background[4:-1].split(","))) < 200) == (scheme == "dark")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_long_numbers_fit(opened, tmp_path, size):
+    rows = [
+        {"step": step, "loss": 3 + 1 / step, "eval_far": -1e9 * step, **folders.ranks(step)} for step in (1000, 10**5)
+    ]
+    page = opened(size, path=write_page(read_runs([folders.write_log(tmp_path / "run", rows)]), tmp_path / "page.html"))
+    assert page.evaluate(OUTSIDE) == []
+    assert "100,000" in page.locator("figure[data-chart=loss]").text_content()
 
 
 def test_the_axis_changes_between_steps_and_seconds_and_back(opened):

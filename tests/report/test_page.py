@@ -176,6 +176,7 @@ def test_a_hostile_run_is_text(tmp_path):
     assert count(page) == count(tame)
     assert not any(key.startswith("on") for _, attrs in page.tags for key in attrs)
     assert page.data["runs"][0]["name"] == HOSTILE
+    assert not set("<>&") & set(page.raw["data"])  # a browser reads "<!-- <script " there as more than text
     assert HOSTILE in page.words["h1"]
     assert page.table("overview")[0][1] == HOSTILE
     assert "eval </script><b>, final" in [row[0] for row in page.table("overview")]

@@ -27,33 +27,30 @@ class LineChart {
     const curves = (this.drawn = this.curves());
     const width = Math.max(220, Math.floor(this.element.clientWidth - 34)),
       height = 250;
-    const top = 4 + 11 * striped().length,
-      left = 54,
-      right = width - 20,
-      bottom = height - 40;
-    const values = curves.flatMap((curve) => curve.points.map((point) => point[1]));
     this.plot.setAttribute("viewBox", `0 0 ${width} ${height}`);
     this.plot.setAttribute("width", width);
     this.plot.setAttribute("height", height);
     this.plot.setAttribute("aria-label", `${this.title} over ${UNIT[view.axis]}; arrow keys read the values`);
-    this.x = scale(0, lastX(), left, right, false);
-    if (!values.length)
-      return this.plot.replaceChildren(
-        svg(
-          "text",
-          { class: "empty", x: width / 2, y: height / 2, "text-anchor": "middle" },
-          "none of the runs shown has it",
-        ),
-      );
+    const values = curves.flatMap((curve) => curve.points.map((point) => point[1]));
+    if (values.length) return this.fill(curves, values, width - 20, height - 40);
+    const place = { class: "empty", x: width / 2, y: height / 2, "text-anchor": "middle" };
+    this.plot.replaceChildren(svg("text", place, "none of the runs shown has it"));
+  }
+
+  fill(curves, values, right, bottom) {
     const log = view.log && Math.min(...values) > 0;
     const [low, high] = this.range(values, log);
+    const labels = log ? logTicks(low, high) : ticks(low, high, 5);
+    const left = Math.max(48, 16 + 6.7 * Math.max(...labels.map(([, label]) => label.length)));
+    const top = 4 + 11 * striped().length;
+    this.x = scale(0, lastX(), left, right, false);
     this.y = scale(low, high, bottom, top + 22, log);
     this.line = svg("line", { class: "cross", y1: top, y2: bottom, visibility: "hidden" });
     this.dots = svg("g", {});
     this.plot.replaceChildren(
       ...strips(this.x),
       ...shading(this.x, top, bottom - top),
-      ...this.leftAxis(log ? logTicks(low, high) : ticks(low, high, 5), left, right),
+      ...this.leftAxis(labels, left, right),
       ...bottomAxis(this.x, left, right, bottom),
       ...curves.map((curve) => this.path(curve)),
       ...curves.filter((curve) => !curve.thin).flatMap((curve) => this.marks(curve)),

@@ -92,10 +92,17 @@ function strips(x) {
 }
 
 function bottomAxis(x, left, right, y) {
-  const marks = ticks(0, lastX(), (right - left) / 62);
+  const marks = ticks(0, lastX(), (right - left) / 62).map(([value, label]) => {
+    const beyond = x(value) + 3.5 * label.length > right + 18; // of the picture's edge
+    return svg(
+      "text",
+      { x: beyond ? right + 18 : x(value), y: y + 16, "text-anchor": beyond ? "end" : "middle" },
+      label,
+    );
+  });
   return [
     svg("line", { class: "axis", x1: left, x2: right, y1: y, y2: y }),
-    ...marks.map(([value, label]) => svg("text", { x: x(value), y: y + 16, "text-anchor": "middle" }, label)),
+    ...marks,
     svg("text", { x: (left + right) / 2, y: y + 32, "text-anchor": "middle", class: "unit" }, UNIT[view.axis]),
   ];
 }
