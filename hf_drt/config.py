@@ -29,7 +29,7 @@ class DRTConfig:
     schedule: str | None = _option(
         None,
         "Phases of the run, e.g. 'factored@0 dense@40%% adapter@80%%', or a preset: paper, fixed, warmup, cyclic, "
-        "decay, adaptive. Boundaries are shares of the run (%%), update steps (400), epochs (1.5ep), LR anchors "
+        "decay, auto, adaptive. Boundaries are shares of the run (%%), update steps (400), epochs (1.5ep), LR anchors "
         "(lr<0.9), or 'budget'. Unset: plain training, without any change.",
     )
     rank_ratio: float = _option(0.25, "Rank of low-rank layers as a share of min(out, in), in (0, 1].")
@@ -46,8 +46,9 @@ class DRTConfig:
     exclude: list[str] | None = _option(None, "Regular expressions; layers whose name matches one stay dense.")
     budget: float | None = _option(
         None,
-        "Share of the dense training FLOPs of the selected layers that the run may take, in (0, 1]. It decides the "
-        "boundary at 'budget' of a schedule, e.g. 'factored@0 dense@budget', and limits the windows of 'adaptive'. "
+        "Share of the dense training FLOPs of the selected layers that the run may take, in (0, 1]. It decides rank "
+        "and boundary of 'auto', or just the boundary at 'budget' of a schedule such as 'factored@0 dense@budget', and "
+        "limits the windows of 'adaptive'. "
         "Unset: 0.6, or 0.9 where low rank means adapters.",
     )
     start: Start = _option(

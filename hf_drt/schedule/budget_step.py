@@ -1,4 +1,4 @@
-"""The one boundary of a plan that a budget decides."""
+"""What a budget decides of a plan: one rank, and one boundary."""
 
 import math
 
@@ -6,6 +6,31 @@ from hf_drt.schedule.boundary import Run
 from hf_drt.schedule.plan import form_text
 
 Form = tuple[str, int | float | None]
+
+RANKS = (1 / 4, 3 / 16, 1 / 8, 1 / 16, 1 / 32)
+FULL_RANK_SHARE = 0.1  # of the run, that a rank has to leave for full rank
+
+
+def budget_rank(kind: str, run: Run) -> float:
+    """The largest share of min(out, in) that leaves enough of the budget for a full-rank phase.
+
+    With steps that cost ``c`` in low rank and 1 in full rank, ``c (1 - w) + w <= budget`` for the share ``w`` of the
+    run in full rank, :data:`FULL_RANK_SHARE`; among :data:`RANKS`.
+
+    Raises:
+        ValueError: There is no budget, or even the smallest of these ranks costs too much.
+    """
+    _check_budget(run)
+    costs = {rank: run.cost(kind, rank) for rank in RANKS}
+    for rank, cost in costs.items():
+        if cost * (1 - FULL_RANK_SHARE) + FULL_RANK_SHARE <= run.budget:
+            return rank
+    least = costs[RANKS[-1]] * (1 - FULL_RANK_SHARE) + FULL_RANK_SHARE
+    raise ValueError(
+        f"no rank meets a budget of {run.budget:g}: of the dense training FLOPs the {kind} form takes at least "
+        f"{least:.3f}, with {FULL_RANK_SHARE:.0%} of the run in full rank. Raise the budget, or write the schedule and "
+        "its ranks by hand."
+    )
 
 
 def budget_step(index: int, starts: list[int | None], forms: list[Form], run: Run) -> int:
@@ -25,11 +50,7 @@ def budget_step(index: int, starts: list[int | None], forms: list[Form], run: Ru
         ValueError: There is no budget, both phases cost the same, or no boundary meets the budget; the message says
             which budgets could be met.
     """
-    if run.budget is None or run.cost is None:
-        raise ValueError(
-            "a boundary at 'budget' needs budget=, a share of dense training FLOPs in (0, 1], and a model whose layers "
-            "tell what a step costs."
-        )
+    _check_budget(run)
     costs = [run.cost(*form) for form in forms]
     before, after = costs[index - 1], costs[index]
     names = f"'{form_text(*forms[index - 1])}' and '{form_text(*forms[index])}'"
@@ -48,3 +69,11 @@ def budget_step(index: int, starts: list[int | None], forms: list[Form], run: Ru
             f"training FLOPs between {shares[0]:.3f} and {shares[1]:.3f}, both excluded. Change the budget or a rank."
         )
     return step
+
+
+def _check_budget(run: Run) -> None:
+    if run.budget is None or run.cost is None:
+        raise ValueError(
+            "a rank or boundary 'budget' needs budget=, a share of dense training FLOPs in (0, 1], and a model whose "
+            "layers tell what a step costs."
+        )

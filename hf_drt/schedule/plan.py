@@ -75,9 +75,11 @@ class Plan:
         return " ".join(map(str, self.phases))
 
 
-def form_text(kind: str, rank: int | float | None) -> str:
-    """``factored``, ``factored:64`` (absolute) or ``factored:0.25`` (share)."""
+def form_text(kind: str, rank: int | float | str | None) -> str:
+    """``factored``, ``factored:64`` (absolute), ``factored:0.25`` (share) or ``factored:budget``."""
     if rank is None:
         return kind
+    if isinstance(rank, str):
+        return f"{kind}:{rank}"
     text = f"{Decimal(repr(rank)):f}"  # never with an exponent
     return f"{kind}:{text}"

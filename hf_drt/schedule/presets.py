@@ -102,12 +102,19 @@ SHAPES: dict[str, Callable[[float, float, float], float]] = {
     "sigmoid": _sigmoid,
 }
 
+
+def _auto() -> str:
+    """One knob, the budget: low rank first, full rank for as long as the budget allows; the rank follows as well."""
+    return "lowrank:budget@0 dense@budget"
+
+
 PRESETS: dict[str, tuple[Callable[..., str | Trigger], dict[str, Any]]] = {
     "paper": (_paper, {"final": "adapter"}),
     "fixed": (_fixed, {}),
     "warmup": (_warmup, {"until": 40.0}),
     "cyclic": (_cyclic, {"windows": 2, "share": 40.0}),
     "decay": (_decay, {"first": 0.375, "last": 0.125, "stages": 4, "shape": "linear"}),
+    "auto": (_auto, {}),
     "adaptive": (Trigger, asdict(Trigger())),
 }
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from hf_drt.schedule.boundary import Boundary, Run
-from hf_drt.schedule.budget_step import budget_step
+from hf_drt.schedule.budget_step import budget_rank, budget_step
 from hf_drt.schedule.plan import Phase, Plan, form_text
 from hf_drt.schedule.presets import expand
 from hf_drt.schedule.trigger import Trigger
@@ -15,10 +15,11 @@ KINDS = ("dense", "factored", "adapter", "lowrank")
 
 @dataclass(frozen=True)
 class Entry:
-    """``kind[:rank]@boundary``. Kind 'lowrank' becomes 'factored' or 'adapter' when the schedule is resolved."""
+    """``kind[:rank]@boundary``. When the schedule is resolved, kind 'lowrank' becomes 'factored' or 'adapter', and rank
+    'budget' a share."""
 
     kind: str
-    rank: int | float | None
+    rank: int | float | str | None
     at: Boundary
 
     @classmethod
@@ -42,15 +43,17 @@ class Entry:
         return f"{form_text(self.kind, self.rank)}@{self.at}"
 
 
-def _parse_rank(text: str, entry: str) -> int | float:
-    """Digits are an absolute rank, a number with a decimal point a share."""
+def _parse_rank(text: str, entry: str) -> int | float | str:
+    """Digits are an absolute rank, a number with a decimal point a share; 'budget' is chosen by the budget."""
+    if text == "budget":
+        return text
     if re.fullmatch(r"\d+", text) and int(text) >= 1:
         return int(text)
     if re.fullmatch(r"\d*\.\d+|1\.", text) and 0 < float(text) <= 1:
         return float(text)
     raise ValueError(
         f"'{text}' in '{entry}' is no rank; allowed is a whole number of at least 1 (factored:64), or a share of "
-        "min(out, in) in (0, 1] with a decimal point (factored:0.25)."
+        "min(out, in) in (0, 1] with a decimal point (factored:0.25), or budget."
     )
 
 
@@ -107,13 +110,15 @@ class Schedule:
         if run.max_steps < 1:
             raise ValueError(f"the schedule '{self}' never trains: the run has {run.max_steps} update steps.")
         kinds = [lowrank if entry.kind == "lowrank" else entry.kind for entry in self.entries]
+        ranks = [
+            budget_rank(kind, run) if entry.rank == "budget" else entry.rank
+            for kind, entry in zip(kinds, self.entries, strict=True)
+        ]
         starts = [None if entry.at.unit == "budget" else entry.at.resolve(run) for entry in self.entries]
         if None in starts:
             index = starts.index(None)
-            ranks = [entry.rank for entry in self.entries]
             starts[index] = budget_step(index, starts, list(zip(kinds, ranks, strict=True)), run)
-        phases = (Phase(*parts) for parts in zip(starts, kinds, (e.rank for e in self.entries), strict=True))
-        return Plan(tuple(phases), run.max_steps)
+        return Plan(tuple(map(Phase, starts, kinds, ranks)), run.max_steps)
 
     def __str__(self) -> str:
         return " ".join(map(str, self.entries)) if self.trigger is None else str(self.trigger)

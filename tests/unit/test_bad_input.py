@@ -194,7 +194,7 @@ TEXTS = [
     # presets
     (
         "factored",
-        r"'factored' is neither a preset \(paper, fixed, warmup, cyclic, decay\) nor a phase; .*kind@boundary",
+        r"'factored' is neither a preset \(paper, fixed, warmup, cyclic, decay, auto, adaptive\) nor a phase; .*kind@b",
     ),
     ("Paper", r"'Paper' is neither a preset"),
     ("relora(every=5)", r"'relora' is neither a preset"),
@@ -261,7 +261,7 @@ RUNS = [
     ("factored@0 dense@1ep", {}, r"'@1ep' needs data of known length; give the boundary in % or steps"),
     ("factored@0 dense@2ep", {"steps_per_epoch": 50}, r"'dense@100' never trains: the run ends at step 100"),
     # budget
-    ("factored@0 dense@budget", {}, r"at 'budget' needs budget=, a share of dense training FLOPs in \(0, 1\]"),
+    ("factored@0 dense@budget", {}, r"boundary 'budget' needs budget=, a share of dense training FLOPs in \(0, 1\]"),
     ("factored@0 dense@budget", {"budget": 0.5}, r"needs budget=.* a model whose layers tell what a step costs"),
     ("factored@budget dense@40%", {}, r"the first phase must start at step 0, got 'factored@budget'"),
     (
@@ -279,6 +279,13 @@ RUNS = [
         "factored@0 factored@budget",
         {"budget": 0.2, "cost": lambda kind, rank: 0.25},
         r"'factored' and 'factored' cost the same, so that no boundary between them is decided by a budget",
+    ),
+    ("auto", {}, r"a rank or boundary 'budget' needs budget="),
+    (
+        "auto",
+        {"budget": 0.2, "cost": lambda kind, rank: 1.0 if kind == "dense" else 2 * rank + 0.2},
+        r"no rank meets a budget of 0\.2: of the dense training FLOPs the factored form takes at least 0\.336, with "
+        r"10% of the run in full rank\. Raise the budget",
     ),
     # order
     ("dense@40%", {}, r"the first phase must start at step 0, got 'dense@40%'\. Write dense@0, or a phase before it"),

@@ -4,11 +4,13 @@ from fractions import Fraction
 from itertools import pairwise
 
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import get_linear_schedule_with_warmup
 
+from hf_drt import DRTConfig, DynamicRank
 from hf_drt.schedule import PRESETS, Boundary, Entry, Phase, Plan, Run, Schedule, lr_drops
 from hf_drt.trainer.lr import existing_curve, simulated_curve
 
@@ -63,9 +65,23 @@ def test_a_budget_is_met_and_a_step_further_would_exceed_it(budget, low, steps, 
     assert average(wider) > budget
 
 
+@pytest.mark.parametrize(
+    ("budget", "plan"),
+    [
+        (0.6, "factored:0.25@0 dense@80"),  # 0.5 (1 - w) + w = 0.6
+        (0.5, "factored:0.1875@0 dense@80"),  # a rank of 1/4 would cost 0.5, and leave nothing for full rank
+        (0.3, "factored:0.0625@0 dense@80"),  # 0.125 (1 - w) + w = 0.3; 1/8 would leave 0.067
+    ],
+)
+def test_auto_fits_rank_and_window_to_the_budget(budget, plan):
+    cost = {"dense": lambda rank: 1.0, "factored": lambda rank: 2 * rank}
+    assert str(plan_of("auto", 100, budget=budget, cost=lambda kind, rank: cost[kind](rank))) == plan
+
+
 def test_a_budget_in_a_model():
-    plan = plan_of("factored@0 dense@budget", 100, budget=0.6, cost=lambda kind, rank: 1.0 if kind == "dense" else 0.2)
-    assert str(plan) == "factored@0 dense@50"  # 50 steps of 0.2 and 50 of 1
+    drt = DynamicRank(tiny.llama(), DRTConfig(schedule="auto", budget=0.5, rank_multiple=1), max_steps=1000)
+    assert drt.plan.phases[1].kind == "dense"
+    assert 0.498 < drt.cost().flops <= 0.5
 
 
 # ---- learning-rate curves, from their formulas
@@ -156,7 +172,7 @@ def test_what_may_be_written_in_several_ways_is_written_in_one(text, plain):
 OPTIONS = [
     "paper", "paper(final=factored)", "fixed", "warmup", "warmup(until=33.3)", "cyclic", "cyclic(windows=1)",
     "cyclic(windows=7, share=10)", "cyclic(share=99)", "decay", "decay(stages=9)", "decay(shape=exponential)",
-    "decay(shape=sigmoid, first=1.0, last=0.01)",
+    "decay(shape=sigmoid, first=1.0, last=0.01)", "auto", "adaptive", "adaptive(signal=rank, drop=0.5)",
 ]  # fmt: skip
 
 
