@@ -49,7 +49,7 @@ class DRTConfig:
         "Share of the dense training FLOPs of the selected layers that the run may take, in (0, 1]. It decides rank "
         "and boundary of 'auto', or just the boundary at 'budget' of a schedule such as 'factored@0 dense@budget', and "
         "limits the windows of 'adaptive'. "
-        "Unset: 0.6, or 0.9 where low rank means adapters.",
+        "Unset: 0.5, or 0.9 where low rank means adapters.",
     )
     start: Start = _option(
         "auto",

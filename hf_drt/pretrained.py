@@ -55,7 +55,7 @@ def resolved_plan(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Mod
 
 def budget_of(config: DRTConfig, lowrank: str) -> float:
     """The budget in force. An adapter alone takes more than 2/3 of the dense FLOPs, whatever its rank."""
-    return config.budget if config.budget is not None else {"factored": 0.6, "adapter": 0.9}[lowrank]
+    return config.budget if config.budget is not None else {"factored": 0.5, "adapter": 0.9}[lowrank]
 
 
 def _cost_of_forms(model: nn.Module, config: DRTConfig) -> Callable[[str, int | float | None], float]:

@@ -124,6 +124,6 @@ def test_a_callback_alone_sees_ranks_but_no_losses(tmp_path):
 
 def test_the_budget_in_force_without_one():
     config = DRTConfig(schedule="adaptive", rank=4)
-    assert DynamicRank(tiny.llama(), config, max_steps=50).windows.limit == 0.6
+    assert DynamicRank(tiny.llama(), config, max_steps=50).windows.limit == 0.5
     config = DRTConfig(schedule="adaptive", rank=4, start="pretrained")
     assert DynamicRank(tiny.llama(), config, max_steps=50).windows.limit == 0.9

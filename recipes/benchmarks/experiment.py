@@ -1,0 +1,199 @@
+"""One run of one method on one task, and its record."""
+
+import platform
+import resource
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tasks import build
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainerCallback, set_seed
+
+from hf_drt import DRTTrainer, DRTTrainingArguments, effective_weight, find_targets
+from hf_drt.forms.modules import FactoredLinear
+from hf_drt.spectral import effective_rank, factored_singular_values, singular_values
+from hf_drt.trainer.memory import read_peak, reset_peak
+
+CPU = torch.device("cpu")
+QUIET = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1_000_000}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides a run's outcome; its JSON is the identity of the run.
+
+    Attributes:
+        task: Name of the task file.
+        kind: Kind of the task (:mod:`tasks`).
+        model, data: Sections of the task file, the model's with the method's changes.
+        training: Training arguments, ``drt_*`` ones among them, with the method's changes.
+        peft: Arguments of PEFT's LoraConfig; None for no PEFT.
+        seed: Of initialisation, order of the data, dropout.
+        measure: ``points``: how often the run is evaluated, and effective ranks are taken.
+    """
+
+    task: str
+    kind: str
+    model: dict[str, Any]
+    data: dict[str, Any]
+    training: dict[str, Any]
+    peft: dict[str, Any] | None
+    seed: int
+    measure: dict[str, Any]
+
+
+class Watch(TrainerCallback):
+    """Time, FLOPs, memory and ranks of a run. Its clocks stand still in evaluations and in its own measurements.
+
+    Times are of whole update steps, the change of form at their beginning included: wall-clock seconds, and the seconds
+    that the process has computed, which other work on the machine hardly changes.
+    """
+
+    def __init__(self, names: list[str], points: int, metric: str):
+        self.names, self.points, self.metric = names, points, metric
+        self.wall = self.cpu = self.flops = 0.0
+        self.phases: list[dict[str, Any]] = []
+        self.curve: list[dict[str, float]] = []
+        self.trainer: DRTTrainer | None = None
+        self._form: Any = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begun = time.perf_counter(), time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wall, cpu = time.perf_counter() - self._begun[0], time.process_time() - self._begun[1]
+        self.wall, self.cpu = self.wall + wall, self.cpu + cpu
+        self._count_phase(state.global_step, wall, cpu)
+        self.flops += self.phases[-1]["flops_per_step"]
+        due = {round(state.max_steps * (i + 1) / self.points) for i in range(self.points)}
+        control.should_evaluate = state.global_step in due
+
+    def _count_phase(self, step: int, wall: float, cpu: float) -> None:
+        model = self.trainer.model
+        drt = self.trainer.drt
+        form = drt.phase if drt is not None else 0
+        if form != self._form:
+            self._form = form
+            kind = drt.plan.phases[form].kind if drt is not None else "dense"
+            flops = step_flops(self.trainer)
+            trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            self.phases.append(
+                {"kind": kind, "start": step - 1, "steps": 0, "seconds": 0.0, "cpu_seconds": 0.0, "first_seconds": wall,
+                 "flops_per_step": flops, "trainable": trainable, "peak_mib": 0.0}
+            )  # fmt: skip
+            reset_peak(CPU)
+        phase = self.phases[-1]
+        phase["steps"] += 1
+        phase["seconds"] += wall
+        phase["cpu_seconds"] += cpu
+        phase["peak_mib"] = max(phase["peak_mib"], read_peak(CPU) or 0.0)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        spectra = ranks(self.trainer.model, self.names)
+        self.curve.append(
+            {"step": state.global_step, "seconds": self.wall, "cpu_seconds": self.cpu, "flops": self.flops,
+             "value": metrics[self.metric], "effective_rank": sum(spectra.values()) / len(spectra), "layers": spectra}
+        )  # fmt: skip
+        reset_peak(CPU)
+
+
+def run(settings: Settings, cache: Path, folder: str) -> dict[str, Any]:
+    """Train, and return the record: settings, the metric at the end and along the way, time, FLOPs, memory, ranks."""
+    task = build(settings.kind, settings.model, settings.data, cache)
+    set_seed(settings.seed)
+    model = task.model()
+    names = list(find_targets(model).targets)
+    if settings.peft is not None:
+        model = with_lora(model, names, settings.peft)
+    metric = "eval_loss" if task.metrics is None else "eval_accuracy"
+    watch = Watch(names, settings.measure["points"], metric)
+    args = DRTTrainingArguments(output_dir=folder, seed=settings.seed, **{**QUIET, **settings.training})
+    trainer = DRTTrainer(
+        model=model,
+        args=args,
+        train_dataset=task.train,
+        eval_dataset=task.evaluation,
+        data_collator=task.collate,
+        compute_metrics=task.metrics,
+        callbacks=[watch],
+    )
+    watch.trainer = trainer
+    before = read_peak(CPU)
+    trainer.train()
+    return {
+        "settings": vars(settings),
+        "value": watch.curve[-1]["value"],
+        "seconds": watch.wall,
+        "cpu_seconds": watch.cpu,
+        "flops": watch.flops,
+        "steps": trainer.state.global_step,
+        "phases": watch.phases,
+        "curve": watch.curve,
+        "switches": [row for row in trainer.state.log_history if "drt_switch_seconds" in row],
+        "baseline_mib": before,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "environment": environment(),
+    }
+
+
+def with_lora(model: nn.Module, names: list[str], options: dict[str, Any]) -> nn.Module:
+    """The model under PEFT's LoRA on the layers that hf_drt would train; a new head is trained along."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(target_modules=names, **options))
+
+
+def step_flops(trainer: DRTTrainer) -> float:
+    """FLOPs of forward and backward of one update step, counted on a batch; gradients and generators stay."""
+    model, size = trainer.model, trainer.args.per_device_train_batch_size
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(size)]))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.random.fork_rng([]), FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(model(**batch).loss, trained, allow_unused=True)
+    return float(counter.get_total_flops() * trainer.args.gradient_accumulation_steps)
+
+
+def ranks(model: nn.Module, names: list[str]) -> dict[str, float]:
+    """Effective rank of the target layers' weights, also where PEFT has wrapped them."""
+    found = {}
+    for name in names:
+        module = _layer(model, name)
+        if isinstance(module, FactoredLinear):
+            spectrum = factored_singular_values(module.U, module.V)
+        elif hasattr(module, "get_delta_weight"):
+            spectrum = singular_values(module.base_layer.weight + module.get_delta_weight("default"))
+        else:
+            spectrum = singular_values(effective_weight(module))
+        found[name] = effective_rank(spectrum)
+    return found
+
+
+def _layer(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return model.get_submodule(f"base_model.model.{name}")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "accelerate", "hf-drt")},
+        "machine": f"{platform.machine()}, {_processor()}",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
