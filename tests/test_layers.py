@@ -43,8 +43,8 @@ ALLOWED = {
     "inspection": {"declaration", "forms", "hub", "schedule", "spectral", "state", "weight_files"},
     "comparison": {"forms", "inspection", "spectral"},
     "report":     {"schedule", "state"},
-    "cli":        {"comparison", "config", "controller", "estimate", "forms", "inspection", "pretrained",
-                   "report", "schedule", "state", "timeline", "trainer"},
+    "cli":        {"comparison", "config", "controller", "estimate", "forms", "inspection", "report",
+                   "schedule", "state", "timeline", "trainer"},
     "run":        {"config", "schedule", "trainer"},
     "trl":        {"trainer"},
 }

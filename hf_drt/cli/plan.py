@@ -17,7 +17,6 @@ from hf_drt.cli.source import build, has_weights, read_config
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.estimate import BatchSpec, Layer, Proposal, RunEstimate, batch_spec, estimate_run, propose
-from hf_drt.pretrained import resolved_plan
 from hf_drt.schedule import Plan, Run, Schedule
 from hf_drt.timeline import draw_timeline
 from hf_drt.trainer.lr import simulated_curve
@@ -80,13 +79,7 @@ def plan(
     dtype: Annotated[str, Option(help="Of the weights: float32 or bfloat16.")] = "float32",
     bf16: Annotated[bool, Option("--bf16", help="Mixed precision (autocast).")] = False,
     checkpointing: Annotated[bool, Option("--checkpointing", help="Activation checkpointing.")] = False,
-    budget: Annotated[
-        float | None,
-        Option(
-            help="Propose a rank that keeps the run within this share of dense FLOPs; "
-            "of auto, adaptive and @budget it is drt_budget."
-        ),
-    ] = None,
+    budget: Annotated[float | None, Option(help="Propose a rank that keeps within this share of dense FLOPs.")] = None,
     layers: Annotated[bool, Option("--layers", help="A table of all target layers too.")] = False,
     measure: Annotated[bool, Option("--measure", help="Time real steps here, and predict the run's length.")] = False,
     measure_steps: Annotated[int, Option(min=2, help="Steps per phase to time; the first is left out.")] = 5,
@@ -101,10 +94,9 @@ def plan(
     ranks = {"rank_ratio": rank_ratio, "rank": rank, "rank_pattern": rank_pattern, "rank_multiple": rank_multiple}
     chosen = {"include": include or None, "exclude": exclude or None, "start": origin, "schedule": schedule}
     run = Run(steps, steps_per_epoch, _lr_curve(lr_scheduler, warmup_steps, steps))
+    settings, resolved = _resolved(ranks | chosen, run)
     load = _Load(batch_size, seq_length, accumulation, optimizer, _DTYPES[dtype], bf16, checkpointing, task)
-    settings, resolved = _resolved(ranks | chosen, run, load.model(config, meta=True), budget)
-    proposed = budget if settings.budget is None else None
-    estimate, settings, proposal = _estimated(config, load, settings, resolved, proposed)
+    estimate, settings, proposal = _estimated(config, load, settings, resolved, budget)
     final = proposal.plan if proposal else resolved
     times = _measured(config, load, final, settings, measure_steps) if measure else None
     if json:
@@ -117,13 +109,12 @@ def plan(
         typer.echo(f"{picture} written", err=True)
 
 
-def _resolved(values: dict[str, Any], run: Run, model: nn.Module, budget: float | None) -> tuple[DRTConfig, Plan]:
-    """Settings and phases; what is wrong with them is a wrong command line. A budget is among the settings where the
-    schedule itself depends on it."""
+def _resolved(values: dict[str, Any], run: Run) -> tuple[DRTConfig, Plan]:
+    """Settings and phases; what is wrong with them is a wrong command line."""
     try:
-        schedule = Schedule.parse(values["schedule"])
-        settings = DRTConfig(**values, budget=budget if schedule.has_budget else None)
-        return settings, resolved_plan(schedule, run, settings, model)
+        settings = DRTConfig(**values)
+        lowrank = "adapter" if settings.start == "pretrained" else "factored"
+        return settings, Schedule.parse(settings.schedule).resolve(run, lowrank)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="the plan") from None
 

@@ -97,12 +97,6 @@ class Schedule:
             raise ValueError(f"'{text}' has several boundaries at 'budget'; one budget decides one boundary.")
         return cls(entries)
 
-    @property
-    def has_budget(self) -> bool:
-        """Whether a budget decides anything of it: a rank, a boundary, or the number of windows."""
-        by_entry = any("budget" in (entry.rank, entry.at.unit) for entry in self.entries)
-        return by_entry or self.trigger is not None
-
     def resolve(self, run: Run, lowrank: str = "factored") -> Plan:
         """The plan of integer phases.
 

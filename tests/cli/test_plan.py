@@ -35,20 +35,6 @@ def test_every_kind_of_model(hf_drt, configured, kind):
     assert "the run: " in result.out
 
 
-def test_the_budget_of_a_schedule_that_asks_for_one(hf_drt, configured):
-    folder = configured()
-    data = json.loads(hf_drt("plan", folder, *SMALL, "--schedule", "auto", "--budget", 0.5, "--json").out)
-    assert [p["form"] for p in data["phases"]] == ["factored", "dense"]
-    drt = DynamicRank(tiny.llama(), DRTConfig(schedule="auto", budget=0.5, rank_multiple=4), max_steps=1000)
-    assert data["phases"][1]["start"] == drt.plan.phases[1].start
-    assert drt.cost().flops <= 0.5
-    data = json.loads(hf_drt("plan", folder, *SMALL, "--schedule", "adaptive", "--budget", 0.5, "--json").out)
-    assert [p["form"] for p in data["phases"]] == ["factored"]
-    refused = hf_drt("plan", folder, *SMALL, "--schedule", "factored@0 dense@budget", "--budget", 0.01)
-    assert refused.code == 2
-    assert "no boundary between 'factored' and 'dense' meets a budget of 0.01" in " ".join(refused.err.split())
-
-
 def test_plain_text_in_a_pipe(hf_drt, configured):
     result = hf_drt("plan", configured(), *SMALL, "--steps", 100)
     lines = result.out.splitlines()
