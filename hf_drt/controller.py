@@ -341,13 +341,17 @@ class DynamicRank:
             settings |= {"schedule": str(self.windows.trigger), "budget": self.windows.limit}
         return settings
 
-    def load_state_dict(self, state: dict[str, Any], optimizer: torch.optim.Optimizer | None = None) -> list[Swap]:
+    def load_state_dict(
+        self, state: dict[str, Any], optimizer: torch.optim.Optimizer | None = None, *, history: bool = True
+    ) -> list[Swap]:
         """Restore the structure that a state describes; the weights' values are unset until they are loaded.
 
         Args:
             state: From :meth:`state_dict`.
             optimizer: One over the model in its present form, if it exists; it gets the new parameters in the old ones'
                 places, so that its own state can be loaded afterwards.
+            history: Whether the windows that a trigger has added, and its checks, become those of the state too; not
+                where the run is over, and only its model goes back.
 
         Returns:
             The swaps made; they keep the old weights alive.
@@ -356,9 +360,9 @@ class DynamicRank:
             ValueError: As in :meth:`check_state`; the model is as it was then.
         """
         self.check_state(state)
-        if self.windows is not None and len(plan := self._plan_of(state)) >= len(self.plan):
+        if self.windows is not None and history:
             self.windows.load_state_dict(state.get("windows", {}))
-            self.plan = plan
+            self.plan = self._plan_of(state)
         forms = self._forms_of(self._plan_of(state).phases[state["phase"]])
         changed = {name: form for name, form in forms.items() if form_of(self._layer(name)) != form}
         swaps = empty_forms(self.model, changed, optimizer)

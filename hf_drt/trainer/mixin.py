@@ -435,7 +435,7 @@ class DRTTrainerMixin:
         with self._drt_around_switch():
             folder = self.state.best_model_checkpoint
             state = checked_state(folder, self.drt, for_resume=False, fsdp=self.is_fsdp_enabled)
-            self.drt.load_state_dict(state, self.optimizer)
+            self.drt.load_state_dict(state, self.optimizer, history=False)
             super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:

@@ -86,6 +86,15 @@ def test_the_best_model_of_an_earlier_phase_is_loaded(tmp_path):
     assert trainer.state.best_global_step == 2
     assert trainer.drt.phase == 0
     assert len(trainer.drt.plan) > 2  # what was done is not forgotten
+    assert trainer.drt.windows.trace[-1]["step"] > 2
+
+
+def test_a_finished_run_resumed_from_its_middle_makes_its_windows_again(tmp_path):
+    trainer = adaptive(tmp_path, save_strategy="steps", save_steps=5)
+    trainer.train()
+    plan, trace = trainer.drt.plan, trainer.drt.windows.trace
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert (trainer.drt.plan, trainer.drt.windows.trace) == (plan, trace)
 
 
 def test_a_second_run_has_windows_of_its_own(straight, tmp_path):
