@@ -131,6 +131,16 @@ def test_a_callback_alone_sees_ranks_but_no_losses(tmp_path):
     assert any(check["decision"] == "rank" for check in callback.controller.windows.trace)
 
 
+def test_a_callback_alone_cannot_load_the_best_model(tmp_path):
+    args = tiny.arguments(
+        tmp_path, drt_schedule=None, save_strategy="steps", save_steps=5, eval_strategy="steps", eval_steps=5,
+        load_best_model_at_end=True,
+    )  # fmt: skip
+    callback, data = DRTCallback("adaptive(signal=rank)"), tiny.dataset()
+    with pytest.raises(ValueError, match=r"loads weights of one phase into the structure of another"):
+        Trainer(tiny.llama(), args, train_dataset=data, eval_dataset=data, callbacks=[callback])
+
+
 def test_the_budget_in_force_without_one():
     config = DRTConfig(schedule="adaptive", rank=4)
     assert DynamicRank(tiny.llama(), config, max_steps=50).windows.limit == 0.6
