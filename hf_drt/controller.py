@@ -226,7 +226,7 @@ class DynamicRank:
         """
         if self.windows is None:
             return False
-        if loss is not None:
+        if loss is not None and self.plan.phases[self.plan.index_at(step - 1)].kind != "dense":
             self.windows.add_loss(loss)
         if not self.windows.is_due(self.plan, step):
             return False

@@ -136,6 +136,15 @@ def test_options_are_checked(text, message):
 # ---- in a hand-written loop
 
 
+def test_losses_of_a_window_are_not_held_against_those_after_it():
+    config = DRTConfig(schedule="adaptive(signal=loss,plateau=1,window=20,every=10)", rank=4, budget=0.9)
+    drt = DynamicRank(tiny.llama(), config, max_steps=50)
+    for step in range(1, 31):
+        drt.observe(step, loss=1.0 if 10 < step <= 20 else 5.0 - step / 10 * (step > 20))
+    assert str(drt.plan) == "factored@0 dense@10 factored@20"
+    assert [check["loss"] for check in drt.windows.trace] == [5.0, 5.0, pytest.approx(2.7), pytest.approx(2.2)]
+
+
 def test_a_loop_gets_its_windows():
     config = DRTConfig(schedule="adaptive(signal=loss,plateau=1,window=20,every=10)", rank=4, budget=0.5)
     drt = DynamicRank(tiny.llama(), config, max_steps=50)
