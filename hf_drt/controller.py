@@ -115,7 +115,8 @@ class DynamicRank:
         phase: Index of the phase the model is in; None before the first.
 
     Raises:
-        ValueError: No target layer, a schedule that does not resolve, or a low-rank phase that leaves all layers dense.
+        ValueError: No target layer, a schedule that does not resolve, a low-rank phase that leaves all layers dense, or
+            a trigger whose plan has another phase or no room for a window.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class DynamicRank:
         self._check_phases()
         self.windows: Windows | None = None
         if trigger is not None:
+            self._check_low_rank()
             limit = budget_of(config, plan.phases[0].kind)
             self.windows = Windows(trigger, plan, limit, lambda extended: self._cost_of(extended).flops)
         for pattern in config.rank_pattern or {}:
@@ -178,6 +180,20 @@ class DynamicRank:
                     "phase '%s': %d of %d layers stay dense, since their rank would reach break-even: %s",
                     phase, len(dense), len(self.targets), ", ".join(dense),
                 )  # fmt: skip
+
+    def _check_low_rank(self) -> None:
+        """Whether the plan leaves room for windows."""
+        if len(self.plan) > 1 or self.plan.phases[0].kind == "dense":
+            raise ValueError(
+                f"a trigger adds full-rank windows to a plan of one low-rank phase, got the plan '{self.plan}'. Leave "
+                "the trigger out, or give a plan such as 'factored@0'."
+            )
+        limit, cost = budget_of(self.config, self.plan.phases[0].kind), self.cost().flops
+        if cost >= limit:
+            raise ValueError(
+                f"'{self.plan}' alone takes {cost:.3f} of the dense training FLOPs, and the budget is {limit:g}: no "
+                "full-rank window could begin. Lower the rank (rank_ratio, rank or rank_pattern), or raise the budget."
+            )
 
     # ---- the verbs
 

@@ -210,8 +210,8 @@ class DRTTrainerMixin:
         drt = self.drt
         fits = drt is not None and (drt.model, drt.initial_plan, drt.config) == (self.model, plan, config)
         if not fits or (drt.windows is not None and not resumed):  # a new run has its own windows
-            check_export(config.export, plan, self.args, self.is_fsdp_enabled)
             trigger = callback.schedule.trigger
+            check_export(config.export, plan, self.args, self.is_fsdp_enabled, grows=trigger is not None)
             self.drt = DynamicRank(self.model, config, plan=plan, trigger=trigger, seed=self.args.seed)
             callback.controller = self.drt
         return self.drt

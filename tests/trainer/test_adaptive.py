@@ -141,6 +141,12 @@ def test_a_callback_alone_cannot_load_the_best_model(tmp_path):
         Trainer(tiny.llama(), args, train_dataset=data, eval_dataset=data, callbacks=[callback])
 
 
+def test_an_adapter_is_not_promised_of_a_run_that_may_end_in_full_rank(tmp_path):
+    trainer = adaptive(tmp_path, drt_start="pretrained", drt_rank=2, drt_budget=0.9, drt_export="adapter")
+    with pytest.raises(ValueError, match=r"a full-rank window of the preset adaptive may last to the end"):
+        trainer.train()
+
+
 def test_the_budget_in_force_without_one():
     config = DRTConfig(schedule="adaptive", rank=4)
     assert DynamicRank(tiny.llama(), config, max_steps=50).windows.limit == 0.6
