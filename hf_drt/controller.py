@@ -115,7 +115,8 @@ class DynamicRank:
         phase: Index of the phase the model is in; None before the first.
 
     Raises:
-        ValueError: No target layer, a schedule that does not resolve, or a low-rank phase that leaves all layers dense.
+        ValueError: No target layer, a schedule that does not resolve, a low-rank phase that leaves all layers dense, or
+            a trigger whose plan has another phase or no room for a window.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class DynamicRank:
         self._check_phases()
         self.windows: Windows | None = None
         if trigger is not None:
+            self._check_low_rank()
             limit = budget_of(config, plan.phases[0].kind)
             self.windows = Windows(trigger, plan, limit, lambda extended: self._cost_of(extended).flops)
         for pattern in config.rank_pattern or {}:
@@ -178,6 +180,20 @@ class DynamicRank:
                     "phase '%s': %d of %d layers stay dense, since their rank would reach break-even: %s",
                     phase, len(dense), len(self.targets), ", ".join(dense),
                 )  # fmt: skip
+
+    def _check_low_rank(self) -> None:
+        """Whether the plan leaves room for windows."""
+        if len(self.plan) > 1 or self.plan.phases[0].kind == "dense":
+            raise ValueError(
+                f"a trigger adds full-rank windows to a plan of one low-rank phase, got the plan '{self.plan}'. Leave "
+                "the trigger out, or give a plan such as 'factored@0'."
+            )
+        limit, cost = budget_of(self.config, self.plan.phases[0].kind), self.cost().flops
+        if cost >= limit:
+            raise ValueError(
+                f"'{self.plan}' alone takes {cost:.3f} of the dense training FLOPs, and the budget is {limit:g}: no "
+                "full-rank window could begin. Lower the rank (rank_ratio, rank or rank_pattern), or raise the budget."
+            )
 
     # ---- the verbs
 
@@ -226,7 +242,7 @@ class DynamicRank:
         """
         if self.windows is None:
             return False
-        if loss is not None:
+        if loss is not None and self.plan.phases[self.plan.index_at(step - 1)].kind != "dense":
             self.windows.add_loss(loss)
         if not self.windows.is_due(self.plan, step):
             return False
@@ -341,13 +357,17 @@ class DynamicRank:
             settings |= {"schedule": str(self.windows.trigger), "budget": self.windows.limit}
         return settings
 
-    def load_state_dict(self, state: dict[str, Any], optimizer: torch.optim.Optimizer | None = None) -> list[Swap]:
+    def load_state_dict(
+        self, state: dict[str, Any], optimizer: torch.optim.Optimizer | None = None, *, history: bool = True
+    ) -> list[Swap]:
         """Restore the structure that a state describes; the weights' values are unset until they are loaded.
 
         Args:
             state: From :meth:`state_dict`.
             optimizer: One over the model in its present form, if it exists; it gets the new parameters in the old ones'
                 places, so that its own state can be loaded afterwards.
+            history: Whether the windows that a trigger has added, and its checks, become those of the state too; not
+                where the run is over, and only its model goes back.
 
         Returns:
             The swaps made; they keep the old weights alive.
@@ -356,9 +376,9 @@ class DynamicRank:
             ValueError: As in :meth:`check_state`; the model is as it was then.
         """
         self.check_state(state)
-        if self.windows is not None and len(plan := self._plan_of(state)) >= len(self.plan):
+        if self.windows is not None and history:
             self.windows.load_state_dict(state.get("windows", {}))
-            self.plan = plan
+            self.plan = self._plan_of(state)
         forms = self._forms_of(self._plan_of(state).phases[state["phase"]])
         changed = {name: form for name, form in forms.items() if form_of(self._layer(name)) != form}
         swaps = empty_forms(self.model, changed, optimizer)

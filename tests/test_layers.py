@@ -44,7 +44,7 @@ ALLOWED = {
     "comparison": {"forms", "inspection", "spectral"},
     "report":     {"schedule", "state"},
     "cli":        {"comparison", "config", "controller", "estimate", "forms", "inspection", "report",
-                   "schedule", "state", "timeline", "trainer"},
+                   "pretrained", "schedule", "state", "timeline", "trainer"},
     "run":        {"config", "schedule", "trainer"},
     "trl":        {"trainer"},
 }

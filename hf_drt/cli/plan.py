@@ -17,11 +17,16 @@ from hf_drt.cli.source import build, has_weights, read_config
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.estimate import BatchSpec, Layer, Proposal, RunEstimate, batch_spec, estimate_run, propose
+from hf_drt.pretrained import resolved_plan
 from hf_drt.schedule import Plan, Run, Schedule
 from hf_drt.timeline import draw_timeline
 from hf_drt.trainer.lr import simulated_curve
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_WINDOWS = (
+    "full-rank windows begin during the run, and are not in this plan; with them the target layers take at most {:g} "
+    "of their dense FLOPs, and the peak may be that of dense training"
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,13 @@ def plan(
     dtype: Annotated[str, Option(help="Of the weights: float32 or bfloat16.")] = "float32",
     bf16: Annotated[bool, Option("--bf16", help="Mixed precision (autocast).")] = False,
     checkpointing: Annotated[bool, Option("--checkpointing", help="Activation checkpointing.")] = False,
-    budget: Annotated[float | None, Option(help="Propose a rank that keeps within this share of dense FLOPs.")] = None,
+    budget: Annotated[
+        float | None,
+        Option(
+            help="Share of dense FLOPs. 'auto', 'adaptive' and boundaries at 'budget' take it as drt_budget, of the "
+            "target layers; for other schedules a rank is proposed that keeps the whole run within it."
+        ),
+    ] = None,
     layers: Annotated[bool, Option("--layers", help="A table of all target layers too.")] = False,
     measure: Annotated[bool, Option("--measure", help="Time real steps here, and predict the run's length.")] = False,
     measure_steps: Annotated[int, Option(min=2, help="Steps per phase to time; the first is left out.")] = 5,
@@ -94,9 +105,16 @@ def plan(
     ranks = {"rank_ratio": rank_ratio, "rank": rank, "rank_pattern": rank_pattern, "rank_multiple": rank_multiple}
     chosen = {"include": include or None, "exclude": exclude or None, "start": origin, "schedule": schedule}
     run = Run(steps, steps_per_epoch, _lr_curve(lr_scheduler, warmup_steps, steps))
-    settings, resolved = _resolved(ranks | chosen, run)
+    settings, parsed = _parsed(ranks | chosen, budget)
     load = _Load(batch_size, seq_length, accumulation, optimizer, _DTYPES[dtype], bf16, checkpointing, task)
-    estimate, settings, proposal = _estimated(config, load, settings, resolved, budget)
+    bare = load.model(config, meta=True)
+    resolved = _resolved(parsed, run, settings, bare)
+    estimate, settings, proposal = _estimated(
+        bare, load, settings, resolved, budget if not parsed.uses_budget else None
+    )
+    if parsed.trigger is not None:
+        windows = DynamicRank(bare, settings, plan=resolved, trigger=parsed.trigger).windows
+        estimate = replace(estimate, warnings=(*estimate.warnings, _WINDOWS.format(windows.limit)))
     final = proposal.plan if proposal else resolved
     times = _measured(config, load, final, settings, measure_steps) if measure else None
     if json:
@@ -109,12 +127,20 @@ def plan(
         typer.echo(f"{picture} written", err=True)
 
 
-def _resolved(values: dict[str, Any], run: Run) -> tuple[DRTConfig, Plan]:
-    """Settings and phases; what is wrong with them is a wrong command line."""
+def _parsed(values: dict[str, Any], budget: float | None) -> tuple[DRTConfig, Schedule]:
+    """Settings and schedule; what is wrong with them is a wrong command line."""
     try:
         settings = DRTConfig(**values)
-        lowrank = "adapter" if settings.start == "pretrained" else "factored"
-        return settings, Schedule.parse(settings.schedule).resolve(run, lowrank)
+        schedule = Schedule.parse(settings.schedule)
+        return replace(settings, budget=budget if schedule.uses_budget else None), schedule
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="the plan") from None
+
+
+def _resolved(schedule: Schedule, run: Run, settings: DRTConfig, model: nn.Module) -> Plan:
+    """The phases; what does not fit the run is a wrong command line too."""
+    try:
+        return resolved_plan(schedule, run, settings, model)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="the plan") from None
 
@@ -127,10 +153,9 @@ def _lr_curve(name: str, warmup: int, steps: int) -> Any:
 
 
 def _estimated(
-    config: PretrainedConfig, load: _Load, settings: DRTConfig, plan: Plan, budget: float | None
+    model: nn.Module, load: _Load, settings: DRTConfig, plan: Plan, budget: float | None
 ) -> tuple[RunEstimate, DRTConfig, Proposal | None]:
     """The estimate of the plan, or of what is proposed in its place."""
-    model = load.model(config, meta=True)
     batch = load.batch(model)
     how = {"optimizer": load.optimizer, "accumulation": load.accumulation}
     how |= {"autocast": torch.bfloat16 if load.bf16 else None}

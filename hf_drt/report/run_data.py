@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from hf_drt.report.clock import Clock, Rows, read_clock
 from hf_drt.report.run_files import RunError, RunFiles, read_files
-from hf_drt.schedule import Plan, Run, Schedule
+from hf_drt.schedule import Phase, Plan, Run, Schedule
 
 LAYER_PREFIX = "drt_effective_rank/"
 _NO_METRIC = ("epoch", "step", "total_flos", "num_input_tokens_seen", "num_tokens", "train_")
@@ -162,11 +162,11 @@ def _read_run(name: str, files: RunFiles) -> RunData:
     if not rows:
         raise RunError(f"{files.log_path} has no logged rows: nothing to show. Train with logging_steps set.")
     rows += _in_progress(rows, files.state)
-    plan = _read_plan(files)
+    switches = _switches(rows)
+    plan = _grown(_read_plan(files), switches, files)
     clock = read_clock(rows)
     last = log["global_step"]
     max_steps = plan.max_steps if plan else max(log.get("max_steps") or 0, last)
-    switches = _switches(rows)
     _check_plan(plan, switches, files)
     phases = _phases(rows, plan, switches, clock, last)
     return RunData(
@@ -201,6 +201,19 @@ def _read_plan(files: RunFiles) -> Plan | None:
         raise RunError(
             f"the plan {plan!r} (of {max_steps!r} steps) in {files.state_folder} cannot be read: {error}"
         ) from None
+
+
+def _grown(plan: Plan | None, switches: tuple[SwitchData, ...], files: RunFiles) -> Plan | None:
+    """A trigger's plan ends with its checkpoint: windows that began later, every second phase, are in the log alone."""
+    later = [switch for switch in switches if plan and switch.phase >= len(plan)]
+    if not later or "windows" not in files.state:
+        return plan
+    low = plan.phases[0]
+    phases = [Phase(s.step, "dense") if s.phase % 2 else Phase(s.step, low.kind, low.rank) for s in later]
+    try:
+        return Plan((*plan.phases, *phases), plan.max_steps)
+    except ValueError:
+        return plan  # of another run
 
 
 def _check_plan(plan: Plan | None, switches: tuple[SwitchData, ...], files: RunFiles) -> None:

@@ -3,7 +3,7 @@
 import math
 
 from hf_drt.schedule.boundary import Run
-from hf_drt.schedule.plan import form_text
+from hf_drt.schedule.plan import Plan, form_text
 
 Form = tuple[str, int | float | None]
 
@@ -62,13 +62,34 @@ def budget_step(index: int, starts: list[int | None], forms: list[Form], run: Ru
     exact = (run.budget * run.max_steps - others + start * before - end * after) / (before - after)
     # A boundary that is off by less than float's rounding is no dearer.
     step = math.ceil(exact - 1e-9) if before < after else math.floor(exact + 1e-9)
-    if not start < step < end:
-        shares = sorted((others + (end - start) * cost) / run.max_steps for cost in (before, after))
+    if end - start < 2:
         raise ValueError(
-            f"no boundary between {names} meets a budget of {run.budget:g}: this schedule takes a share of dense "
-            f"training FLOPs between {shares[0]:.3f} and {shares[1]:.3f}, both excluded. Change the budget or a rank."
+            f"there is no boundary between {names}: both together have {max(end - start, 0)} of {run.max_steps} update "
+            "steps. Train for more steps."
+        )
+    if not start < step < end:
+        nearest = ((others + (x - start) * before + (end - x) * after) / run.max_steps for x in (start + 1, end - 1))
+        least, most = sorted(nearest)
+        raise ValueError(
+            f"no boundary between {names} meets a budget of {run.budget:g}: this schedule takes a share of "
+            f"dense training FLOPs from {least:.3f} to {most:.3f}. Change the budget or a rank, or train longer."
         )
     return step
+
+
+def check_cost(plan: Plan, run: Run) -> None:
+    """Whether a plan whose ranks a budget has decided keeps within it: its boundaries may be given.
+
+    Raises:
+        ValueError: It does not.
+    """
+    costs = [run.cost(phase.kind, phase.rank) * (plan.end_of(i) - phase.start) for i, phase in enumerate(plan.phases)]
+    if (share := sum(costs) / plan.max_steps) > run.budget + 1e-9:
+        raise ValueError(
+            f"rank 'budget' leaves {FULL_RANK_SHARE:.0%} of the run for full rank, and '{plan}' takes {share:.3f} of "
+            f"dense training FLOPs, more than the budget of {run.budget:g}. Put a boundary at 'budget' too, e.g. "
+            "'lowrank:budget@0 dense@budget', which is the preset auto, or shorten the dense phases."
+        )
 
 
 def _check_budget(run: Run) -> None:

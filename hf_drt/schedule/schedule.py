@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from hf_drt.schedule.boundary import Boundary, Run
-from hf_drt.schedule.budget_step import budget_rank, budget_step
+from hf_drt.schedule.budget_step import budget_rank, budget_step, check_cost
 from hf_drt.schedule.plan import Phase, Plan, form_text
 from hf_drt.schedule.presets import expand
 from hf_drt.schedule.trigger import Trigger
@@ -97,6 +97,11 @@ class Schedule:
             raise ValueError(f"'{text}' has several boundaries at 'budget'; one budget decides one boundary.")
         return cls(entries)
 
+    @property
+    def uses_budget(self) -> bool:
+        """Whether a rank, a boundary or the windows of the run depend on a budget."""
+        return self.trigger is not None or any(e.rank == "budget" or e.at.unit == "budget" for e in self.entries)
+
     def resolve(self, run: Run, lowrank: str = "factored") -> Plan:
         """The plan of integer phases.
 
@@ -118,7 +123,10 @@ class Schedule:
         if None in starts:
             index = starts.index(None)
             starts[index] = budget_step(index, starts, list(zip(kinds, ranks, strict=True)), run)
-        return Plan(tuple(map(Phase, starts, kinds, ranks)), run.max_steps)
+        plan = Plan(tuple(map(Phase, starts, kinds, ranks)), run.max_steps)
+        if any(entry.rank == "budget" for entry in self.entries):
+            check_cost(plan, run)
+        return plan
 
     def __str__(self) -> str:
         return " ".join(map(str, self.entries)) if self.trigger is None else str(self.trigger)

@@ -13,7 +13,7 @@ class Check:
     Attributes:
         step: Update steps made so far.
         effective_rank: Mean over the target layers.
-        loss: Mean training loss since the check before; None where it is not told.
+        loss: Mean training loss of the low-rank steps since the check before; None where it is not told.
     """
 
     step: int

@@ -76,7 +76,8 @@ class DRTCallback(TrainerCallback):
         """What a callback cannot do in a plain Trainer is refused, not done wrong."""
         if args.world_size > 1:
             raise ValueError(f"DRTCallback runs on one process, got {args.world_size}. Use DRTTrainer.")
-        if args.load_best_model_at_end and len(self.schedule.entries) > 1:
+        several = len(self.schedule.entries) > 1 or self.schedule.trigger is not None
+        if args.load_best_model_at_end and several:
             raise ValueError(
                 "load_best_model_at_end loads weights of one phase into the structure of another in a plain Trainer. "
                 "Use DRTTrainer, or set load_best_model_at_end=False."

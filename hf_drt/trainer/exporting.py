@@ -105,12 +105,24 @@ def report_merge(errors: dict[str, float]) -> None:
         logger.info("dense export: rounding error of the merge at most %.2g (%d layers)", worst, len(errors))
 
 
-def check_export(export: Export, plan: Plan, args: Any, fsdp: bool) -> None:
+def check_export(export: Export, plan: Plan, args: Any, fsdp: bool, grows: bool = False) -> None:
     """Whether every model that the run will save can be saved in that form.
+
+    Args:
+        export: Of the settings.
+        plan: Resolved phases.
+        args: Of the Trainer.
+        fsdp: Whether the model is sharded.
+        grows: Whether full-rank windows are added to the plan during the run.
 
     Raises:
         ValueError: An adapter of a phase that has none, or a push of what no single process holds.
     """
+    if export == "adapter" and grows:
+        raise ValueError(
+            "export=adapter saves layers in adapter form, but a full-rank window of the preset adaptive may last to "
+            "the end of the run. Use export=dense or native, or a schedule that ends in an adapter phase."
+        )
     pushes = args.push_to_hub and args.hub_strategy != HubStrategy.END and args.save_strategy != SaveStrategy.NO
     saved = plan.phases if pushes else plan.phases[-1:]
     if export == "adapter" and (other := next((phase for phase in saved if phase.kind != "adapter"), None)):

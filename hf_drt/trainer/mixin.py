@@ -210,8 +210,8 @@ class DRTTrainerMixin:
         drt = self.drt
         fits = drt is not None and (drt.model, drt.initial_plan, drt.config) == (self.model, plan, config)
         if not fits or (drt.windows is not None and not resumed):  # a new run has its own windows
-            check_export(config.export, plan, self.args, self.is_fsdp_enabled)
             trigger = callback.schedule.trigger
+            check_export(config.export, plan, self.args, self.is_fsdp_enabled, grows=trigger is not None)
             self.drt = DynamicRank(self.model, config, plan=plan, trigger=trigger, seed=self.args.seed)
             callback.controller = self.drt
         return self.drt
@@ -435,7 +435,7 @@ class DRTTrainerMixin:
         with self._drt_around_switch():
             folder = self.state.best_model_checkpoint
             state = checked_state(folder, self.drt, for_resume=False, fsdp=self.is_fsdp_enabled)
-            self.drt.load_state_dict(state, self.optimizer)
+            self.drt.load_state_dict(state, self.optimizer, history=False)
             super()._load_best_model()
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:

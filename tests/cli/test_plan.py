@@ -89,6 +89,24 @@ def test_a_budget_is_kept(hf_drt, configured):
     assert f"proposal: --schedule '{proposal['schedule']}' --rank-ratio {proposal['rank_ratio']:g}" in out
 
 
+@pytest.mark.parametrize("schedule", ["auto", "factored@0 dense@budget"])
+def test_a_schedule_with_a_budget_is_planned_as_it_will_be_trained(hf_drt, configured, schedule):
+    wanted = ("--schedule", schedule, "--budget", 0.7, "--rank-multiple", 1, "--steps", 100, "--json")
+    data = json.loads(hf_drt("plan", configured(), "--batch-size", 2, "--seq-length", 8, *wanted).out)
+    drt = DynamicRank(tiny.llama(), DRTConfig(schedule=schedule, budget=0.7, rank_multiple=1), max_steps=100)
+    assert [p["start"] for p in data["phases"]] == [p.start for p in drt.plan.phases]
+    assert data["phases"][0]["ranks"] == [drt.forms(0)["model.layers.0.mlp.up_proj"].rank] * 2
+    assert not data.get("proposal")
+
+
+def test_windows_that_are_not_planned_yet_are_told(hf_drt, configured):
+    out = hf_drt("plan", configured(), *SMALL, "--schedule", "adaptive", "--budget", 0.75).out
+    assert "warning: full-rank windows begin during the run, and are not in this plan" in out
+    assert "at most 0.75 of their dense FLOPs" in out
+    refused = hf_drt("plan", configured(), *SMALL, "--schedule", "adaptive", "--budget", 7)
+    assert (refused.code, "budget must be in (0, 1], got 7.0" in refused.err) == (2, True)
+
+
 def test_measured_steps_predict_the_length(hf_drt, configured):
     result = hf_drt("plan", configured(), *SMALL, "--measure", "--measure-steps", 3, "--steps", 10, "--json")
     data = json.loads(result.out)

@@ -52,6 +52,15 @@ def test_a_phase_that_was_stopped_and_resumed_is_counted_once(tmp_path):
     assert read(folders.write_log(tmp_path, rows)).clock.total == 18.0
 
 
+def test_windows_that_began_after_the_checkpoint_are_in_the_log(tmp_path):
+    folders.write_plan(tmp_path / "checkpoint-4", "factored@0", step=4, phase=0, windows={"trace": []})
+    run = read(folders.write_log(tmp_path, folders.rows()))
+    assert [(p.kind, p.start, p.end) for p in run.phases] == [("factored", 0, 10), ("dense", 10, 20)]
+    folders.write_plan(tmp_path / "checkpoint-4", "factored@0 dense@4 factored@8 dense@12", step=4, windows={})
+    with pytest.raises(RunError, match="are of different runs"):
+        read(tmp_path)
+
+
 def test_a_plain_run_has_its_runtime_less_the_evaluations_in_it(tmp_path):
     run = read(folders.plain_run(tmp_path / "run"))
     assert at(run.series["loss"]) == [(5, 10.0), (20, 40.0)]  # 50 s - 4 s - 6 s

@@ -86,6 +86,15 @@ def test_the_best_model_of_an_earlier_phase_is_loaded(tmp_path):
     assert trainer.state.best_global_step == 2
     assert trainer.drt.phase == 0
     assert len(trainer.drt.plan) > 2  # what was done is not forgotten
+    assert trainer.drt.windows.trace[-1]["step"] > 2
+
+
+def test_a_finished_run_resumed_from_its_middle_makes_its_windows_again(tmp_path):
+    trainer = adaptive(tmp_path, save_strategy="steps", save_steps=5)
+    trainer.train()
+    plan, trace = trainer.drt.plan, trainer.drt.windows.trace
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert (trainer.drt.plan, trainer.drt.windows.trace) == (plan, trace)
 
 
 def test_a_second_run_has_windows_of_its_own(straight, tmp_path):
@@ -120,6 +129,22 @@ def test_a_callback_alone_sees_ranks_but_no_losses(tmp_path):
     callback = DRTCallback(DRTConfig(schedule="adaptive(signal=rank,drop=0.001,every=10)", rank=4, budget=0.8))
     Trainer(tiny.llama(), args, train_dataset=tiny.dataset(), callbacks=[callback]).train()
     assert any(check["decision"] == "rank" for check in callback.controller.windows.trace)
+
+
+def test_a_callback_alone_cannot_load_the_best_model(tmp_path):
+    args = tiny.arguments(
+        tmp_path, drt_schedule=None, save_strategy="steps", save_steps=5, eval_strategy="steps", eval_steps=5,
+        load_best_model_at_end=True,
+    )  # fmt: skip
+    callback, data = DRTCallback("adaptive(signal=rank)"), tiny.dataset()
+    with pytest.raises(ValueError, match=r"loads weights of one phase into the structure of another"):
+        Trainer(tiny.llama(), args, train_dataset=data, eval_dataset=data, callbacks=[callback])
+
+
+def test_an_adapter_is_not_promised_of_a_run_that_may_end_in_full_rank(tmp_path):
+    trainer = adaptive(tmp_path, drt_start="pretrained", drt_rank=2, drt_budget=0.9, drt_export="adapter")
+    with pytest.raises(ValueError, match=r"a full-rank window of the preset adaptive may last to the end"):
+        trainer.train()
 
 
 def test_the_budget_in_force_without_one():

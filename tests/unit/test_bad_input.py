@@ -273,7 +273,17 @@ RUNS = [
         "factored@0 dense@budget",
         {"budget": 0.2, "cost": lambda kind, rank: 1.0 if kind == "dense" else 0.25},
         r"no boundary between 'factored' and 'dense' meets a budget of 0\.2: this schedule takes a share of dense "
-        r"training FLOPs between 0\.250 and 1\.000, both excluded\. Change the budget or a rank",
+        r"training FLOPs from 0\.25[78] to 0\.99[23]\. Change the budget or a rank, or train longer",
+    ),
+    (
+        "factored@0 dense@budget factored@1",
+        {"budget": 0.7, "cost": lambda kind, rank: 1.0 if kind == "dense" else 0.25},
+        r"no boundary between 'factored' and 'dense': both together have 1 of 100 update steps\. Train for more",
+    ),
+    (
+        "factored:budget@0 dense@40%",
+        {"budget": 0.6, "cost": lambda kind, rank: 1.0 if kind == "dense" else 2 * rank},
+        r"'factored:0\.25@0 dense@40' takes 0\.800 of dense training FLOPs, more than the budget of 0\.6\. Put a",
     ),
     (
         "factored@0 factored@budget",

@@ -5,7 +5,7 @@ import tiny
 
 from hf_drt import DRTConfig, DynamicRank
 from hf_drt.adaptive import Windows
-from hf_drt.schedule import Check, Phase, Plan, Schedule, Trigger
+from hf_drt.schedule import Check, Phase, Plan, Run, Schedule, Trigger
 
 START = Plan((Phase(0, "factored"),), 100)
 
@@ -134,6 +134,32 @@ def test_options_are_checked(text, message):
 
 
 # ---- in a hand-written loop
+
+
+@pytest.mark.parametrize("text", ["factored@0 dense@40%", "dense@0"])
+def test_a_trigger_needs_one_low_rank_phase(text):
+    plan = Schedule.parse(text).resolve(Run(20))
+    with pytest.raises(ValueError, match=r"to a plan of one low-rank phase, got the plan '.*dense@\d"):
+        DynamicRank(tiny.llama(), DRTConfig(rank=4), plan=plan, trigger=Trigger())
+
+
+@pytest.mark.parametrize("start", ["scratch", "pretrained"])
+def test_a_low_rank_phase_that_leaves_no_budget_for_windows_is_refused(start):
+    # Rank 8 of 4 layers of 32 x 32 and 3 of 32 x 64, twice: (4 * 8 * 64 + 3 * 8 * 96) / (4 * 1024 + 3 * 2048) = 0.425,
+    # and 2/3 more as adapters.
+    text, budget = ("0.425", 0.42) if start == "scratch" else ("1.092", None)
+    config = DRTConfig(schedule="adaptive", rank=8, start=start, budget=budget)
+    with pytest.raises(ValueError, match=rf"alone takes {text} of the dense training FLOPs.* Lower the rank"):
+        DynamicRank(tiny.llama(), config, max_steps=50)
+
+
+def test_losses_of_a_window_are_not_held_against_those_after_it():
+    config = DRTConfig(schedule="adaptive(signal=loss,plateau=1,window=20,every=10)", rank=4, budget=0.9)
+    drt = DynamicRank(tiny.llama(), config, max_steps=50)
+    for step in range(1, 31):
+        drt.observe(step, loss=1.0 if 10 < step <= 20 else 5.0 - step / 10 * (step > 20))
+    assert str(drt.plan) == "factored@0 dense@10 factored@20"
+    assert [check["loss"] for check in drt.windows.trace] == [5.0, 5.0, pytest.approx(2.7), pytest.approx(2.2)]
 
 
 def test_a_loop_gets_its_windows():
