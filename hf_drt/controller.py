@@ -145,7 +145,7 @@ class DynamicRank:
         self.windows: Windows | None = None
         if trigger is not None:
             self._check_low_rank()
-            limit = budget_of(config, plan.phases[0].kind)
+            limit = budget_of(config, {plan.phases[0].kind})
             self.windows = Windows(trigger, plan, limit, lambda extended: self._cost_of(extended).flops)
         for pattern in config.rank_pattern or {}:
             if not any(re.search(pattern, name) for name in self.targets):
@@ -188,11 +188,12 @@ class DynamicRank:
                 f"a trigger adds full-rank windows to a plan of one low-rank phase, got the plan '{self.plan}'. Leave "
                 "the trigger out, or give a plan such as 'factored@0'."
             )
-        limit, cost = budget_of(self.config, self.plan.phases[0].kind), self.cost().flops
+        limit, cost = budget_of(self.config, {self.plan.phases[0].kind}), self.cost().flops
         if cost >= limit:
             raise ValueError(
                 f"'{self.plan}' alone takes {cost:.3f} of the dense training FLOPs, and the budget is {limit:g}: no "
-                "full-rank window could begin. Lower the rank (rank_ratio, rank or rank_pattern), or raise the budget."
+                "full-rank window could begin. Lower the rank (rank_ratio, rank, rank_pattern; rank_multiple in small "
+                "layers), or raise the budget."
             )
 
     # ---- the verbs

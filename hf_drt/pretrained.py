@@ -30,7 +30,7 @@ def resolved_plan(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Mod
     """The plan, with 'lowrank' resolved by where the weights come from, and a warning where that may be wrong.
 
     Raises:
-        ValueError: As :meth:`hf_drt.schedule.Schedule.resolve`.
+        ValueError: As :meth:`hf_drt.schedule.Schedule.resolve`, and where a rank is given twice.
     """
     pretrained = is_pretrained(model) if config.start == "auto" else config.start == "pretrained"
     origin = getattr(getattr(model, "config", None), "name_or_path", "")
@@ -42,7 +42,13 @@ def resolved_plan(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Mod
             origin,
         )
     lowrank = "adapter" if pretrained else "factored"
-    run = replace(run, budget=budget_of(config, lowrank), cost=_cost_of_forms(model, config))
+    kinds = {lowrank if entry.kind == "lowrank" else entry.kind for entry in schedule.entries}
+    if config.rank is not None and any(entry.rank == "budget" for entry in schedule.entries):
+        raise ValueError(
+            f"rank is {config.rank}, but the schedule '{schedule}' chooses the rank by the budget. Leave rank out, or "
+            "write its phases with this rank: 'lowrank@0 dense@budget'."
+        )
+    run = replace(run, budget=budget_of(config, kinds), cost=_cost_of_forms(model, config))
     plan = schedule.resolve(run, lowrank)
     factored = next((phase for phase in plan.phases if phase.kind == "factored"), None)
     if pretrained and factored is not None and not any(isinstance(m, FactoredLinear) for m in model.modules()):
@@ -53,9 +59,9 @@ def resolved_plan(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Mod
     return plan
 
 
-def budget_of(config: DRTConfig, lowrank: str) -> float:
-    """The budget in force. An adapter alone takes more than 2/3 of the dense FLOPs, whatever its rank."""
-    return config.budget if config.budget is not None else {"factored": 0.5, "adapter": 0.9}[lowrank]
+def budget_of(config: DRTConfig, kinds: set[str]) -> float:
+    """The budget in force for phases of these kinds: an adapter alone takes more than 2/3 of the dense FLOPs."""
+    return config.budget if config.budget is not None else 0.9 if "adapter" in kinds else 0.5
 
 
 def _cost_of_forms(model: nn.Module, config: DRTConfig) -> Callable[[str, int | float | None], float]:

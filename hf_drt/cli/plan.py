@@ -123,7 +123,7 @@ def plan(
         print_estimate(f"{model}, {origin}; {load}", estimate, proposal, times, layers)
     if picture is not None:
         if not draw_timeline(estimate.phases, picture):
-            raise ValueError("the picture needs matplotlib: pip install 'hf-drt[report]'.")
+            raise ValueError("the picture needs matplotlib: pip install -e '.[report]'.")
         typer.echo(f"{picture} written", err=True)
 
 

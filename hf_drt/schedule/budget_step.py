@@ -28,8 +28,8 @@ def budget_rank(kind: str, run: Run) -> float:
     least = costs[RANKS[-1]] * (1 - FULL_RANK_SHARE) + FULL_RANK_SHARE
     raise ValueError(
         f"no rank meets a budget of {run.budget:g}: of the dense training FLOPs the {kind} form takes at least "
-        f"{least:.3f}, with {FULL_RANK_SHARE:.0%} of the run in full rank. Raise the budget, or write the schedule and "
-        "its ranks by hand."
+        f"{least:.3f}, with {FULL_RANK_SHARE:.0%} of the run in full rank. Raise the budget, lower "
+        "rank_multiple or rank_pattern, or write the schedule and its ranks by hand."
     )
 
 

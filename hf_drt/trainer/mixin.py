@@ -177,6 +177,7 @@ class DRTTrainerMixin:
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         self._drt_refuse_callbacks()
         if self._drt_callback is not None:
+            self._drt_losses = 0.0  # of an update that an interrupted run has not finished
             controller = self._drt_controller(max_steps, train_dataloader, resume_from_checkpoint is not None)
             if resume_from_checkpoint is not None and self.is_fsdp_enabled:
                 self._drt_restore_before_sharding(resume_from_checkpoint, controller)

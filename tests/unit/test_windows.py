@@ -133,6 +133,29 @@ def test_options_are_checked(text, message):
         Schedule.parse(text)
 
 
+# ---- the budget in force
+
+
+@pytest.mark.parametrize(
+    ("schedule", "settings", "share"),
+    [
+        ("auto", {}, 0.5),
+        ("factored@0 dense@budget", {"start": "pretrained"}, 0.5),  # by what is written, not by the model
+        ("adapter@0 dense@budget", {}, 0.9),
+        ("auto", {"start": "pretrained"}, 0.9),
+        ("auto", {"budget": 0.4}, 0.4),
+    ],
+)
+def test_a_budget_that_is_not_given_follows_the_form(schedule, settings, share):
+    config = DRTConfig(schedule=schedule, rank_ratio=0.0625, rank_multiple=1, **settings)
+    assert DynamicRank(tiny.llama(), config, max_steps=1000).cost().flops == pytest.approx(share, abs=2e-3)
+
+
+def test_a_rank_that_is_given_twice_is_refused():
+    with pytest.raises(ValueError, match=r"rank is 4, but the schedule 'lowrank:budget@0 .*' chooses the rank by"):
+        DynamicRank(tiny.llama(), DRTConfig(schedule="auto", rank=4), max_steps=100)
+
+
 # ---- in a hand-written loop
 
 
