@@ -1,7 +1,7 @@
 """Pretrain a causal language model in dynamic rank.
 
 With no argument: a small Llama-style model from scratch on the source text of Python's standard library, with a
-tokenizer trained on it, through the phases factored -> dense -> adapter; two to four minutes on two cores.
+tokenizer trained on it, through the phases factored -> dense -> adapter; three to six minutes on two cores.
 
     python recipes/pretrain_clm.py
     python recipes/pretrain_clm.py --drt_schedule "factored@0 dense@30% factored@50%" --max_steps 1000
