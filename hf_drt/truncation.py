@@ -38,7 +38,7 @@ def truncated_svd(W: Tensor, rank: int) -> Truncation:
     """An approximation of ``W (m, n)`` of the given rank, next to the best one in the Frobenius norm.
 
     The best one is that of the SVD (Eckart and Young 1936). A full SVD attains it; with the Gram matrix the error is at
-    most 0.5 % above it by the bound of :func:`_resolved` (1e-9 to 1e-4 as measured), with subspace iteration about
+    most 0.5 % above it by the bound of :func:`_resolved`, with subspace iteration about
     0.2 %.
 
     Raises:
