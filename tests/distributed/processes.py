@@ -47,8 +47,9 @@ def launch_all(
         Path(folder, name).mkdir(parents=True, exist_ok=True)
     command = [*launcher(folder, processes), str(WORKER), str(folder), json.dumps(cells)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    # torchrun ends with a table of its own; what went wrong stands before it.
-    assert result.returncode == 0, result.stderr[result.stderr.find("Traceback") :][:6000]
+    # torchrun ends with a table of its own; what went wrong stands before it, in a process that aborts without any
+    # traceback.
+    assert result.returncode == 0, result.stderr[: result.stderr.find("ChildFailedError")][-8000:]
     return {name: json.loads(Path(folder, name, "seen.json").read_text()) for name in cells}
 
 
