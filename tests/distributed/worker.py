@@ -130,6 +130,9 @@ def main(folder: Path, cells: dict[str, dict]) -> None:
     for name, settings in cells.items():
         torch._dynamo.reset()
         trained(folder / name, **settings)
+    if dist.is_initialized():
+        # A thread of gloo that still lets go of a Python hook while the interpreter ends would abort the process.
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
