@@ -3,6 +3,8 @@
     python recipes/benchmarks/benchmark.py run brown_lm                       # what is missing of all methods, 3 seeds
     python recipes/benchmarks/benchmark.py run brown_lm --methods dense default --seeds 1 2 3
     python recipes/benchmarks/benchmark.py table brown_lm                     # from the records, nothing is run
+    python recipes/benchmarks/benchmark.py table brown_lm --memory            # bytes of every phase
+    python recipes/benchmarks/benchmark.py plot brown_lm --output plots
 
 A task is one file, ``tasks/<name>.json``: data, model, training arguments, and methods that change some of them. Each
 run is a process of its own and adds one line to ``results/<name>.jsonl``; a run whose settings have a line there is not
@@ -18,56 +20,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from methods import Missing, settings_of
 from store import HERE, Store, task_file
 
 SEEDS = (1, 2, 3)
-
-
-class Missing(Exception):
-    """A method is as long as another one, whose record is not there yet."""
-
-
-def settings_of(name: str, method: str, seed: int, store: Store) -> dict[str, Any]:
-    """The settings of a run, in full; see :class:`experiment.Settings`.
-
-    A method may change ``model`` and ``training``, name ``peft``, be ``like`` another method, and take ``as_long_as``
-    another one's seconds on this machine, with the learning-rate schedule fitted to that length.
-
-    Raises:
-        ValueError: The task has no such method, or a method has an unknown section.
-        Missing: It is as long as a run that has not been made.
-    """
-    task = task_file(name)
-    methods = task["methods"]
-    if method not in methods:
-        raise ValueError(f"task {name} has no method {method!r}; it has {', '.join(methods)}.")
-    change = methods[method]
-    if unknown := set(change) - {"model", "training", "peft", "like", "as_long_as", "label"}:
-        raise ValueError(f"method {method!r} of {name} has unknown sections: {', '.join(sorted(unknown))}.")
-    base = settings_of(name, change["like"], seed, store) if "like" in change else task
-    settings = {
-        "task": name,
-        "kind": task["kind"],
-        "model": base["model"] | change.get("model", {}),
-        "data": task["data"],
-        "training": base["training"] | change.get("training", {}),
-        "peft": change.get("peft", base.get("peft")),
-        "seed": seed,
-        "measure": task["measure"],
-    }
-    if "as_long_as" in change:
-        dense = _record(name, change.get("like", "dense"), seed, store)
-        other = _record(name, change["as_long_as"], seed, store)
-        share = other["cpu_seconds"] / dense["cpu_seconds"]
-        settings["training"]["max_steps"] = round(share * dense["steps"])
-    return settings
-
-
-def _record(name: str, method: str, seed: int, store: Store) -> dict[str, Any]:
-    record = store.find(method, settings_of(name, method, seed, store))
-    if record is None:
-        raise Missing(f"{method}, seed {seed}")
-    return record
 
 
 def run(options: argparse.Namespace) -> None:
@@ -117,11 +73,23 @@ def one(options: argparse.Namespace) -> None:
 
 
 def table(options: argparse.Namespace) -> None:
-    """Print the table of each task, and draw its figures where asked for."""
-    from tables import print_table
+    """Print the table of each task, or that of its memory."""
+    from tables import print_memory, print_table
 
     for name in options.tasks:
-        print_table(name, Store(options.results, name), options.seeds)
+        show = print_memory if options.memory else print_table
+        show(name, Store(options.results, name), options.seeds)
+
+
+def plot(options: argparse.Namespace) -> None:
+    """Draw the pictures of each task."""
+    try:
+        from plots import write_plots
+    except ModuleNotFoundError as error:
+        raise ValueError(f"plot needs {error.name}. Run: pip install -e '.[report]'") from None
+    for name in options.tasks:
+        for path in write_plots(name, Store(options.results, name), options.seeds, options.output, options.methods):
+            print(path)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -138,7 +106,13 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(call=run)
     command = commands.add_parser("table", parents=[common], help="Tables from the records.")
     command.add_argument("tasks", nargs="+")
+    command.add_argument("--memory", action="store_true", help="Bytes of the tensors and peak, by phase.")
     command.set_defaults(call=table)
+    command = commands.add_parser("plot", parents=[common], help="Pictures from the records.")
+    command.add_argument("tasks", nargs="+")
+    command.add_argument("--output", type=Path, required=True, help="Folder of the PNGs.")
+    command.add_argument("--methods", nargs="+", help="Of the task file; all that are in no grid if left out.")
+    command.set_defaults(call=plot)
     command = commands.add_parser("one", parents=[common], help=argparse.SUPPRESS)
     command.add_argument("request", type=Path)
     command.set_defaults(call=one)

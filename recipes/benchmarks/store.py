@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from grids import grid_methods
+
 HERE = Path(__file__).parent
 
 
 def task_file(name: str) -> dict[str, Any]:
-    """The task of a name: ``tasks/<name>.json``.
+    """The task of a name: ``tasks/<name>.json``, its grids turned into methods.
 
     Raises:
-        ValueError: There is none, it is no JSON, or it lacks a section.
+        ValueError: There is none, it is no JSON, it lacks a section, or a grid is malformed.
     """
     path = HERE / "tasks" / f"{name}.json"
     if not path.is_file():
@@ -25,7 +27,10 @@ def task_file(name: str) -> dict[str, Any]:
         raise ValueError(f"{path} is no JSON: {error}.") from None
     if missing := {"kind", "model", "data", "training", "measure", "methods"} - set(task):
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}.")
-    return task
+    made = grid_methods(name, task.get("grid", {}))
+    if twice := set(made) & set(task["methods"]):
+        raise ValueError(f"methods and grid of {path} both have {', '.join(sorted(twice))}. Rename one.")
+    return task | {"methods": task["methods"] | made}
 
 
 def digest(settings: dict[str, Any]) -> str:

@@ -1,44 +1,52 @@
-"""Tables of a task from its records: mean and spread over the seeds, ratios to dense of the same seed."""
+"""Tables of a task from its records: mean and spread over the seeds, ratios to dense of the same seed, memory."""
 
 import statistics
 from typing import Any
 
-from benchmark import Missing, settings_of
+from methods import record_of
 from store import Store, task_file
+
+MIB = 2**20
+BYTES = ("parameter_bytes", "gradient_bytes", "optimizer_bytes")
+
+
+def pairs(name: str, method: str, store: Store, seeds: list[int]) -> list[tuple[dict, dict]]:
+    """The records of a method and of dense, for the seeds that have both."""
+    found = ((record_of(name, method, seed, store), record_of(name, "dense", seed, store)) for seed in seeds)
+    return [(record, dense) for record, dense in found if record and dense]
 
 
 def rows(name: str, store: Store, seeds: list[int]) -> list[dict[str, Any]]:
     """One row per method that has records: value, deviation, and means of ratios to dense of the same seed."""
-    task = task_file(name)
     found = []
-    for method, change in task["methods"].items():
-        pairs = []
-        for seed in seeds:
-            try:
-                dense = store.find("dense", settings_of(name, "dense", seed, store))
-                record = store.find(method, settings_of(name, method, seed, store))
-            except Missing:
-                continue
-            if dense and record:
-                pairs.append((record, dense))
-        if pairs:
-            found.append({"method": method, "label": change.get("label", method), **_row(pairs)})
+    for method, change in task_file(name)["methods"].items():
+        if both := pairs(name, method, store, seeds):
+            found.append({"method": method, "label": change.get("label", method), **_row(both)})
     return found
 
 
-def _row(pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
-    values = [record["value"] for record, _ in pairs]
+def _row(both: list[tuple[dict, dict]]) -> dict[str, Any]:
+    values, dense = [r["value"] for r, _ in both], [d["value"] for _, d in both]
+    spread = deviation(dense)
+    ranks = [r["curve"][-1]["effective_rank"] for r, _ in both]
     return {
-        "seeds": len(pairs),
+        "seeds": len(both),
         "value": statistics.fmean(values),
-        "deviation": statistics.stdev(values) if len(values) > 1 else None,
-        "seconds": statistics.fmean(r["cpu_seconds"] for r, _ in pairs),
-        "time": statistics.fmean(r["cpu_seconds"] / d["cpu_seconds"] for r, d in pairs),
-        "flops": statistics.fmean(r["flops"] / d["flops"] for r, d in pairs),
-        "peak": statistics.fmean(max(p["peak_mib"] for p in r["phases"]) for r, _ in pairs),
-        "trainable": statistics.fmean(_average_trainable(r) / _average_trainable(d) for r, d in pairs),
-        "rank": statistics.fmean(r["curve"][-1]["effective_rank"] for r, _ in pairs),
+        "deviation": deviation(values),
+        "distance": (statistics.fmean(values) - statistics.fmean(dense)) / spread if spread else None,
+        "seconds": statistics.fmean(r["cpu_seconds"] for r, _ in both),
+        "time": statistics.fmean(r["cpu_seconds"] / d["cpu_seconds"] for r, d in both),
+        "flops": statistics.fmean(r["flops"] / d["flops"] for r, d in both),
+        "peak": statistics.fmean(max(p["peak_mib"] for p in r["phases"]) for r, _ in both),
+        "trainable": statistics.fmean(_average_trainable(r) / _average_trainable(d) for r, d in both),
+        "rank": None if None in ranks else statistics.fmean(ranks),
+        "hours": sum(r["seconds"] for r, _ in both) / 3600,
     }
+
+
+def deviation(values: list[float]) -> float | None:
+    """Standard deviation with n - 1 in the denominator; None of fewer than two values."""
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def _average_trainable(record: dict[str, Any]) -> float:
@@ -46,12 +54,57 @@ def _average_trainable(record: dict[str, Any]) -> float:
 
 
 def print_table(name: str, store: Store, seeds: list[int]) -> None:
-    """The table, in Markdown."""
-    print(f"| {name} | value | seeds | time | FLOPs | trainable | peak MiB | effective rank |")
-    print("|---|---|---|---|---|---|---|---|")
-    for row in rows(name, store, seeds):
+    """The table, in Markdown. ``to dense``: the difference of the means, in standard deviations of dense."""
+    print(f"| {name} | value | to dense | seeds | time | FLOPs | trainable | peak MiB | effective rank | hours |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    table = rows(name, store, seeds)
+    for row in table:
         spread = f" ± {row['deviation']:.4f}" if row["deviation"] is not None else ""
+        distance = f"{row['distance']:+.1f} σ" if row["distance"] is not None else "–"
+        rank = f"{row['rank']:.1f}" if row["rank"] is not None else "–"
         print(
-            f"| {row['label']} | {row['value']:.4f}{spread} | {row['seeds']} | {row['time']:.2f} | {row['flops']:.2f} "
-            f"| {row['trainable']:.2f} | {row['peak']:,.0f} | {row['rank']:.1f} |"
+            f"| {row['label']} | {row['value']:.4f}{spread} | {distance} | {row['seeds']} | {row['time']:.2f} "
+            f"| {row['flops']:.2f} | {row['trainable']:.2f} | {row['peak']:,.0f} | {rank} | {row['hours']:.2f} |"
+        )
+    print(f"\n{sum(row['hours'] for row in table):.2f} hours of training in all.")
+
+
+# ---- memory
+
+
+def memory_rows(name: str, store: Store, seeds: list[int]) -> list[dict[str, Any]]:
+    """One row per method and phase: MiB of its tensors (None in records that lack them) and peak of the process.
+
+    A phase's numbers are means over the seeds that have such a phase; ``adaptive`` has different ones.
+    """
+    found = []
+    for method, change in task_file(name)["methods"].items():
+        records = [r for seed in seeds if (r := record_of(name, method, seed, store))]
+        for index in range(max((len(r["phases"]) for r in records), default=0)):
+            phases = [r["phases"][index] for r in records if index < len(r["phases"])]
+            found.append({"method": method, "label": change.get("label", method), "phase": index, **_memory(phases)})
+    return found
+
+
+def _memory(phases: list[dict[str, Any]]) -> dict[str, Any]:
+    known = [p for p in phases if all(key in p for key in BYTES)]
+    sizes = {key: statistics.fmean(p[key] for p in known) / MIB if known else None for key in BYTES}
+    return {
+        "kind": phases[0]["kind"],
+        "steps": statistics.fmean(p["steps"] for p in phases),
+        **sizes,
+        "tensors": sum(sizes.values()) if known else None,
+        "peak": statistics.fmean(p["peak_mib"] for p in phases),
+    }
+
+
+def print_memory(name: str, store: Store, seeds: list[int]) -> None:
+    """The table of memory, in Markdown, in MiB. The peak holds activations and what the allocator keeps, too."""
+    print(f"| {name} | phase | steps | parameters | gradients | optimizer | together | peak of the process |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in memory_rows(name, store, seeds):
+        cells = (f"{row[key]:,.1f}" if row[key] is not None else "–" for key in (*BYTES, "tensors"))
+        print(
+            f"| {row['label']} | {row['phase']} {row['kind']} | {row['steps']:.0f} | {' | '.join(cells)} "
+            f"| {row['peak']:,.0f} |"
         )
