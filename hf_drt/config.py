@@ -11,6 +11,8 @@ AdapterInit = Literal["zero", "principal"]
 Moments = Literal["project", "reset"]
 Export = Literal["dense", "native", "adapter"]
 
+_RANK_BY_BUDGET = re.compile(r"^\s*auto\b|:budget\b")
+
 
 def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -49,7 +51,12 @@ class DRTConfig:
         "Share of the dense training FLOPs of the selected layers that the run may take, in (0, 1]. It decides rank "
         "and boundary of 'auto', or just the boundary at 'budget' of a schedule such as 'factored@0 dense@budget', and "
         "limits the windows of 'adaptive'. "
-        "Unset: 0.5, or 0.9 where low rank means adapters.",
+        "Unset: 0.4, or 0.9 where low rank means adapters.",
+    )
+    dense_query_key: bool | None = _option(
+        None,
+        "Keep the query and key projections of attention dense in factored phases; rank_pattern comes first. "
+        "Unset: yes where the budget chooses the rank, as in the preset 'auto', no elsewhere.",
     )
     start: Start = _option(
         "auto",
@@ -132,11 +139,19 @@ class DRTConfig:
             _require(_is_number(getattr(self, name)) and getattr(self, name) > 0, self, name, "a number above 0")
         for name in ("frobenius_decay", "log_rank_per_layer", "evaluate_at_switch", "save_at_switch", "tag_phases"):
             _require(isinstance(getattr(self, name), bool), self, name, "True or False")
+        _require(self.dense_query_key in (None, True, False), self, "dense_query_key", "True, False or None")
         if self.seed is not None:
             _require(_is_int(self.seed) and self.seed >= 0, self, "seed", "a whole number of at least 0")
         for name in ("include", "exclude"):
             _check_patterns(name, getattr(self, name))
         object.__setattr__(self, "rank_pattern", _parse_rank_pattern(self.rank_pattern))
+
+    @property
+    def keeps_query_key(self) -> bool:
+        """``dense_query_key``, or what it stands for where it is unset."""
+        if self.dense_query_key is not None:
+            return self.dense_query_key
+        return self.schedule is not None and _RANK_BY_BUDGET.search(self.schedule) is not None
 
     @classmethod
     def of(cls, value: "DRTConfig | str") -> "DRTConfig":

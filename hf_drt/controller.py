@@ -23,6 +23,7 @@ from hf_drt.forms import (
     effective_weight,
     form_of,
     resolve_form,
+    stays_dense,
     trainable_weights,
     weight_shape,
 )
@@ -167,18 +168,29 @@ class DynamicRank:
             if phase.kind == "dense":
                 continue
             dense = [name for name, form in self.forms(index).items() if form == Dense()]
+            kept = [name for name in dense if stays_dense(phase.kind, name, self.config)]
+            if len(kept) == len(self.targets):
+                raise ValueError(
+                    f"phase '{phase}' leaves all {len(kept)} layers dense: they are query and key projections, which "
+                    "dense_query_key keeps. Set dense_query_key to False, or include more layers."
+                )
             if len(dense) == len(self.targets):
-                name, shape = next(iter(self.targets.items()))
+                name, shape = next((name, shape) for name, shape in self.targets.items() if name not in kept)
                 raise ValueError(
                     f"phase '{phase}' leaves all {len(dense)} layers dense: their ranks reach break-even, e.g. "
                     f"{break_even_rank(*shape):.4g} for {name} of shape (out, in) = {shape}, from where factors cost "
                     "more than W. Lower the rank (in the schedule, rank_pattern, rank or rank_ratio), or rank_multiple "
                     "for small layers."
                 )
-            if dense:
+            if kept:
+                logger.info(
+                    "phase '%s': %d of %d layers, query and key projections, stay dense (dense_query_key).",
+                    phase, len(kept), len(self.targets),
+                )  # fmt: skip
+            if forced := [name for name in dense if name not in kept]:
                 logger.warning(
                     "phase '%s': %d of %d layers stay dense, since their rank would reach break-even: %s",
-                    phase, len(dense), len(self.targets), ", ".join(dense),
+                    phase, len(forced), len(self.targets), ", ".join(forced),
                 )  # fmt: skip
 
     def _check_low_rank(self) -> None:

@@ -61,7 +61,7 @@ def resolved_plan(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Mod
 
 def budget_of(config: DRTConfig, kinds: set[str]) -> float:
     """The budget in force for phases of these kinds: an adapter alone takes more than 2/3 of the dense FLOPs."""
-    return config.budget if config.budget is not None else 0.9 if "adapter" in kinds else 0.5
+    return config.budget if config.budget is not None else 0.9 if "adapter" in kinds else 0.4
 
 
 def _cost_of_forms(model: nn.Module, config: DRTConfig) -> Callable[[str, int | float | None], float]:

@@ -20,6 +20,7 @@ LASTING = (
     "factored_lr_scale",
     "adapter_lr_scale",
     "frobenius_decay",
+    "dense_query_key",
 )
 _SAME_RUN = "Resume with the model and the drt settings of the run that wrote it."
 _KEYS = {"plan": str, "max_steps": int, "phase": object, "settings": dict, "layers": dict}

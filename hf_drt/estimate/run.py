@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.estimate.batch import BatchSpec
 from hf_drt.estimate.step import StepCost, simulate_step
-from hf_drt.forms import Adapter, Dense, Factored, Form, break_even_rank, form_of
+from hf_drt.forms import Adapter, Dense, Factored, Form, break_even_rank, form_of, stays_dense
 from hf_drt.transition import empty_forms
 
 
@@ -145,7 +146,8 @@ def estimate_run(
         LayerEstimate(name, shape, break_even_rank(*shape), dense.rows[name], tuple(forms[name] for forms in by_phase))
         for name, shape in controller.targets.items()
     )
-    return RunEstimate(phases, dense, layers, _switch_extra(controller, dense), tuple(_warnings(phases, layers, dense)))
+    found = _warnings(phases, layers, dense, controller.config)
+    return RunEstimate(phases, dense, layers, _switch_extra(controller, dense), tuple(found))
 
 
 def _put(controller: DynamicRank, forms: dict[str, Form]) -> None:
@@ -167,11 +169,16 @@ def _switch_extra(controller: DynamicRank, dense: StepCost) -> int:
     return largest * (max(4, item) + item + dense.optimizer * item // max(1, dense.gradients))
 
 
-def _warnings(phases: tuple[PhaseEstimate, ...], layers: tuple[LayerEstimate, ...], dense: StepCost) -> list[str]:
+def _warnings(
+    phases: tuple[PhaseEstimate, ...], layers: tuple[LayerEstimate, ...], dense: StepCost, config: DRTConfig
+) -> list[str]:
     found = []
     for index, phase in enumerate(phases):
         title = f"phase {index} ({phase.kind})"
-        stays = [layer for layer in layers if phase.kind != "dense" and layer.forms[index] == Dense()]
+        kept = [layer for layer in layers if stays_dense(phase.kind, layer.name, config)]
+        found += [f"{title}: {len(kept)} query and key projections stay dense (dense_query_key)"] if kept else []
+        dense_here = [layer for layer in layers if phase.kind != "dense" and layer.forms[index] == Dense()]
+        stays = [layer for layer in dense_here if layer not in kept]
         found += [f"{title}: {_layers(stays)} stay dense: the rank reaches break-even"] if stays else []
         dearer = [layer for layer in layers if isinstance(layer.forms[index], Adapter) and layer.share(index) > 1]
         if dearer:

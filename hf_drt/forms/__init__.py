@@ -14,7 +14,7 @@ from hf_drt.forms.modules import (
     trainable_weights,
     weight_shape,
 )
-from hf_drt.forms.resolve import break_even_rank, resolve_form, resolve_rank
+from hf_drt.forms.resolve import break_even_rank, is_query_or_key, resolve_form, resolve_rank, stays_dense
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form, form_from_dict, form_to_dict
 
 __all__ = [
@@ -37,10 +37,12 @@ __all__ = [
     "form_from_dict",
     "form_of",
     "form_to_dict",
+    "is_query_or_key",
     "is_transposed",
     "prepare",
     "resolve_form",
     "resolve_rank",
+    "stays_dense",
     "tensor_shapes",
     "trainable_weights",
     "weight_shape",

@@ -5,6 +5,17 @@ import re
 from hf_drt.config import DRTConfig
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form
 
+# Leaves such as q_proj, k_lin, query, key_proj, wq, to_k, q_a_proj; none that holds values too, as kv_proj or qkv.
+_QUERY_OR_KEY = re.compile(
+    r"(?:to_|linear_|w)?(?:q|k|query|key)(?:_(?:proj|lin|linear|layer|[ab]_proj))?", re.IGNORECASE
+)
+
+
+def is_query_or_key(name: str) -> bool:
+    """Whether a layer's name is that of a query or key projection, inside something named after attention."""
+    owner, _, leaf = name.rpartition(".")
+    return "att" in owner.lower() and _QUERY_OR_KEY.fullmatch(leaf) is not None
+
 
 def break_even_rank(out: int, into: int) -> float:
     """``out in / (out + in)``: the rank at which the factors hold as many parameters as W."""
@@ -16,6 +27,12 @@ def resolve_rank(shape: tuple[int, int], rank: float, multiple: int) -> int:
     if isinstance(rank, int):
         return rank
     return max(multiple, multiple * round(rank * min(shape) / multiple))
+
+
+def stays_dense(kind: str, name: str, config: DRTConfig) -> bool:
+    """Whether the configuration keeps a layer dense in phases of a kind, whatever its rank (``dense_query_key``)."""
+    named = any(re.search(pattern, name) for pattern in config.rank_pattern or {})
+    return kind == "factored" and config.keeps_query_key and is_query_or_key(name) and not named
 
 
 def requested_rank(name: str, phase_rank: float | None, config: DRTConfig) -> float:
@@ -39,9 +56,10 @@ def resolve_form(kind: str, shape: tuple[int, int], config: DRTConfig, name: str
         phase_rank: Rank written into the schedule; None for the configuration's.
 
     Returns:
-        The form; Dense where the rank would reach break-even, out in / (out + in), and low rank save nothing.
+        The form; Dense where the rank would reach break-even, out in / (out + in), and low rank save nothing, and for
+        query and key projections in factored phases, where the configuration keeps those.
     """
-    if kind == "dense":
+    if kind == "dense" or stays_dense(kind, name, config):
         return Dense()
     rank = resolve_rank(shape, requested_rank(name, phase_rank, config), config.rank_multiple)
     if rank >= break_even_rank(*shape):

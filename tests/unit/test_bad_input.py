@@ -104,6 +104,7 @@ FIELDS = [
     ("factored_lr_scale", "2", r"factored_lr_scale must be a number above 0, got '2'"),
     ("adapter_lr_scale", -1, r"adapter_lr_scale must be a number above 0, got -1"),
     ("adapter_lr_scale", NAN, r"adapter_lr_scale must be a number above 0, got nan"),
+    ("dense_query_key", "yes", r"dense_query_key must be True, False or None, got 'yes'"),
     ("frobenius_decay", "false", r"frobenius_decay must be .*, got 'false'"),
     ("frobenius_decay", 0.1, r"frobenius_decay must be .*, got 0\.1"),
     ("log_rank_steps", -1, r"log_rank_steps must be a whole number of at least 0, got -1"),

@@ -24,6 +24,7 @@ FLAGS = {
     "exclude": (["layers\\.0"], ["layers\\.0"]),
     "start": (["pretrained"], "pretrained"),
     "budget": (["0.5"], 0.5),
+    "dense_query_key": (["False"], False),
     "adapter_alpha": (["32"], 32.0),
     "adapter_init": (["principal"], "principal"),
     "moments": (["reset"], "reset"),

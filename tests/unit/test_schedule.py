@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import get_linear_schedule_with_warmup
 
 from hf_drt import DRTConfig, DynamicRank
+from hf_drt.forms import Dense, Factored, is_query_or_key
 from hf_drt.schedule import PRESETS, Boundary, Entry, Phase, Plan, Run, Schedule, lr_drops
 from hf_drt.trainer.lr import existing_curve, simulated_curve
 
@@ -82,6 +83,65 @@ def test_a_budget_in_a_model():
     drt = DynamicRank(tiny.llama(), DRTConfig(schedule="auto", budget=0.5, rank_multiple=1), max_steps=1000)
     assert drt.plan.phases[1].kind == "dense"
     assert 0.498 < drt.cost().flops <= 0.5
+
+
+# ---- query and key projections
+
+
+def dense_in(config: DRTConfig, model=None) -> set[str]:
+    """Leaves that stay dense in the first phase."""
+    forms = DynamicRank(model or tiny.llama(), config, max_steps=100).forms(0)
+    return {name.rpartition(".")[2] for name, form in forms.items() if form == Dense()}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "given", "kept"),
+    [
+        ("auto", None, True),
+        ("lowrank:budget@0 dense@budget", None, True),
+        ("factored@0 dense@budget", None, False),  # the budget chooses a boundary alone
+        ("paper", None, False),
+        ("fixed", True, True),
+        ("auto", False, False),
+    ],
+)
+def test_query_and_key_stay_dense_where_the_budget_chooses_the_rank(schedule, given, kept):
+    config = DRTConfig(schedule=schedule, dense_query_key=given, rank_ratio=0.0625, rank_multiple=1, budget=0.5)
+    assert dense_in(config) == ({"q_proj", "k_proj"} if kept else set())
+
+
+def test_query_and_key_take_part_in_adapter_phases_and_follow_rank_pattern():
+    assert dense_in(DRTConfig(schedule="adapter@0", dense_query_key=True, rank=2)) == set()
+    pattern = {"layers.0.self_attn.q_proj": 2}
+    config = DRTConfig(schedule="fixed", dense_query_key=True, rank=2, rank_pattern=pattern)
+    forms = DynamicRank(tiny.llama(), config, max_steps=100).forms(0)
+    assert forms["model.layers.0.self_attn.q_proj"] == Factored(2)
+    assert forms["model.layers.1.self_attn.q_proj"] == Dense()
+
+
+def test_a_phase_that_query_and_key_leave_dense_is_refused():
+    config = DRTConfig(schedule="fixed", dense_query_key=True, rank=2, include=["q_proj"])
+    with pytest.raises(ValueError, match=r"leaves all 2 layers dense: they are query .* Set dense_query_key to False"):
+        DynamicRank(tiny.llama(), config, max_steps=100)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("model.layers.0.self_attn.q_proj", True),
+        ("bert.encoder.layer.0.attention.self.key", True),
+        ("encoder.block.0.layer.0.SelfAttention.k", True),
+        ("distilbert.transformer.layer.0.attention.k_lin", True),
+        ("model.layers.0.self_attn.q_b_proj", True),
+        ("model.layers.0.self_attn.v_proj", False),
+        ("model.layers.0.self_attn.kv_a_proj", False),
+        ("transformer.h.0.attn.c_attn", False),  # holds the values too
+        ("gpt_neox.layers.0.attention.query_key_value", False),
+        ("rwkv.blocks.0.feed_forward.key", False),  # no attention
+    ],
+)
+def test_which_layers_are_query_or_key(name, answer):
+    assert is_query_or_key(name) is answer
 
 
 # ---- learning-rate curves, from their formulas

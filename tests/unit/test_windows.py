@@ -139,11 +139,11 @@ def test_options_are_checked(text, message):
 @pytest.mark.parametrize(
     ("schedule", "settings", "share"),
     [
-        ("auto", {}, 0.5),
-        ("factored@0 dense@budget", {"start": "pretrained"}, 0.5),  # by what is written, not by the model
+        ("auto", {}, 0.4),
+        ("factored@0 dense@budget", {"start": "pretrained"}, 0.4),  # by what is written, not by the model
         ("adapter@0 dense@budget", {}, 0.9),
         ("auto", {"start": "pretrained"}, 0.9),
-        ("auto", {"budget": 0.4}, 0.4),
+        ("auto", {"budget": 0.5}, 0.5),
     ],
 )
 def test_a_budget_that_is_not_given_follows_the_form(schedule, settings, share):
