@@ -5,6 +5,7 @@ Needs ``matplotlib`` (extra ``report``).
 
 import math
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ def _label(panel: Axes, points: dict[str, tuple[float, float]]) -> None:
     frame = panel.get_window_extent()
     for method, (x, y) in sorted(places.items(), key=lambda item: -item[1][1]):
         text = panel.annotate(method, points[method], (0, 0), textcoords="offset points", fontsize=6.5, ha="center",
-                              va="center", annotation_clip=False)  # fmt: skip
+                              va="center", annotation_clip=False,
+                              bbox={"color": "white", "pad": 0.3, "alpha": 0.8})  # fmt: skip
         box = text.get_window_extent()
         dx, dy = next(
             (offset for offset in _offsets(box.width, box.height, pixel)
@@ -115,12 +117,12 @@ def _label(panel: Axes, points: dict[str, tuple[float, float]]) -> None:
         )  # fmt: skip
         text.set_position((dx / pixel, dy / pixel))
         taken.append(_moved(box, dx, dy))
-        if math.hypot(dx, dy) > box.width / 2 + 12 * pixel:
+        if max(abs(dx) - box.width / 2, abs(dy) - box.height / 2) > 6 * pixel:
             end = panel.transData.inverted().transform((x + dx, y + dy))
             panel.plot(*zip(points[method], end, strict=True), color="#909090", linewidth=0.4, zorder=0)
 
 
-def _offsets(width: float, height: float, pixel: float):
+def _offsets(width: float, height: float, pixel: float) -> Iterator[tuple[float, float]]:
     """Offsets of a label's middle from its point, in pixels: sideways first, then in growing rings."""
     for ring in range(12):
         gap = (5 + 7 * ring) * pixel
@@ -141,10 +143,11 @@ def _inside(box: Bbox, frame: Bbox) -> bool:
 
 
 def rank_over_time(name: str, found: Records) -> Figure | None:
-    """One panel per method: mean effective rank of the first seed's run over CPU seconds, on its phases; dense in grey."""
+    """One panel per method: effective rank, mean of the layers, of the first seed, on its phases; dense in grey."""
     runs = {m: records[0] for m, records in found.items() if records[0]["curve"][-1]["effective_rank"] is not None}
     if not runs:
         return None
+    longest = max(r["cpu_seconds"] for r in runs.values())
     columns = min(4, len(runs))
     lines = math.ceil(len(runs) / columns)
     figure = Figure(figsize=(2.3 * columns + 0.4, 1.5 * lines + 0.5), layout="constrained")
@@ -159,12 +162,14 @@ def rank_over_time(name: str, found: Records) -> Figure | None:
             _curve(panel, runs["dense"], color="#909090", linewidth=0.8)
         _curve(panel, record, color="black", marker="o", markersize=2.5)
         panel.set_title(method)
-        panel.set_xlim(left=0)
+        panel.set_xlim(0, longest)
     for panel in panels[len(runs) :]:
         panel.set_visible(False)
     keys = [figure.axes[0].fill([], [], color=colour, alpha=0.3)[0] for colour in FORMS.values()]
     figure.legend(keys, FORMS, loc="outside lower center", ncols=3)
-    figure.supxlabel("CPU seconds", fontsize=8)
+    for panel in panels[max(0, len(runs) - columns) : len(runs)]:
+        panel.set_xlabel("CPU seconds")
+        panel.tick_params(labelbottom=True)
     figure.supylabel(f"effective rank, {name}", fontsize=8)
     return figure
 

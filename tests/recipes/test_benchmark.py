@@ -4,13 +4,22 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import benchmark
+import experiment
+import plots
+import pretrained_tasks
 import pytest
 import store
+import tasks
+import torch
 from benchmark import Missing, settings_of
 from store import Store
 from tables import print_table, rows
+from torch import nn
+
+from hf_drt.schedule import Run, Schedule
 
 BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
 TASK = {
@@ -122,7 +131,159 @@ def test_rows_are_means_and_ratios_of_equal_seeds(folder, capsys):
     assert by_method["dense"]["time"] == 1.0
     assert by_method["late"]["seeds"] == 2
     print_table("made_up", results, [1, 2, 3])
-    assert "| late | 1.5000 ± 0.7071 | 2 | 0.62 |" in capsys.readouterr().out
+    # dense: 3 and 4, so 3.5 with a deviation of 0.7071; 2 * (20 + 40 + 10 + 30) seconds.
+    out = capsys.readouterr().out
+    assert "| late | 1.5000 ± 0.7071 | -2.8 σ | 2 | 0.62 |" in out
+    assert "0.06 hours of training in all." in out
+
+
+def test_memory_is_told_by_phase(folder, capsys):
+    results = Store(folder, "made_up")
+    for seed in (1, 2):
+        made = record("late", seed, results)
+        sizes = {"parameter_bytes": 2**20, "gradient_bytes": 2**19, "optimizer_bytes": seed * 2**21}
+        phases = [{"kind": "factored", "steps": 80, "peak_mib": 40.0 + seed}, {"kind": "dense", "steps": 20}]
+        made["phases"] = [phases[0] | sizes, phases[1] | {"peak_mib": 70.0}]
+        results.add("late", made)
+    benchmark.main(["table", "made_up", "--memory", "--results", str(folder)])
+    out = capsys.readouterr().out
+    assert "| late | 0 factored | 80 | 1.0 | 0.5 | 3.0 | 4.5 | 42 |" in out
+    assert "| late | 1 dense | 20 | – | – | – | – | 70 |" in out
+
+
+# ---- grids
+
+
+GRID = {"before": "factored", "after": "adapter", "I": [0, 40], "D": [40, 100], "training": {"drt_rank": 4}}
+
+
+def test_a_grid_makes_a_method_of_each_window(folder):
+    (folder / "tasks" / "made_up.json").write_text(json.dumps(TASK | {"grid": {"w": GRID}}))
+    methods = store.task_file("made_up")["methods"]
+    made = {name: change["training"] for name, change in methods.items() if name not in TASK["methods"]}
+    assert {name: training["drt_schedule"] for name, training in made.items()} == {
+        "w_0_40": "dense@0 adapter@40%", "w_0_100": "dense@0", "w_40_100": "factored@0 dense@40%",
+    }  # fmt: skip
+    assert all(training["drt_rank"] == 4 for training in made.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"before": "low"}, r"grid 'w' of made_up: before must be one of factored, adapter, lowrank, got 'low'"),
+        ({"I": []}, r"I must be different whole numbers from 0 to 99, in % of the run, got \[\]"),
+        ({"D": [0, 50]}, r"D must be different whole numbers from 1 to 100"),
+        ({"D": [50, 50]}, r"got \[50, 50\]"),
+        ({"I": [60], "D": [40]}, r"is empty: no I of \[60\] is below a D of \[40\]"),
+        ({"E": 1}, "has unknown entries: E"),
+    ],
+)
+def test_a_malformed_grid_is_named(folder, change, message):
+    (folder / "tasks" / "made_up.json").write_text(json.dumps(TASK | {"grid": {"w": GRID | change}}))
+    with pytest.raises(ValueError, match=message):
+        store.task_file("made_up")
+
+
+def test_a_grid_lacks_nothing_and_names_nothing_twice(folder):
+    path = folder / "tasks" / "made_up.json"
+    path.write_text(json.dumps(TASK | {"grid": {"w": {"before": "factored"}}}))
+    with pytest.raises(ValueError, match="grid 'w' of made_up lacks D, I, after"):
+        store.task_file("made_up")
+    path.write_text(json.dumps(TASK | {"methods": {"dense": {}, "w_0_40": {}}, "grid": {"w": GRID}}))
+    with pytest.raises(ValueError, match=r"both have w_0_40\. Rename one"):
+        store.task_file("made_up")
+
+
+NEEDS_CONVOLUTIONS = "fashion_resnet20"
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "tasks").glob("*.json")), ids=lambda path: path.stem)
+def test_every_task_file_has_settings_and_plans(path, tmp_path):
+    results = Store(tmp_path, path.stem)
+    for method, change in store.task_file(path.stem)["methods"].items():
+        if "as_long_as" in change:
+            assert change["as_long_as"] in store.task_file(path.stem)["methods"]
+            continue
+        training = settings_of(path.stem, method, 1, results)["training"]
+        if "drt_schedule" in training and path.stem != NEEDS_CONVOLUTIONS:
+            schedule = Schedule.parse(training["drt_schedule"])
+            if not schedule.uses_budget:
+                assert schedule.resolve(Run(training["max_steps"])).max_steps == training["max_steps"]
+
+
+# ---- pictures
+
+
+def with_curve(method: str, seed: int, results: Store, value: float) -> dict:
+    curve = [{"cpu_seconds": x, "effective_rank": 9.0 - x / 10, "value": value} for x in (5.0, 10.0)]
+    made = record(method, seed, results, value=value)
+    made["phases"][0] |= {"kind": "dense", "cpu_seconds": 10.0}
+    return made | {"curve": curve}
+
+
+def test_pictures_are_drawn_from_records(folder, capsys):
+    (folder / "tasks" / "made_up.json").write_text(json.dumps(TASK | {"grid": {"w": GRID}}))
+    results = Store(folder, "made_up")
+    for seed in (1, 2):
+        for i, method in enumerate(("dense", "late", "narrow", "w_0_40", "w_40_100")):
+            results.add(method, with_curve(method, seed, results, 1.0 + i / 1000))
+    benchmark.main(["plot", "made_up", "--results", str(folder), "--output", str(folder / "png")])
+    names = [Path(line).name for line in capsys.readouterr().out.splitlines()]
+    assert names == ["made_up-quality.png", "made_up-rank.png", "made_up-w.png"]
+    assert all((folder / "png" / name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+def test_labels_do_not_overlap(folder):
+    results = Store(folder, "made_up")
+    found = {f"method_{i}": [with_curve("dense", 1, results, 1.0 + i / 1e5)] for i in range(12)}
+    figure = plots.quality("made_up", found)
+    for panel in figure.axes:
+        boxes = [text.get_window_extent() for text in panel.texts]
+        assert len(boxes) == 12
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [([], "has no record of made_up with seeds"), (["--methods", "magic"], "has no method magic; it has dense")],
+)
+def test_pictures_of_nothing_are_refused(folder, flags, message):
+    with pytest.raises(SystemExit, match=message):
+        benchmark.main(["plot", "made_up", "--results", str(folder), "--output", str(folder / "png"), *flags])
+    assert not (folder / "png").exists()
+
+
+# ---- kinds of tasks, and what is measured
+
+
+def test_an_unknown_kind_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"kind must be one of causal_lm, .*pretrained_lm, got 'poem'"):
+        tasks.build("poem", {}, {}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "message"),
+    [
+        ("text_classifier", {"dtype": "float32"}, "section model of a pretrained task has unknown entries: dtype"),
+        ("pretrained_lm", {"dtype": "int8"}, "dtype must be float32 or bfloat16, got 'int8'"),
+    ],
+)
+def test_a_pretrained_model_takes_no_other_settings(tmp_path, kind, model, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.build(kind, model, {}, tmp_path)
+
+
+def test_parameters_are_frozen_by_name():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    pretrained_tasks.frozen(model, r"^1\.|bias")
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["0.weight"]
+    with pytest.raises(ValueError, match="freeze='head' matches no parameter of Sequential"):
+        pretrained_tasks.frozen(model, "head")
+
+
+def test_bytes_of_tensors_are_counted_inside_of_objects():
+    state = {"a": {"step": 3, "exp_avg": torch.zeros(5), "projector": SimpleNamespace(matrix=torch.zeros(2, 3))}}
+    assert experiment.tensor_bytes([state, None, [torch.zeros(4, dtype=torch.bfloat16)]]) == 5 * 4 + 6 * 4 + 4 * 2
 
 
 @pytest.mark.parametrize(
