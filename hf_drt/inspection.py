@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hf_drt.declaration import METHOD
-from hf_drt.forms import Adapter, Dense, Factored, Form, as_matrix, break_even_rank, form_from_dict
+from hf_drt.forms import Adapter, Dense, Factored, Form, Layout, break_even_rank, form_from_dict
 from hf_drt.hub.block import read_block
 from hf_drt.schedule import Schedule
 from hf_drt.spectral import (
@@ -80,7 +80,7 @@ class StoredLayer:
             case Factored():
                 return self.tensor("U") @ self.tensor("V")
             case Adapter():
-                base = as_matrix(self.tensor("base"), bool(self.transposed))
+                base = Layout(bool(self.transposed)).matrix(self.tensor("base"))
                 return torch.addmm(base, self.tensor("lora_B"), self.tensor("lora_A"), alpha=self.form.scaling)
         return self.tensor("weight")
 

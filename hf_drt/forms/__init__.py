@@ -2,14 +2,14 @@
 
 from hf_drt.forms.conversion import Conversion
 from hf_drt.forms.convert import check, convert, decompose, decomposition_shapes, empty_like, prepare
+from hf_drt.forms.layout import Layout, is_transposed
 from hf_drt.forms.modules import (
     AdapterLinear,
     FactoredLinear,
     LowRankLinear,
-    as_matrix,
     effective_weight,
     form_of,
-    is_transposed,
+    layout_of,
     tensor_shapes,
     trainable_weights,
     weight_shape,
@@ -25,8 +25,8 @@ __all__ = [
     "Factored",
     "FactoredLinear",
     "Form",
+    "Layout",
     "LowRankLinear",
-    "as_matrix",
     "break_even_rank",
     "check",
     "convert",
@@ -38,6 +38,7 @@ __all__ = [
     "form_of",
     "form_to_dict",
     "is_transposed",
+    "layout_of",
     "prepare",
     "resolve_form",
     "resolve_rank",

@@ -12,8 +12,8 @@ from hf_drt.forms.modules import (
     FactoredLinear,
     LowRankLinear,
     effective_weight,
-    is_transposed,
     kaiming_rows,
+    layout_of,
     trainable_weights,
     weight_shape,
     with_weight,
@@ -96,7 +96,7 @@ def empty_like(module: nn.Module, form: Form) -> nn.Module:
     def empty(*shape: int, trainable: bool = True) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, dtype=like.dtype, device=like.device), requires_grad=trainable)
 
-    stored = (into, out) if is_transposed(dense) else (out, into)
+    stored = layout_of(dense).shape(out, into)
     match form:
         case Dense():
             return with_weight(dense, empty(*stored), module.bias, module.training)

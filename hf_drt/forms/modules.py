@@ -13,21 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_drt.forms.layout import Layout, dense_layout, is_transposed
 from hf_drt.forms.lazy import EffectiveWeight
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form
 from hf_drt.spectral import full_precision, working_dtype
 
-CONV1D = "transformers.pytorch_utils.Conv1D"
 
-
-def is_transposed(dense: nn.Module) -> bool:
-    """True for transformers' ``Conv1D`` (GPT-2), whose weight is stored as ``(in, out)``."""
-    return any(f"{cls.__module__}.{cls.__qualname__}" == CONV1D for cls in type(dense).__mro__)
-
-
-def as_matrix(tensor: Tensor, transposed: bool) -> Tensor:
-    """The stored weight as ``W (out, in)``, or back: transposed for ``Conv1D``, itself otherwise."""
-    return tensor.mT if transposed else tensor
+def layout_of(module: nn.Module) -> Layout:
+    """How the dense weight of a layer in any form is stored."""
+    return module.layout if isinstance(module, LowRankLinear) else dense_layout(module)
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
@@ -47,10 +41,10 @@ def trainable_weights(module: nn.Module) -> tuple[nn.Parameter, ...]:
     return (module.weight,)
 
 
-def tensor_shapes(form: Form, shape: tuple[int, int], transposed: bool) -> dict[str, tuple[int, int]]:
+def tensor_shapes(form: Form, shape: tuple[int, int], layout: Layout) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a layer's stored tensors, bias aside, for a layer of shape ``(out, in)``."""
     out, into = shape
-    stored = (into, out) if transposed else shape
+    stored = layout.shape(out, into)
     match form:
         case Factored(rank):
             return {"U": (out, rank), "V": (rank, into)}
@@ -88,9 +82,9 @@ class LowRankLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight_shape(dense)
         self.form = form
-        self.transposed = is_transposed(dense)
+        self.layout = dense_layout(dense)
         self.training = dense.training
-        if self.transposed:
+        if self.layout.transposed:
             self.nf, self.nx = dense.nf, dense.nx
         # In a list, so that nn.Module does not register it as a child.
         self._shell = [with_weight(dense, None, None, dense.training)]
@@ -115,7 +109,7 @@ class LowRankLinear(nn.Module):
         """
         if torch.compiler.is_compiling():  # the compiler drops an unused product by itself
             return self._formed_weight()
-        shape = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
+        shape = self.layout.shape(self.out_features, self.in_features)
         trainable = torch.is_grad_enabled() and any(p.requires_grad for p in self.pair()[:2])
         weight = EffectiveWeight(self._formed_weight, shape, self.pair()[0], trainable)
         # Set on the layer while a checkpoint is loaded: an owner's _init_weights then passes over what it is set on.
@@ -123,7 +117,7 @@ class LowRankLinear(nn.Module):
         return weight
 
     def _formed_weight(self) -> Tensor:
-        return as_matrix(self.matrix(), self.transposed)
+        return self.layout.stored(self.matrix())
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.form}"
@@ -135,8 +129,7 @@ class LowRankLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if hasattr(self.pair()[0], "to_local"):  # sharded: every entry of the state dict is looked up as a parameter
             return
-        shape = (self.in_features, 0) if self.transposed else (0, self.in_features)
-        destination[prefix + "weight"] = self.pair()[0].detach().new_empty(shape)
+        destination[prefix + "weight"] = self.pair()[0].detach().new_empty(self.layout.shape(0, self.in_features))
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -198,7 +191,7 @@ class AdapterLinear(LowRankLinear):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, as_matrix(self.base, self.transposed), self.bias)
+        y = F.linear(x, self.layout.matrix(self.base), self.bias)
         low = F.linear(x, self.lora_A)
         if not self.training:  # rounded as PEFT rounds: an adapter that was trained there gives the same bits here
             return y + F.linear(low, self.lora_B) * self.form.scaling
@@ -207,7 +200,7 @@ class AdapterLinear(LowRankLinear):
         return torch.addmm(sum_with, low, self.lora_B.mT, alpha=self.form.scaling).reshape(y.shape)
 
     def matrix(self) -> Tensor:
-        return as_matrix(self.base, self.transposed) + self.form.scaling * (self.lora_B @ self.lora_A)
+        return self.layout.matrix(self.base) + self.form.scaling * (self.lora_B @ self.lora_A)
 
     def pair(self) -> tuple[nn.Parameter, nn.Parameter, float]:
         return self.lora_B, self.lora_A, self.form.scaling
@@ -231,6 +224,6 @@ def effective_weight(module: nn.Module) -> Tensor:
             return module.U.detach().to(dtype) @ module.V.detach().to(dtype)
         case AdapterLinear():
             L, R, scale = module.pair()
-            base = as_matrix(module.base.detach(), module.transposed).to(dtype)
+            base = module.layout.matrix(module.base.detach()).to(dtype)
             return torch.addmm(base, L.detach().to(dtype), R.detach().to(dtype), alpha=scale)
-    return as_matrix(module.weight.detach(), is_transposed(module)).to(dtype)
+    return layout_of(module).matrix(module.weight.detach()).to(dtype)

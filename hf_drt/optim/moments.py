@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_drt.forms import LowRankLinear, as_matrix, is_transposed, trainable_weights
+from hf_drt.forms import LowRankLinear, layout_of, trainable_weights
 from hf_drt.spectral import working_dtype
 
 State = dict[str, Any]
@@ -115,7 +115,7 @@ def _has_moments(state: State, keys: MomentKeys) -> bool:
 def _lift(module: nn.Module, moments: list[Tensor], second: bool) -> Tensor:
     """The moment of W ``(out, in)`` behind those of the layer's trainable weights."""
     if not isinstance(module, LowRankLinear):
-        return as_matrix(moments[0], is_transposed(module))
+        return layout_of(module).matrix(moments[0])
     L, R, scale = _factors(module)
     m_L, m_R = _by_factor(module, moments)
     return _second_from_factors(L, R, scale, m_L, m_R) if second else _first_from_factors(L, R, scale, m_L, m_R)
@@ -124,7 +124,7 @@ def _lift(module: nn.Module, moments: list[Tensor], second: bool) -> Tensor:
 def _lower(module: nn.Module, moment: Tensor, second: bool) -> list[Tensor]:
     """Moments of the layer's trainable weights from the moment of W ``(out, in)``."""
     if not isinstance(module, LowRankLinear):
-        return [as_matrix(moment, is_transposed(module))]
+        return [layout_of(module).stored(moment)]
     L, R, scale = _factors(module)
     if second:
         parts = scale**2 * moment @ (R * R).mT, scale**2 * (L * L).mT @ moment
