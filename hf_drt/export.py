@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from hf_drt.forms import AdapterLinear, FactoredLinear, LowRankLinear
+from hf_drt.forms import LowRankLinear, merged
 from hf_drt.forms.conversion import rounding
 from hf_drt.spectral import working_dtype
 
@@ -77,10 +77,4 @@ def _merged(layer: LowRankLinear, tensors: dict[str, Tensor]) -> Tensor:
     """``W (out, in)`` from the layer's tensors, in float32 or better."""
     with torch.no_grad():
         whole = {key: value.to(working_dtype(value.dtype)) for key, value in tensors.items()}
-        match layer:
-            case FactoredLinear():
-                return whole["U"] @ whole["V"]
-            case AdapterLinear():
-                base = layer.layout.matrix(whole["base"])
-                return torch.addmm(base, whole["lora_B"], whole["lora_A"], alpha=layer.form.scaling)
-    raise TypeError(f"{type(layer).__name__} is no low-rank form that can be merged.")
+        return merged(layer.form, whole, layer.layout)

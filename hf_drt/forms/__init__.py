@@ -10,12 +10,12 @@ from hf_drt.forms.modules import (
     effective_weight,
     form_of,
     layout_of,
-    tensor_shapes,
     trainable_weights,
     weight_shape,
 )
 from hf_drt.forms.resolve import break_even_rank, resolve_form, resolve_rank
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form, form_from_dict, form_to_dict
+from hf_drt.forms.structures import merged, tensor_shapes
 
 __all__ = [
     "Adapter",
@@ -39,6 +39,7 @@ __all__ = [
     "form_to_dict",
     "is_transposed",
     "layout_of",
+    "merged",
     "prepare",
     "resolve_form",
     "resolve_rank",

@@ -14,11 +14,14 @@ from hf_drt.forms.modules import (
     effective_weight,
     kaiming_rows,
     layout_of,
+    low_rank_layer,
     trainable_weights,
     weight_shape,
     with_weight,
+    working_tensors,
 )
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form
+from hf_drt.forms.structures import halves, tensor_shapes
 from hf_drt.truncation import Truncation, balanced, truncated_product, truncated_svd
 
 
@@ -89,22 +92,19 @@ def prepare(
 def empty_like(module: nn.Module, form: Form) -> nn.Module:
     """A layer in ``form`` with the shapes, dtype, device and bias of ``module`` and with unset values, for loading."""
     _check_rank(module, form)
-    out, into = weight_shape(module)
     like = next(p for name, p in module.named_parameters() if name != "bias")
     dense = _dense_module(module)
+    shapes = tensor_shapes(form, weight_shape(module), layout_of(module))
 
     def empty(*shape: int, trainable: bool = True) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, dtype=like.dtype, device=like.device), requires_grad=trainable)
 
-    stored = layout_of(dense).shape(out, into)
     match form:
         case Dense():
-            return with_weight(dense, empty(*stored), module.bias, module.training)
-        case Factored(rank):
-            return FactoredLinear(dense, form, empty(out, rank), empty(rank, into), module.bias)
-        case Adapter(rank):
-            base = empty(*stored, trainable=False)
-            return AdapterLinear(dense, form, base, empty(rank, into), empty(out, rank), module.bias)
+            return with_weight(dense, empty(*shapes["weight"]), module.bias, module.training)
+        case Factored() | Adapter():
+            tensors = {name: empty(*size, trainable=name != "base") for name, size in shapes.items()}
+            return low_rank_layer(dense, form, tensors, module.bias)
 
 
 def check(module: nn.Module, form: Form) -> None:
@@ -159,7 +159,7 @@ def _to_factored(module: nn.Module, form: Factored, generator: torch.Generator |
     U, V = spectral_factors(parts, form.rank, generator)
     like = next(p for name, p in module.named_parameters() if name != "bias")
     dense = _dense_module(module)
-    factored = FactoredLinear(dense, form, _parameter(U, like), _parameter(V, like), module.bias)
+    factored = low_rank_layer(dense, form, {"U": _parameter(U, like), "V": _parameter(V, like)}, module.bias)
     factored.training = module.training
     return Conversion(factored, parts.error.item())
 
@@ -175,7 +175,8 @@ def _to_adapter(
     else:
         L, A = torch.zeros(out, form.rank), kaiming_rows(form.rank, into, generator)
     base = _future_base(module)
-    adapter = AdapterLinear(_dense_module(module), form, base, _parameter(A, like), _parameter(L, like), module.bias)
+    tensors = {"base": base, "lora_A": _parameter(A, like), "lora_B": _parameter(L, like)}
+    adapter = low_rank_layer(_dense_module(module), form, tensors, module.bias)
     adapter.training = module.training
     return Conversion(adapter, 0.0, _base_merge(module, adapter, parts is not None), [(base, False)])
 
@@ -201,8 +202,8 @@ def _base_merge(module: nn.Module, adapter: AdapterLinear, principal: bool) -> M
 def _without(module: nn.Module, adapter: AdapterLinear) -> Tensor:
     """The old effective W minus the new adapter's product, as cast: so the base takes up what the cast has cost."""
     W = effective_weight(module)
-    L, R, scale = adapter.pair()
-    return torch.addmm(W, L.detach().to(W.dtype), R.detach().to(W.dtype), alpha=-scale)
+    L, R = halves(adapter.form, working_tensors(adapter))
+    return torch.addmm(W, L, R, alpha=-adapter.form.scaling)
 
 
 def _unformed(like: Tensor) -> nn.Parameter:
