@@ -2,7 +2,7 @@
 
 from hf_drt.forms.conversion import Conversion
 from hf_drt.forms.convert import check, convert, decompose, decomposition_shapes, empty_like, prepare
-from hf_drt.forms.layout import Layout, is_transposed
+from hf_drt.forms.layout import ConvShape, Layout, is_transposed
 from hf_drt.forms.modules import (
     AdapterLinear,
     FactoredLinear,
@@ -14,12 +14,13 @@ from hf_drt.forms.modules import (
     weight_shape,
 )
 from hf_drt.forms.resolve import break_even_rank, resolve_form, resolve_rank
-from hf_drt.forms.specs import Adapter, Dense, Factored, Form, form_from_dict, form_to_dict
+from hf_drt.forms.specs import Adapter, Dense, Factored, Form, flops_of, form_from_dict, form_to_dict, parameters_of
 from hf_drt.forms.structures import merged, tensor_shapes
 
 __all__ = [
     "Adapter",
     "AdapterLinear",
+    "ConvShape",
     "Conversion",
     "Dense",
     "Factored",
@@ -34,12 +35,14 @@ __all__ = [
     "decomposition_shapes",
     "effective_weight",
     "empty_like",
+    "flops_of",
     "form_from_dict",
     "form_of",
     "form_to_dict",
     "is_transposed",
     "layout_of",
     "merged",
+    "parameters_of",
     "prepare",
     "resolve_form",
     "resolve_rank",

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_drt.forms.layout import Layout, dense_layout, is_transposed
+from hf_drt.forms.layout import ConvShape, Layout, dense_layout, is_transposed
 from hf_drt.forms.lazy import EffectiveWeight
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form
 from hf_drt.forms.structures import NAMES, halves, merged
@@ -25,9 +25,11 @@ def layout_of(module: nn.Module) -> Layout:
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
-    """``(out, in)`` of a layer in any form."""
+    """``(out, in)`` of a layer in any form; :class:`ConvShape` of a convolution, whose kernel is seen as a matrix."""
     if is_transposed(module):
         return module.nf, module.nx
+    if kernel := layout_of(module).kernel:
+        return ConvShape(module.out_channels, module.in_channels * math.prod(kernel), kernel, module.stride)
     return module.out_features, module.in_features
 
 
@@ -71,9 +73,9 @@ class LowRankLinear(nn.Module):
         bias: nn.Parameter | None,
     ):
         super().__init__()
-        self.out_features, self.in_features = weight_shape(dense)
         self.form = form
         self.layout = dense_layout(dense)
+        self.out_features, self.in_features = weight_shape(dense)
         self.training = dense.training
         if self.layout.transposed:
             self.nf, self.nx = dense.nf, dense.nx
@@ -166,14 +168,6 @@ class AdapterLinear(LowRankLinear):
         # One product that adds and scales: the sum of two outputs would be a third pass over memory of their size.
         low, sum_with = low.reshape(-1, self.form.rank), y.reshape(-1, self.out_features)
         return torch.addmm(sum_with, low, self.lora_B.mT, alpha=self.form.scaling).reshape(y.shape)
-
-
-def low_rank_layer(
-    dense: nn.Module, form: Factored | Adapter, tensors: dict[str, nn.Parameter], bias: nn.Parameter | None
-) -> LowRankLinear:
-    """The module of a low-rank form of ``dense``, with tensors as :func:`tensor_shapes` names them."""
-    cls = FactoredLinear if isinstance(form, Factored) else AdapterLinear
-    return cls(dense, form, tensors, bias)
 
 
 def kaiming_rows(rank: int, width: int, generator: torch.Generator | None) -> Tensor:

@@ -4,6 +4,9 @@ With ``W = const + s L R`` (``L (out, r)``, ``R (r, in)``, s = 1 for factors and
 are ``dL/dL = s G R^T`` and ``dL/dR = s L^T G``, where G = dL/dW. A first moment is a moving average of gradients, and
 follows the same linear maps. A second moment is the average of squared gradients; its image is exact for entries of G
 that are independent of each other (``v_L = s^2 v_W (R*R)^T``), which is the assumption Adam makes anyway.
+
+A kernel is the matrix that its layout makes of it. The products of 'tucker' and 'cp' have three factors or more: there
+moments start anew.
 """
 
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_drt.forms import LowRankLinear, layout_of, trainable_weights
+from hf_drt.forms import LowRankLinear, form_of, layout_of, trainable_weights
 from hf_drt.spectral import working_dtype
 
 State = dict[str, Any]
@@ -72,7 +75,8 @@ def project(old: nn.Module, new: nn.Module, states: list[State], keys: MomentKey
 
 
 def _project(old: nn.Module, new: nn.Module, states: list[State], keys: MomentKeys) -> list[State]:
-    if not all(states) or not (keys.first or keys.second):
+    by_matrix = all(getattr(form_of(module), "decomposition", "svd") == "svd" for module in (old, new))
+    if not by_matrix or not all(states) or not (keys.first or keys.second):
         return [{} for _ in trainable_weights(new)]
     new_parts = trainable_weights(new)
     images: list[State] = [{k: _copy(v) for k, v in states[0].items() if not _is_moment(k, keys)} for _ in new_parts]
