@@ -8,7 +8,7 @@ import torch
 from hf_drt.controller import DynamicRank
 from hf_drt.estimate.batch import BatchSpec
 from hf_drt.estimate.step import StepCost, simulate_step
-from hf_drt.forms import Adapter, Dense, Factored, Form, break_even_rank, form_of
+from hf_drt.forms import Adapter, Dense, Factored, Form, break_even_of, flops_of, form_of
 from hf_drt.transition import empty_forms
 
 
@@ -54,7 +54,7 @@ class LayerEstimate:
 
     def share(self, phase: int) -> float:
         """FLOPs in a phase over those of the dense layer."""
-        return self.forms[phase].flops(*self.shape) / Dense().flops(*self.shape)
+        return flops_of(self.forms[phase], self.shape) / flops_of(Dense(), self.shape)
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,11 @@ def estimate_run(
         phases = tuple(_phase(controller, index, forms, cost(forms)) for index, forms in enumerate(by_phase))
     finally:
         _put(controller, plain)
+    decomposition = controller.config.decomposition
     layers = tuple(
-        LayerEstimate(name, shape, break_even_rank(*shape), dense.rows[name], tuple(forms[name] for forms in by_phase))
+        LayerEstimate(
+            name, shape, break_even_of(shape, decomposition), dense.rows[name], tuple(forms[name] for forms in by_phase)
+        )
         for name, shape in controller.targets.items()
     )
     return RunEstimate(phases, dense, layers, _switch_extra(controller, dense), tuple(_warnings(phases, layers, dense)))
