@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_drt.forms import as_matrix
+from hf_drt.forms import Layout
 from hf_drt.inspection import StoredLayer
 from hf_drt.spectral import effective_rank, singular_values
 
@@ -93,7 +93,7 @@ def weight_differences(
     for a, b in pairs:
         # A dense layer does not say how it is stored; the same layer in low-rank form does.
         transposed = bool(a.transposed or b.transposed)
-        W_a, W_b = (as_matrix(layer.matrix(), transposed and layer.transposed is None) for layer in (a, b))
+        W_a, W_b = (Layout(transposed and layer.transposed is None).matrix(layer.matrix()) for layer in (a, b))
         if W_a.shape != W_b.shape:
             shapes = f"{tuple(W_a.shape)} in one checkpoint and {tuple(W_b.shape)} in the other"
             raise ValueError(f"{a.name} has shape {shapes}: they are of different models.")

@@ -20,6 +20,7 @@ from hf_drt.forms import (
     Form,
     effective_weight,
     form_of,
+    parameters_of,
     prepare,
     resolve_rank,
     weight_shape,
@@ -260,7 +261,7 @@ def _layer(name: str, module: nn.Module) -> _Layer:
     form, shape = form_of(module), weight_shape(module)
     try:
         if isinstance(module, FactoredLinear):
-            values = factored_singular_values(module.U, module.V)
+            values = factored_singular_values(*module.pair()[:2])
         else:
             values = singular_values(effective_weight(module))
     except ValueError as error:
@@ -271,8 +272,7 @@ def _layer(name: str, module: nn.Module) -> _Layer:
 
 def _stored(form: Form, shape: tuple[int, int]) -> int:
     """Weights that a layer holds, bias aside."""
-    out, into = shape
-    return form.parameters(out, into) + (out * into if isinstance(form, Adapter) else 0)
+    return parameters_of(form, shape) + (math.prod(shape) if isinstance(form, Adapter) else 0)
 
 
 def _criterion(**given: float | None) -> tuple[str, float]:

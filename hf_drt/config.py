@@ -10,6 +10,8 @@ Start = Literal["auto", "scratch", "pretrained"]
 AdapterInit = Literal["zero", "principal"]
 Moments = Literal["project", "reset"]
 Export = Literal["dense", "native", "adapter"]
+Decomposition = Literal["svd", "tucker", "cp"]
+_PAPER_ALPHA = {"svd": 16.0, "tucker": 1.0, "cp": 64.0}
 
 _RANK_BY_BUDGET = re.compile(r"^\s*auto\b|:budget\b")
 
@@ -30,9 +32,9 @@ class DRTConfig:
 
     schedule: str | None = _option(
         None,
-        "Phases of the run, e.g. 'factored@0 dense@40%% adapter@80%%', or a preset: paper, fixed, warmup, cyclic, "
-        "decay, auto, adaptive. Boundaries are shares of the run (%%), update steps (400), epochs (1.5ep), LR anchors "
-        "(lr<0.9), or 'budget'. Unset: plain training, without any change.",
+        "Phases of the run, e.g. 'factored@0 dense@40%% adapter@80%%', or a preset: paper, paper_conv, fixed, warmup, "
+        "cyclic, decay, auto, adaptive. Boundaries are shares of the run (%%), update steps (400), epochs (1.5ep), LR "
+        "anchors (lr<0.9), or 'budget'. Unset: plain training, without any change.",
     )
     rank_ratio: float = _option(0.25, "Rank of low-rank layers as a share of min(out, in), in (0, 1].")
     rank: int | None = _option(None, "Absolute rank of low-rank layers, at least 1; takes the place of rank_ratio.")
@@ -40,6 +42,12 @@ class DRTConfig:
         None,
         "JSON object from a regular expression on the layer's name to its rank: a whole number is an absolute rank, "
         "a number with a decimal point a share of min(out, in). The first match wins, e.g. '{\"attn\": 0.125}'.",
+    )
+    decomposition: Decomposition = _option(
+        "svd",
+        "Low-rank structure of convolutions: 'svd' (k x k convolution to the rank, then 1 x 1), 'tucker' (1 x 1, k x k "
+        "core, 1 x 1) or 'cp' (1 x 1, depthwise, 1 x 1). Linear layers and 1 x 1 convolutions are always 'svd'. The "
+        "rank of a convolution, where it is a share, is one of its output channels.",
     )
     rank_multiple: int = _option(8, "Ranks given as a share are rounded to a multiple of this, at least 1.")
     include: list[str] | None = _option(
@@ -63,7 +71,11 @@ class DRTConfig:
         "What 'lowrank' in a schedule or preset stands for: factored form for a model from 'scratch', adapter form for "
         "a 'pretrained' one, whose weights a truncation would destroy. 'auto' looks where the weights come from.",
     )
-    adapter_alpha: float = _option(16.0, "Numerator of the adapter's scaling alpha / rank, above 0.")
+    adapter_alpha: float | None = _option(
+        None,
+        "Numerator of the adapter's scaling alpha / rank, above 0. Unset: 16; with the preset paper_conv 16, 1 or 64, "
+        "by decomposition.",
+    )
     adapter_init: AdapterInit = _option(
         "zero", "Start of the adapter: 'zero' (lora_B = 0) or 'principal' (top singular directions of W)."
     )
@@ -123,12 +135,16 @@ class DRTConfig:
                 "in (0, 1]",
                 "It is a share of dense training FLOPs.",
             )
+        if self.adapter_alpha is None:
+            paper = re.match(r"\s*paper_conv\b", self.schedule or "") and self.decomposition in _PAPER_ALPHA
+            object.__setattr__(self, "adapter_alpha", _PAPER_ALPHA[self.decomposition] if paper else 16.0)
         _require(_is_number(self.adapter_alpha) and self.adapter_alpha > 0, self, "adapter_alpha", "a number above 0")
         for name, choices in (
             ("start", Start),
             ("adapter_init", AdapterInit),
             ("moments", Moments),
             ("export", Export),
+            ("decomposition", Decomposition),
         ):
             _require(getattr(self, name) in get_args(choices), self, name, f"one of {', '.join(get_args(choices))}")
         for name in ("rewarmup_steps", "log_rank_steps"):
@@ -139,7 +155,15 @@ class DRTConfig:
             _require(_is_number(getattr(self, name)) and getattr(self, name) > 0, self, name, "a number above 0")
         for name in ("frobenius_decay", "log_rank_per_layer", "evaluate_at_switch", "save_at_switch", "tag_phases"):
             _require(isinstance(getattr(self, name), bool), self, name, "True or False")
+<<<<<<< HEAD
         _require(self.dense_query_key in (None, True, False), self, "dense_query_key", "True, False or None")
+=======
+        if self.frobenius_decay and self.decomposition != "svd":
+            raise ValueError(
+                f"frobenius_decay is the decay of a product U V, and decomposition='{self.decomposition}' has more "
+                "factors. Use decomposition='svd', or leave frobenius_decay out."
+            )
+>>>>>>> 03c43bddc4985a693be5546f37f792b8658adf5f
         if self.seed is not None:
             _require(_is_int(self.seed) and self.seed >= 0, self, "seed", "a whole number of at least 0")
         for name in ("include", "exclude"):

@@ -19,7 +19,7 @@ from hf_drt.declaration import declare
 from hf_drt.forms import (
     Dense,
     Form,
-    break_even_rank,
+    break_even_of,
     effective_weight,
     form_of,
     resolve_form,
@@ -39,7 +39,7 @@ from hf_drt.optim import (
 )
 from hf_drt.pretrained import budget_of, resolved_plan
 from hf_drt.schedule import Phase, Plan, Run, Schedule, Trigger
-from hf_drt.selection import find_targets, has_hooks, is_linear
+from hf_drt.selection import find_targets, has_hooks, is_layer
 from hf_drt.sharding import gathered
 from hf_drt.spectral import effective_rank, factored_singular_values, gram_singular_values
 from hf_drt.structure import LASTING, check_structure, stored_plan, structure
@@ -175,10 +175,15 @@ class DynamicRank:
                     "dense_query_key keeps. Set dense_query_key to False, or include more layers."
                 )
             if len(dense) == len(self.targets):
+<<<<<<< HEAD
                 name, shape = next((name, shape) for name, shape in self.targets.items() if name not in kept)
+=======
+                name, shape = next(iter(self.targets.items()))
+                limit = break_even_of(shape, self.config.decomposition)
+>>>>>>> 03c43bddc4985a693be5546f37f792b8658adf5f
                 raise ValueError(
                     f"phase '{phase}' leaves all {len(dense)} layers dense: their ranks reach break-even, e.g. "
-                    f"{break_even_rank(*shape):.4g} for {name} of shape (out, in) = {shape}, from where factors cost "
+                    f"{limit:.4g} for {name} of shape (out, in) = {shape}, from where factors cost "
                     "more than W. Lower the rank (in the schedule, rank_pattern, rank or rank_ratio), or rank_multiple "
                     "for small layers."
                 )
@@ -416,10 +421,10 @@ class DynamicRank:
             module = self.model.get_submodule(name)
         except AttributeError:
             module = None
-        if module is None or not is_linear(module) or weight_shape(module) != self.targets[name]:
+        if module is None or not is_layer(module) or weight_shape(module) != self.targets[name]:
             found = "nothing" if module is None else f"a {type(module).__name__}"
             raise ValueError(
-                f"the model has {found} where the linear layer {name} of shape (out, in) = {self.targets[name]} was. "
+                f"the model has {found} where the layer {name} of shape (out, in) = {self.targets[name]} was. "
                 "Build DynamicRank after all other changes to the model."
             )
         if any(weight.numel() == 0 for weight in module.parameters()):
@@ -487,7 +492,7 @@ def _plan_from(config: DRTConfig, max_steps: int | None, model: nn.Module) -> tu
 
 def _spectrum(module: nn.Module) -> Tensor:
     if isinstance(module, FactoredLinear):
-        return factored_singular_values(module.U, module.V)
+        return factored_singular_values(*module.pair()[:2])
     return gram_singular_values(effective_weight(module))
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hf_drt.forms import Dense, Form
+from hf_drt.forms import Dense, Form, flops_of, parameters_of
 from hf_drt.schedule import Plan
 
 
@@ -44,9 +44,13 @@ class PlanCost:
 
 
 def relative_flops(shapes: Sequence[tuple[int, int]], forms: Sequence[Form]) -> float:
-    """Multiply-adds of layers of shapes ``(out, in)`` in some forms over those of the same layers in dense form."""
-    dense = sum(Dense().flops(*shape) for shape in shapes)
-    return sum(form.flops(*shape) for form, shape in zip(forms, shapes, strict=True)) / dense
+    """Multiply-adds of layers of shapes ``(out, in)`` in some forms over those of the same layers in dense form.
+
+    Every layer is counted for one token, and a convolution for one output position; how many positions it has is not
+    known here (:mod:`hf_drt.estimate` knows).
+    """
+    dense = sum(flops_of(Dense(), shape) for shape in shapes)
+    return sum(flops_of(form, shape) for form, shape in zip(forms, shapes, strict=True)) / dense
 
 
 def plan_cost(plan: Plan, shapes: Sequence[tuple[int, int]], forms: Sequence[Sequence[Form]]) -> PlanCost:
@@ -62,7 +66,7 @@ def plan_cost(plan: Plan, shapes: Sequence[tuple[int, int]], forms: Sequence[Seq
         tuple(
             PhaseCost(
                 plan.end_of(index) - phase.start,
-                sum(form.parameters(*shape) for form, shape in zip(forms[index], shapes, strict=True))
+                sum(parameters_of(form, shape) for form, shape in zip(forms[index], shapes, strict=True))
                 / dense_parameters,
                 relative_flops(shapes, forms[index]),
             )

@@ -6,12 +6,11 @@ from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from hf_drt.forms import Form, decompose, decomposition_shapes, weight_shape
 from hf_drt.sharding import gathered
 from hf_drt.spectral import working_dtype
-from hf_drt.truncation import Truncation
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ def shares(costs: list[float], count: int) -> list[int]:
     return owner
 
 
-def decompositions(jobs: list[Job]) -> Iterator[Truncation | None]:
+def decompositions(jobs: list[Job]) -> Iterator[tuple[Tensor, ...] | None]:
     """:func:`hf_drt.forms.decompose` of every job in turn, each done by one process and sent to all.
 
     All processes end with the same bits, whatever their hardware, and must take all results. On one process each is
@@ -50,7 +49,7 @@ def decompositions(jobs: list[Job]) -> Iterator[Truncation | None]:
         yield from (decompose(gathered(job.module), job.form) for job in jobs)
         return
     owners = shares([_cost(job) for job in jobs], processes())
-    own: dict[int, Truncation | None] = {}
+    own: dict[int, tuple[Tensor, ...] | None] = {}
     error: Exception | None = None
     for index, module in _in_rounds(jobs, owners):
         try:
@@ -95,16 +94,14 @@ def raise_everywhere(error: Exception | None, jobs: list[Job]) -> None:
         raise ValueError("the change of form failed on another process; its log has the reason.")
 
 
-def _broadcast(job: Job, owner: int, part: Truncation | None) -> Truncation | None:
+def _broadcast(job: Job, owner: int, part: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
     """One result to all processes. Whether there is one follows from the form, so no process has to ask."""
     shapes = decomposition_shapes(job.module, job.form)
     if shapes is None:
         return None
     if part is None:
         like = next(job.module.parameters())
-        part = Truncation(
-            *(torch.empty(shape, dtype=working_dtype(like.dtype), device=like.device) for shape in shapes)
-        )
+        part = tuple(torch.empty(shape, dtype=working_dtype(like.dtype), device=like.device) for shape in shapes)
     for tensor in part:
         dist.broadcast(tensor, src=owner)
     return part

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from hf_drt.forms import AdapterLinear, FactoredLinear, LowRankLinear, as_matrix
+from hf_drt.forms import LowRankLinear, merged
 from hf_drt.forms.conversion import rounding
 from hf_drt.spectral import working_dtype
 
@@ -26,7 +26,7 @@ def dense_state_dict(model: nn.Module, state: dict[str, Tensor] | None = None) -
         tensors = {key: merged.pop(f"{name}.{key}", None) for key in layer.tensors}
         if None not in tensors.values():
             dtype = next(iter(tensors.values())).dtype
-            merged[f"{name}.weight"] = as_matrix(_merged(layer, tensors), layer.transposed).to(dtype).contiguous()
+            merged[f"{name}.weight"] = layer.layout.stored(_merged(layer, tensors)).to(dtype).contiguous()
     return merged
 
 
@@ -54,8 +54,7 @@ def marked_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, T
     marks = {}
     for name, layer in low_rank_layers(model):
         if (tensor := state.get(f"{name}.{layer.tensors[0]}")) is not None:
-            shape = (layer.in_features, 0) if layer.transposed else (0, layer.in_features)
-            marks[f"{name}.weight"] = tensor.new_empty(shape)
+            marks[f"{name}.weight"] = tensor.new_empty(layer.layout.shape(0, layer.in_features))
     return state | marks
 
 
@@ -71,17 +70,11 @@ def _merge_error(layer: LowRankLinear, tensors: dict[str, Tensor]) -> float:
     if dtype == working_dtype(dtype):  # nothing is cast, so spare the product
         return 0.0
     W, base = _merged(layer, tensors), tensors.get("base")
-    return rounding(W, W.to(dtype), None if base is None else as_matrix(base.detach(), layer.transposed))
+    return rounding(W, W.to(dtype), None if base is None else layer.layout.matrix(base.detach()))
 
 
 def _merged(layer: LowRankLinear, tensors: dict[str, Tensor]) -> Tensor:
     """``W (out, in)`` from the layer's tensors, in float32 or better."""
     with torch.no_grad():
         whole = {key: value.to(working_dtype(value.dtype)) for key, value in tensors.items()}
-        match layer:
-            case FactoredLinear():
-                return whole["U"] @ whole["V"]
-            case AdapterLinear():
-                base = as_matrix(whole["base"], layer.transposed)
-                return torch.addmm(base, whole["lora_B"], whole["lora_A"], alpha=layer.form.scaling)
-    raise TypeError(f"{type(layer).__name__} is no low-rank form that can be merged.")
+        return merged(layer.form, whole, layer.layout)

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hf_drt.declaration import METHOD
-from hf_drt.forms import Adapter, Dense, Factored, Form, as_matrix, break_even_rank, form_from_dict
+from hf_drt.forms import Adapter, Dense, Factored, Form, Layout, break_even_rank, form_from_dict, merged
+from hf_drt.forms.structures import NAMES
 from hf_drt.hub.block import read_block
 from hf_drt.schedule import Schedule
 from hf_drt.spectral import (
@@ -76,13 +77,10 @@ class StoredLayer:
 
     def matrix(self) -> Tensor:
         """The effective W, ``(out, in)`` but for a dense layer, which is as stored."""
-        match self.form:
-            case Factored():
-                return self.tensor("U") @ self.tensor("V")
-            case Adapter():
-                base = as_matrix(self.tensor("base"), bool(self.transposed))
-                return torch.addmm(base, self.tensor("lora_B"), self.tensor("lora_A"), alpha=self.form.scaling)
-        return self.tensor("weight")
+        if isinstance(self.form, Dense):
+            return self.tensor("weight")
+        tensors = {name: self.tensor(name) for name in NAMES if name in self.files}
+        return merged(self.form, tensors, Layout(bool(self.transposed)))
 
     def spectrum(self) -> "Spectrum":
         """Its singular values; of a factored layer from r x r matrices.

@@ -1,4 +1,4 @@
-"""Which layers are trained in changing rank: the linear layers of transformer blocks, and why each other one is not.
+"""Which layers are trained in changing rank: the linear layers and convolutions of blocks, and why each other is not.
 
 transformers' classes are recognised by qualified name, so that nothing here imports it.
 """
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_drt.convolutions import conv_inside, conv_unfit, has_conv_form, is_convolution
 from hf_drt.forms import LowRankLinear, is_transposed
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ _HARMLESS_READS = {"dtype", "device", "shape", "size", "ndim"}
 
 @dataclass(frozen=True)
 class Selection:
-    """Linear layers by name: those that change form, and those that stay dense with the reason.
+    """Linear layers and convolutions by name: those that change form, and those that stay dense with the reason.
 
     ``targets`` are in the order of ``model.named_modules()``.
     """
@@ -46,7 +47,9 @@ class Selection:
 
 
 def find_targets(model: nn.Module, include: list[str] | None = None, exclude: list[str] | None = None) -> Selection:
-    """The linear layers inside transformer blocks, narrowed by patterns on their names.
+    """The linear layers and convolutions inside blocks, narrowed by patterns on their names.
+
+    Blocks of convolutions are found in a way of their own (:mod:`hf_drt.convolutions`).
 
     Args:
         model: Any module; blocks are its outermost ``GradientCheckpointingLayer`` objects, else the classes named in
@@ -59,17 +62,19 @@ def find_targets(model: nn.Module, include: list[str] | None = None, exclude: li
     """
     blocks = block_roots(model)
     inside = {id(m) for block in blocks.values() for m in block.modules()}
+    inside_conv = conv_inside(model, blocks)
     experts = _expert_counts(model)
     heads = {id(head) for head in _output_embeddings(model)}
     shared = _shared_parameters(model)
     parents = _parents(model)
     targets, skipped = {}, {}
     for name, module in model.named_modules():
-        if not is_linear(module):
+        if not (is_linear(module) or is_convolution(module)):
             continue
         reason = (
-            ("outside of the blocks" if id(module) not in inside else None)
+            ("outside of the blocks" if id(module) not in (inside_conv if is_convolution(module) else inside) else None)
             or ("output embeddings" if id(module) in heads else None)
+            or (conv_unfit(name, module) if is_convolution(module) else None)
             or _unfit(name, module, parents, shared, experts)
             or _pattern_reason(name, include, exclude)
         )
@@ -115,7 +120,12 @@ def _is_checkpointing_layer(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer in one of the forms, or may become one: nn.Linear, Conv1D, or ours."""
-    return isinstance(module, (nn.Linear, LowRankLinear)) or is_transposed(module)
+    return (isinstance(module, (nn.Linear, LowRankLinear)) and not has_conv_form(module)) or is_transposed(module)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is a linear layer or a convolution with low-rank forms, in one of the forms."""
+    return is_linear(module) or has_conv_form(module) or isinstance(module, (nn.Conv1d, nn.Conv2d))
 
 
 def _list_blocks(model: nn.Module) -> Iterator[str]:
@@ -169,7 +179,11 @@ def _unfit(
     weight = module._parameters.get("weight")
     if weight is None or hasattr(module, "parametrizations"):
         return "parametrized"
-    if not weight.is_floating_point() or weight.ndim != 2 or not set(module._parameters) <= {"weight", "bias"}:
+    if (
+        not weight.is_floating_point()
+        or (weight.ndim != 2 and not is_convolution(module))
+        or not set(module._parameters) <= {"weight", "bias"}
+    ):
         return "quantized or not a plain matrix"
     if not weight.requires_grad:
         return "frozen"
@@ -183,7 +197,8 @@ def _unfit(
         return "owned by a PEFT layer"
     if name and _is_router(name, module, parents, experts):
         return "router of a mixture of experts"
-    if type(module).forward is not nn.Linear.forward and not is_transposed(module) and not _computes_linear(module):
+    known = type(module).forward is nn.Linear.forward or is_transposed(module) or is_convolution(module)
+    if not known and not _computes_linear(module):
         return "computes more than x W^T + b"
     if owner is not None and leaf in _weight_readers(type(owner)):
         return "weight read by its owner"

@@ -14,6 +14,7 @@ LASTING = (
     "rank",
     "rank_pattern",
     "rank_multiple",
+    "decomposition",
     "adapter_alpha",
     "adapter_init",
     "moments",
@@ -22,6 +23,7 @@ LASTING = (
     "frobenius_decay",
     "dense_query_key",
 )
+_UNSAID = {"decomposition": "svd"}  # settings that are left out at this value, as in states from before they existed
 _SAME_RUN = "Resume with the model and the drt settings of the run that wrote it."
 _KEYS = {"plan": str, "max_steps": int, "phase": object, "settings": dict, "layers": dict}
 
@@ -33,6 +35,7 @@ def structure(
 ) -> dict[str, Any]:
     """The structure as JSON: plan, phase, lasting settings, and ``(out, in)`` and form of every target layer."""
     layers = {name: {"shape": list(shape), **form_to_dict(forms[name])} for name, shape in targets.items()}
+    settings = {name: value for name, value in settings.items() if _UNSAID.get(name) != value or value is None}
     return {"plan": str(plan), "max_steps": plan.max_steps, "phase": phase, "settings": settings, "layers": layers}
 
 
@@ -79,8 +82,8 @@ def check_structure(
             "apply(0), and describes no phase.)"
         )
     for name, value in settings.items():
-        if state["settings"].get(name) != value:
-            raise ValueError(f"{name} is {value!r} here, and {state['settings'].get(name)!r} in the state. {_SAME_RUN}")
+        if (stored := state["settings"].get(name, _UNSAID.get(name))) != value:
+            raise ValueError(f"{name} is {value!r} here, and {stored!r} in the state. {_SAME_RUN}")
     _check_layers(state["layers"], targets, forms(state["phase"]), state["phase"])
 
 

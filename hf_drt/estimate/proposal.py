@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from hf_drt.config import DRTConfig
-from hf_drt.forms import Dense, resolve_form
+from hf_drt.forms import Dense, flops_of, resolve_form
 from hf_drt.schedule import Phase, Plan
 
 RATIOS = tuple(k / 128 for k in range(4, 64))
@@ -84,7 +84,7 @@ def propose(budget: float, plan: Plan, layers: Sequence[Layer], step_flops: floa
 def _saved(phase: Phase, layers: Sequence[Layer], config: DRTConfig) -> int:
     """FLOPs that one update step of a phase saves against dense."""
     return sum(
-        2 * layer.rows * (Dense().flops(*layer.shape) - form.flops(*layer.shape))
+        2 * layer.rows * (flops_of(Dense(), layer.shape) - flops_of(form, layer.shape))
         for layer in layers
         for form in (resolve_form(phase.kind, layer.shape, config, layer.name, phase.rank),)
     )

@@ -9,7 +9,11 @@ from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.estimate.batch import BatchSpec
 from hf_drt.estimate.step import StepCost, simulate_step
+<<<<<<< HEAD
 from hf_drt.forms import Adapter, Dense, Factored, Form, break_even_rank, form_of, stays_dense
+=======
+from hf_drt.forms import Adapter, Dense, Factored, Form, break_even_of, flops_of, form_of
+>>>>>>> 03c43bddc4985a693be5546f37f792b8658adf5f
 from hf_drt.transition import empty_forms
 
 
@@ -55,7 +59,7 @@ class LayerEstimate:
 
     def share(self, phase: int) -> float:
         """FLOPs in a phase over those of the dense layer."""
-        return self.forms[phase].flops(*self.shape) / Dense().flops(*self.shape)
+        return flops_of(self.forms[phase], self.shape) / flops_of(Dense(), self.shape)
 
 
 @dataclass(frozen=True)
@@ -142,8 +146,11 @@ def estimate_run(
         phases = tuple(_phase(controller, index, forms, cost(forms)) for index, forms in enumerate(by_phase))
     finally:
         _put(controller, plain)
+    decomposition = controller.config.decomposition
     layers = tuple(
-        LayerEstimate(name, shape, break_even_rank(*shape), dense.rows[name], tuple(forms[name] for forms in by_phase))
+        LayerEstimate(
+            name, shape, break_even_of(shape, decomposition), dense.rows[name], tuple(forms[name] for forms in by_phase)
+        )
         for name, shape in controller.targets.items()
     )
     found = _warnings(phases, layers, dense, controller.config)

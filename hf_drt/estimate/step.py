@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hf_drt.estimate.batch import BatchSpec
 from hf_drt.estimate.counter import StepCounter
 from hf_drt.estimate.optimizer import optimizer_bytes
+from hf_drt.forms import weight_shape
 
 
 class SimulationError(ValueError):
@@ -35,7 +36,8 @@ class StepCost:
         gradients, optimizer: Gradients of all trainable parameters, and the optimizer's state.
         activations: What the forward pass keeps for the backward pass.
         peak: The most that is alive at one time. Less than the sum of the parts: gradients come as activations go.
-        rows: Vectors that each watched layer multiplies in the forward passes, by name.
+        rows: Vectors that each watched layer multiplies in the forward passes, by name; a convolution's output
+            positions.
     """
 
     flops: int
@@ -159,13 +161,13 @@ def _watched(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, int]]
     rows = dict.fromkeys(names, 0)
 
     def count(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if not torch._C._current_graph_task_id() >= 0:  # no second count as checkpointing repeats the forward pass
-                rows[name] += args[0].numel() // args[0].shape[-1]
+                rows[name] += output.numel() // weight_shape(module)[0]
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(count(name)) for name in names]
+    handles = [model.get_submodule(name).register_forward_hook(count(name)) for name in names]
     logger = logging.getLogger("torch._subclasses.fake_tensor")  # logs what is raised anyway
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -2,31 +2,33 @@
 
 from hf_drt.forms.conversion import Conversion
 from hf_drt.forms.convert import check, convert, decompose, decomposition_shapes, empty_like, prepare
+from hf_drt.forms.layout import ConvShape, Layout, is_transposed
 from hf_drt.forms.modules import (
     AdapterLinear,
     FactoredLinear,
     LowRankLinear,
-    as_matrix,
     effective_weight,
     form_of,
-    is_transposed,
-    tensor_shapes,
+    layout_of,
     trainable_weights,
     weight_shape,
 )
-from hf_drt.forms.resolve import break_even_rank, is_query_or_key, resolve_form, resolve_rank, stays_dense
-from hf_drt.forms.specs import Adapter, Dense, Factored, Form, form_from_dict, form_to_dict
+from hf_drt.forms.resolve import break_even_of, break_even_rank, resolve_form, resolve_rank
+from hf_drt.forms.specs import Adapter, Dense, Factored, Form, flops_of, form_from_dict, form_to_dict, parameters_of
+from hf_drt.forms.structures import merged, tensor_shapes
 
 __all__ = [
     "Adapter",
     "AdapterLinear",
+    "ConvShape",
     "Conversion",
     "Dense",
     "Factored",
     "FactoredLinear",
     "Form",
+    "Layout",
     "LowRankLinear",
-    "as_matrix",
+    "break_even_of",
     "break_even_rank",
     "check",
     "convert",
@@ -34,11 +36,15 @@ __all__ = [
     "decomposition_shapes",
     "effective_weight",
     "empty_like",
+    "flops_of",
     "form_from_dict",
     "form_of",
     "form_to_dict",
     "is_query_or_key",
     "is_transposed",
+    "layout_of",
+    "merged",
+    "parameters_of",
     "prepare",
     "resolve_form",
     "resolve_rank",

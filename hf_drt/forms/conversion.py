@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from hf_drt.forms.modules import AdapterLinear, LowRankLinear, as_matrix, is_transposed
+from hf_drt.forms.layout import Layout
+from hf_drt.forms.modules import AdapterLinear, LowRankLinear, layout_of
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,14 @@ class Merge:
     matrix: Callable[[], Tensor]
     source: LowRankLinear | None
 
-    def run(self, transposed: bool) -> float:
+    def run(self, layout: Layout) -> float:
         """Form the weight, cast it once, and return what the cast has cost (:attr:`Conversion.merge_error`)."""
         W = self.matrix()
-        stored = as_matrix(W.to(self.into.dtype), transposed)
+        stored = layout.stored(W.to(self.into.dtype))
         error = 0.0
         if self.source is not None:
             base = self.source.base.detach() if isinstance(self.source, AdapterLinear) else None
-            error = rounding(W, as_matrix(stored, transposed), None if base is None else as_matrix(base, transposed))
+            error = rounding(W, layout.matrix(stored), None if base is None else layout.matrix(base))
         if self.into.shape == stored.shape:
             self.into.copy_(stored)
         else:
@@ -64,9 +65,8 @@ class Conversion:
     def commit(self) -> nn.Module:
         """Form the weight, set what is trainable, let go of the old layer, and return the new one."""
         if self.merge is not None:
-            dense = self.module._shell[0] if isinstance(self.module, LowRankLinear) else self.module
             with torch.no_grad():
-                self.merge_error = self.merge.run(is_transposed(dense))
+                self.merge_error = self.merge.run(layout_of(self.module))
             self.merge = None
         for parameter, flag in self.trainable:
             parameter.requires_grad_(flag)

@@ -3,23 +3,30 @@
 A conversion is prepared first and committed after, so that a failure in one layer leaves every layer as it was.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from hf_drt.cp import cp, cp_limit, equal_norms
 from hf_drt.forms.conversion import Conversion, Merge
+from hf_drt.forms.convolution import AdapterConv, FactoredConv
 from hf_drt.forms.modules import (
     AdapterLinear,
     FactoredLinear,
     LowRankLinear,
     effective_weight,
-    is_transposed,
     kaiming_rows,
+    layout_of,
     trainable_weights,
     weight_shape,
     with_weight,
+    working_tensors,
 )
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form
+from hf_drt.forms.structures import halves, tensor_shapes
 from hf_drt.truncation import Truncation, balanced, truncated_product, truncated_svd
+from hf_drt.tucker import tucker2
 
 
 def convert(module: nn.Module, form: Form, generator: torch.Generator | None = None) -> Conversion:
@@ -29,19 +36,36 @@ def convert(module: nn.Module, form: Form, generator: torch.Generator | None = N
     return conversion
 
 
-def decompose(module: nn.Module, form: Form) -> Truncation | None:
-    """What a conversion to ``form`` needs of the layer's SVD, or None: the one expensive part of :func:`prepare`.
+def decompose(module: nn.Module, form: Form) -> tuple[Tensor, ...] | None:
+    """What a conversion to ``form`` needs of the layer's decomposition, or None: the one expensive part of
+    :func:`prepare`.
 
-    ``U (out, k)``, ``S (k,)`` and ``Vh (k, in)`` with k = min(form.rank, rank of the layer's own factors), and the
-    truncation's error. A factored layer is decomposed by QR and an r x r matrix.
+    For 'svd' a :class:`hf_drt.truncation.Truncation` of rank min(form.rank, rank of the layer's own factors); a layer
+    that is factored by it is decomposed by QR and an r x r matrix. For 'tucker' and 'cp' the factors, in the order of
+    :func:`hf_drt.forms.tensor_shapes`, and the relative Frobenius error.
     """
     shapes = decomposition_shapes(module, form)
     if shapes is None:
         return None
+    layout = layout_of(module)
+    match form.decomposition:
+        case "tucker":
+            return tucker2(layout.stored(effective_weight(module)), form.rank, form.rank_in)
+        case "cp" if module_is_of(module, form):  # a restart, which least squares would move
+            into, *axes, out = (tensor for tensor in working_tensors(module).values())
+            out, *rest = equal_norms([out.mT, into, *axes])
+            return *rest, out.mT.contiguous(), out.new_zeros(())
+        case "cp":
+            return cp(layout.stored(effective_weight(module)), form.rank)
     k = shapes[0][1]
     if isinstance(module, FactoredLinear):
-        return truncated_product(module.U, module.V, k)
+        return truncated_product(*halves(module.form, working_tensors(module)), k)
     return truncated_svd(effective_weight(module), k)
+
+
+def module_is_of(module: nn.Module, form: Form) -> bool:
+    """Whether the layer is in exactly this factored form already."""
+    return isinstance(module, FactoredLinear) and module.form == form
 
 
 def decomposition_shapes(module: nn.Module, form: Form) -> tuple[tuple[int, ...], ...] | None:
@@ -49,12 +73,15 @@ def decomposition_shapes(module: nn.Module, form: Form) -> tuple[tuple[int, ...]
     if not (isinstance(form, Factored) or (isinstance(form, Adapter) and form.init == "principal")):
         return None
     out, into = weight_shape(module)
+    if form.decomposition != "svd":
+        factors = Factored(form.rank, form.decomposition, form.rank_in)
+        return *tensor_shapes(factors, (out, into), layout_of(module)).values(), ()
     k = min(form.rank, module.form.rank) if isinstance(module, FactoredLinear) else form.rank
     return (out, k), (k,), (k, into), ()
 
 
 def prepare(
-    module: nn.Module, form: Form, generator: torch.Generator | None = None, parts: Truncation | None = None
+    module: nn.Module, form: Form, generator: torch.Generator | None = None, parts: tuple[Tensor, ...] | None = None
 ) -> Conversion:
     """The conversion of a layer to ``form``; nothing changes before its ``commit()``.
 
@@ -89,22 +116,19 @@ def prepare(
 def empty_like(module: nn.Module, form: Form) -> nn.Module:
     """A layer in ``form`` with the shapes, dtype, device and bias of ``module`` and with unset values, for loading."""
     _check_rank(module, form)
-    out, into = weight_shape(module)
     like = next(p for name, p in module.named_parameters() if name != "bias")
     dense = _dense_module(module)
+    shapes = tensor_shapes(form, weight_shape(module), layout_of(module))
 
     def empty(*shape: int, trainable: bool = True) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, dtype=like.dtype, device=like.device), requires_grad=trainable)
 
-    stored = (into, out) if is_transposed(dense) else (out, into)
     match form:
         case Dense():
-            return with_weight(dense, empty(*stored), module.bias, module.training)
-        case Factored(rank):
-            return FactoredLinear(dense, form, empty(out, rank), empty(rank, into), module.bias)
-        case Adapter(rank):
-            base = empty(*stored, trainable=False)
-            return AdapterLinear(dense, form, base, empty(rank, into), empty(out, rank), module.bias)
+            return with_weight(dense, empty(*shapes["weight"]), module.bias, module.training)
+        case Factored() | Adapter():
+            tensors = {name: empty(*size, trainable=name != "base") for name, size in shapes.items()}
+            return low_rank_layer(dense, form, tensors, module.bias)
 
 
 def check(module: nn.Module, form: Form) -> None:
@@ -127,13 +151,41 @@ def check(module: nn.Module, form: Form) -> None:
 def _check_rank(module: nn.Module, form: Form) -> None:
     if not isinstance(form, Form):
         raise TypeError(f"{form!r} is no form; allowed are Dense(), Factored(rank) and Adapter(rank, alpha, init).")
+    shape, layout = weight_shape(module), layout_of(module)
+    if getattr(module, "groups", 1) != 1 or isinstance(module, nn.modules.conv._ConvTransposeNd):
+        raise ValueError(f"a {module} has no low-rank form: only convolutions with groups=1 have, and no transposed.")
     if isinstance(form, Dense):
         return
-    limit = min(weight_shape(module))
-    if not 1 <= form.rank <= limit:
+    if form.decomposition != "svd" and not layout.kernel:
         raise ValueError(
-            f"rank must lie in 1..{limit} for a layer of shape (out, in) = {weight_shape(module)}, got {form.rank}."
+            f"decomposition '{form.decomposition}' is of convolutions only, and the layer is linear, of shape "
+            f"(out, in) = {shape}. Use 'svd'."
         )
+    limit = rank_limit(form, shape)
+    if not 1 <= form.rank <= limit:
+        raise ValueError(f"rank must lie in 1..{limit} for a layer of shape (out, in) = {shape}, got {form.rank}.")
+    if form.rank_in is not None and form.rank_in > shape.channels:
+        raise ValueError(
+            f"rank_in must lie in 1..{shape.channels} for a convolution of as many input channels, got {form.rank_in}."
+        )
+
+
+def rank_limit(form: Factored | Adapter, shape: tuple[int, int]) -> int:
+    """The largest rank of a layer of shape ``(out, in)``: from there on every W is met exactly."""
+    match form.decomposition:
+        case "tucker":
+            return shape[0]
+        case "cp":
+            return cp_limit((shape[0], shape.channels, *shape.kernel))
+    return min(shape)
+
+
+def low_rank_layer(
+    dense: nn.Module, form: Factored | Adapter, tensors: dict[str, nn.Parameter], bias: nn.Parameter | None
+) -> LowRankLinear:
+    """The module of a low-rank form of ``dense``, with tensors as :func:`tensor_shapes` names them."""
+    linear, convolution = (FactoredLinear, FactoredConv) if isinstance(form, Factored) else (AdapterLinear, AdapterConv)
+    return (convolution if layout_of(dense).kernel else linear)(dense, form, tensors, bias)
 
 
 def _dense_module(module: nn.Module) -> nn.Module:
@@ -147,7 +199,7 @@ def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
 def _to_dense(module: nn.Module) -> Conversion:
     match module:
         case FactoredLinear():
-            W = _unformed(module.U)
+            W = _unformed(trainable_weights(module)[0])
             return Conversion(module.dense_with(W), 0.0, Merge(W, lambda: effective_weight(module), module))
         case AdapterLinear(base=base):
             merge = Merge(base, lambda: effective_weight(module), module)
@@ -155,36 +207,62 @@ def _to_dense(module: nn.Module) -> Conversion:
     return Conversion(module, 0.0)
 
 
-def _to_factored(module: nn.Module, form: Factored, generator: torch.Generator | None, parts: Truncation) -> Conversion:
-    U, V = spectral_factors(parts, form.rank, generator)
-    like = next(p for name, p in module.named_parameters() if name != "bias")
-    dense = _dense_module(module)
-    factored = FactoredLinear(dense, form, _parameter(U, like), _parameter(V, like), module.bias)
+def _to_factored(
+    module: nn.Module, form: Factored, generator: torch.Generator | None, parts: tuple[Tensor, ...]
+) -> Conversion:
+    factored = low_rank_layer(_dense_module(module), form, _factors(module, form, generator, parts), module.bias)
     factored.training = module.training
-    return Conversion(factored, parts.error.item())
+    return Conversion(factored, parts[-1].item())
 
 
 def _to_adapter(
-    module: nn.Module, form: Adapter, generator: torch.Generator | None, parts: Truncation | None
+    module: nn.Module, form: Adapter, generator: torch.Generator | None, parts: tuple[Tensor, ...] | None
 ) -> Conversion:
-    out, into = weight_shape(module)
-    like = next(p for name, p in module.named_parameters() if name != "bias")
-    if parts is not None:
-        # 1 / scaling is spread over both factors, so that they stay balanced.
-        L, A = (factor / form.scaling**0.5 for factor in spectral_factors(parts, form.rank, generator))
-    else:
-        L, A = torch.zeros(out, form.rank), kaiming_rows(form.rank, into, generator)
     base = _future_base(module)
-    adapter = AdapterLinear(_dense_module(module), form, base, _parameter(A, like), _parameter(L, like), module.bias)
+    tensors = {"base": base} | _factors(module, form, generator, parts)
+    adapter = low_rank_layer(_dense_module(module), form, tensors, module.bias)
     adapter.training = module.training
     return Conversion(adapter, 0.0, _base_merge(module, adapter, parts is not None), [(base, False)])
+
+
+def _factors(
+    module: nn.Module, form: Factored | Adapter, generator: torch.Generator | None, parts: tuple[Tensor, ...] | None
+) -> dict[str, nn.Parameter]:
+    """The product's tensors at its start, by name: from a decomposition, or with a product of zero where it is None."""
+    like = next(p for name, p in module.named_parameters() if name != "bias")
+    sizes = tensor_shapes(form, weight_shape(module), layout_of(module))
+    sizes.pop("base", None)
+    scaling = form.scaling if isinstance(form, Adapter) else 1.0
+    if parts is None:
+        *rest, out = sizes.items()
+        values = {name: kaiming_rows(size[0], math.prod(size[1:]), generator).reshape(size) for name, size in rest}
+        values[out[0]] = torch.zeros(out[1])
+    elif form.decomposition == "svd":
+        # 1 / scaling is spread over both factors, so that they stay balanced.
+        L, R = (factor / scaling**0.5 for factor in spectral_factors(Truncation(*parts), form.rank, generator))
+        values = dict(zip(sizes, (L, R) if isinstance(form, Factored) else (R, L), strict=True))
+    else:
+        *rest, out = parts[:-1]
+        rest = _without_dead(rest, generator) if form.decomposition == "cp" else rest
+        values = dict(zip(sizes, (*rest, out / scaling), strict=True))
+    return {name: _parameter(value, like) for name, value in values.items()}
+
+
+def _without_dead(factors: list[Tensor], generator: torch.Generator | None) -> list[Tensor]:
+    """Random rows where a component of a CP decomposition is zero, or it could never learn; its output stays zero."""
+    return [
+        torch.where(
+            factor.any(dim=1, keepdim=True), factor, kaiming_rows(len(factor), factor.shape[1], generator).to(factor)
+        )
+        for factor in factors
+    ]
 
 
 def _future_base(module: nn.Module) -> nn.Parameter:
     """The Parameter that becomes the adapter's base: the old W's object wherever one exists."""
     match module:
         case FactoredLinear():
-            return _unformed(module.U)
+            return _unformed(trainable_weights(module)[0])
         case AdapterLinear():
             return module.base
     return module.weight
@@ -201,8 +279,8 @@ def _base_merge(module: nn.Module, adapter: AdapterLinear, principal: bool) -> M
 def _without(module: nn.Module, adapter: AdapterLinear) -> Tensor:
     """The old effective W minus the new adapter's product, as cast: so the base takes up what the cast has cost."""
     W = effective_weight(module)
-    L, R, scale = adapter.pair()
-    return torch.addmm(W, L.detach().to(W.dtype), R.detach().to(W.dtype), alpha=-scale)
+    L, R = halves(adapter.form, working_tensors(adapter))
+    return torch.addmm(W, L, R, alpha=-adapter.form.scaling)
 
 
 def _unformed(like: Tensor) -> nn.Parameter:

@@ -7,56 +7,37 @@ same object without its tensors), so that inflation gives back the same class wi
 
 import copy
 import math
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_drt.forms.layout import ConvShape, Layout, dense_layout, is_transposed
 from hf_drt.forms.lazy import EffectiveWeight
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form
+from hf_drt.forms.structures import NAMES, halves, merged
 from hf_drt.spectral import full_precision, working_dtype
 
-CONV1D = "transformers.pytorch_utils.Conv1D"
 
-
-def is_transposed(dense: nn.Module) -> bool:
-    """True for transformers' ``Conv1D`` (GPT-2), whose weight is stored as ``(in, out)``."""
-    return any(f"{cls.__module__}.{cls.__qualname__}" == CONV1D for cls in type(dense).__mro__)
-
-
-def as_matrix(tensor: Tensor, transposed: bool) -> Tensor:
-    """The stored weight as ``W (out, in)``, or back: transposed for ``Conv1D``, itself otherwise."""
-    return tensor.mT if transposed else tensor
+def layout_of(module: nn.Module) -> Layout:
+    """How the dense weight of a layer in any form is stored."""
+    return module.layout if isinstance(module, LowRankLinear) else dense_layout(module)
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
-    """``(out, in)`` of a layer in any form."""
+    """``(out, in)`` of a layer in any form; :class:`ConvShape` of a convolution, whose kernel is seen as a matrix."""
     if is_transposed(module):
         return module.nf, module.nx
+    if kernel := layout_of(module).kernel:
+        return ConvShape(module.out_channels, module.in_channels * math.prod(kernel), kernel, module.stride)
     return module.out_features, module.in_features
 
 
 def trainable_weights(module: nn.Module) -> tuple[nn.Parameter, ...]:
     """What the form trains of W, in the order of ``named_parameters()``: (weight,), (U, V) or (lora_A, lora_B)."""
-    match module:
-        case FactoredLinear():
-            return module.U, module.V
-        case AdapterLinear():
-            return module.lora_A, module.lora_B
-    return (module.weight,)
-
-
-def tensor_shapes(form: Form, shape: tuple[int, int], transposed: bool) -> dict[str, tuple[int, int]]:
-    """Names and shapes of a layer's stored tensors, bias aside, for a layer of shape ``(out, in)``."""
-    out, into = shape
-    stored = (into, out) if transposed else shape
-    match form:
-        case Factored(rank):
-            return {"U": (out, rank), "V": (rank, into)}
-        case Adapter(rank):
-            return {"base": stored, "lora_A": (rank, into), "lora_B": (out, rank)}
-    return {"weight": stored}
+    if not isinstance(module, LowRankLinear):
+        return (module.weight,)
+    return tuple(getattr(module, name) for name in module.tensors if name != "base")
 
 
 def form_of(module: nn.Module) -> Form:
@@ -82,18 +63,27 @@ class LowRankLinear(nn.Module):
     """
 
     form: Factored | Adapter
-    tensors: ClassVar[tuple[str, ...]]  # names of the form's own parameters
+    tensors: tuple[str, ...]  # names of the form's own parameters
 
-    def __init__(self, dense: nn.Module, form: Factored | Adapter):
+    def __init__(
+        self,
+        dense: nn.Module,
+        form: Factored | Adapter,
+        tensors: dict[str, nn.Parameter],
+        bias: nn.Parameter | None,
+    ):
         super().__init__()
-        self.out_features, self.in_features = weight_shape(dense)
         self.form = form
-        self.transposed = is_transposed(dense)
+        self.layout = dense_layout(dense)
+        self.out_features, self.in_features = weight_shape(dense)
         self.training = dense.training
-        if self.transposed:
+        if self.layout.transposed:
             self.nf, self.nx = dense.nf, dense.nx
         # In a list, so that nn.Module does not register it as a child.
         self._shell = [with_weight(dense, None, None, dense.training)]
+        self.tensors = tuple(tensors)
+        for name, tensor in (*tensors.items(), ("bias", bias)):
+            self.register_parameter(name, tensor)
 
     def dense_with(self, weight: nn.Parameter) -> nn.Module:
         """The dense module this layer stands for, with ``weight`` in its layout and this layer's bias."""
@@ -101,11 +91,12 @@ class LowRankLinear(nn.Module):
 
     def matrix(self) -> Tensor:
         """The effective ``W (out, in)``, differentiable."""
-        raise NotImplementedError
+        return merged(self.form, self._parameters, self.layout)
 
-    def pair(self) -> tuple[nn.Parameter, nn.Parameter, float]:
+    def pair(self) -> tuple[Tensor, Tensor, float]:
         """``(L, R, s)`` with ``L (out, r)`` and ``R (r, in)`` trainable and ``W = const + s L R``."""
-        raise NotImplementedError
+        scale = self.form.scaling if isinstance(self.form, Adapter) else 1.0
+        return *halves(self.form, self._parameters), scale
 
     @property
     def weight(self) -> Tensor:
@@ -115,15 +106,15 @@ class LowRankLinear(nn.Module):
         """
         if torch.compiler.is_compiling():  # the compiler drops an unused product by itself
             return self._formed_weight()
-        shape = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
-        trainable = torch.is_grad_enabled() and any(p.requires_grad for p in self.pair()[:2])
-        weight = EffectiveWeight(self._formed_weight, shape, self.pair()[0], trainable)
+        shape = self.layout.shape(self.out_features, self.in_features)
+        trainable = torch.is_grad_enabled() and any(p.requires_grad for p in trainable_weights(self))
+        weight = EffectiveWeight(self._formed_weight, shape, trainable_weights(self)[0], trainable)
         # Set on the layer while a checkpoint is loaded: an owner's _init_weights then passes over what it is set on.
         weight._is_hf_initialized = self.__dict__.get("_is_hf_initialized", False)
         return weight
 
     def _formed_weight(self) -> Tensor:
-        return as_matrix(self.matrix(), self.transposed)
+        return self.layout.stored(self.matrix())
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.form}"
@@ -133,10 +124,10 @@ class LowRankLinear(nn.Module):
     # makes that a size mismatch, which is raised even then.
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(self.pair()[0], "to_local"):  # sharded: every entry of the state dict is looked up as a parameter
+        like = trainable_weights(self)[0]
+        if hasattr(like, "to_local"):  # sharded: every entry of the state dict is looked up as a parameter
             return
-        shape = (self.in_features, 0) if self.transposed else (0, self.in_features)
-        destination[prefix + "weight"] = self.pair()[0].detach().new_empty(shape)
+        destination[prefix + "weight"] = like.detach().new_empty(self.layout.shape(0, self.in_features))
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -148,7 +139,7 @@ class LowRankLinear(nn.Module):
                 f"{self.form}. Convert the layer to Dense() first, or load a checkpoint of the same form."
             )
         # Of another low-rank form? Own tensors may be missing rightly: a sharded checkpoint is loaded in pieces.
-        others = {name for cls in LowRankLinear.__subclasses__() for name in cls.tensors} - set(self.tensors)
+        others = set(NAMES) - set(self.tensors)
         if foreign := sorted(prefix + name for name in others if prefix + name in state_dict):
             error_msgs.append(
                 f"{prefix[:-1]} is in form {self.form} here, but in another in the checkpoint, which holds "
@@ -162,55 +153,21 @@ class LowRankLinear(nn.Module):
 class FactoredLinear(LowRankLinear):
     """``y = U (V x) + b`` with ``U (out, r)`` and ``V (r, in)``: W = U V never exists."""
 
-    tensors = ("U", "V")
-
-    def __init__(self, dense: nn.Module, form: Factored, U: nn.Parameter, V: nn.Parameter, bias: nn.Parameter | None):
-        super().__init__(dense, form)
-        self.U, self.V = U, V
-        self.register_parameter("bias", bias)
-
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.V), self.U, self.bias)
-
-    def matrix(self) -> Tensor:
-        return self.U @ self.V
-
-    def pair(self) -> tuple[nn.Parameter, nn.Parameter, float]:
-        return self.U, self.V, 1.0
 
 
 class AdapterLinear(LowRankLinear):
     """``y = base x + (alpha / r) lora_B (lora_A x) + b``; ``base`` is frozen and stored in the dense layout."""
 
-    tensors = ("base", "lora_A", "lora_B")
-
-    def __init__(
-        self,
-        dense: nn.Module,
-        form: Adapter,
-        base: nn.Parameter,
-        lora_A: nn.Parameter,
-        lora_B: nn.Parameter,
-        bias: nn.Parameter | None,
-    ):
-        super().__init__(dense, form)
-        self.base, self.lora_A, self.lora_B = base, lora_A, lora_B
-        self.register_parameter("bias", bias)
-
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, as_matrix(self.base, self.transposed), self.bias)
+        y = F.linear(x, self.layout.matrix(self.base), self.bias)
         low = F.linear(x, self.lora_A)
         if not self.training:  # rounded as PEFT rounds: an adapter that was trained there gives the same bits here
             return y + F.linear(low, self.lora_B) * self.form.scaling
         # One product that adds and scales: the sum of two outputs would be a third pass over memory of their size.
         low, sum_with = low.reshape(-1, self.form.rank), y.reshape(-1, self.out_features)
         return torch.addmm(sum_with, low, self.lora_B.mT, alpha=self.form.scaling).reshape(y.shape)
-
-    def matrix(self) -> Tensor:
-        return as_matrix(self.base, self.transposed) + self.form.scaling * (self.lora_B @ self.lora_A)
-
-    def pair(self) -> tuple[nn.Parameter, nn.Parameter, float]:
-        return self.lora_B, self.lora_A, self.form.scaling
 
 
 def kaiming_rows(rank: int, width: int, generator: torch.Generator | None) -> Tensor:
@@ -225,12 +182,10 @@ def kaiming_rows(rank: int, width: int, generator: torch.Generator | None) -> Te
 @full_precision()
 def effective_weight(module: nn.Module) -> Tensor:
     """``W (out, in)`` of a layer in any form, merged in float32 or better."""
+    return merged(form_of(module), working_tensors(module), layout_of(module))
+
+
+def working_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The layer's tensors by name, bias aside, without their graph and in float32 or better."""
     dtype = working_dtype(next(module.parameters()).dtype)
-    match module:
-        case FactoredLinear():
-            return module.U.detach().to(dtype) @ module.V.detach().to(dtype)
-        case AdapterLinear():
-            L, R, scale = module.pair()
-            base = as_matrix(module.base.detach(), module.transposed).to(dtype)
-            return torch.addmm(base, L.detach().to(dtype), R.detach().to(dtype), alpha=scale)
-    return as_matrix(module.weight.detach(), is_transposed(module)).to(dtype)
+    return {name: p.detach().to(dtype) for name, p in module.named_parameters() if name != "bias"}

@@ -1,9 +1,10 @@
 """The only place where a share of min(out, in) becomes an integer rank."""
 
+import math
 import re
 
 from hf_drt.config import DRTConfig
-from hf_drt.forms.specs import Adapter, Dense, Factored, Form
+from hf_drt.forms.specs import Adapter, Dense, Factored, Form, parameters_of
 
 # Leaves such as q_proj, k_lin, query, key_proj, wq, to_k, q_a_proj; none that holds values too, as kv_proj or qkv.
 _QUERY_OR_KEY = re.compile(
@@ -22,11 +23,41 @@ def break_even_rank(out: int, into: int) -> float:
     return out * into / (out + into)
 
 
+def break_even_of(shape: tuple[int, int], decomposition: str) -> float:
+    """The rank at which a layer's factors hold as many parameters as W, in the decomposition that it would take."""
+    if not _has_structure(shape, decomposition):
+        return break_even_rank(*shape)
+    out, into = shape
+    size, ratio = into // shape.channels, shape.channels / out
+    if decomposition == "cp":
+        return out * into / (out + shape.channels + sum(shape.kernel))
+    # ratio size r^2 + (out + ratio channels) r = out in, with r_in = ratio r
+    linear, square = out + ratio * shape.channels, ratio * size
+    return (math.sqrt(linear**2 + 4 * square * out * into) - linear) / (2 * square)
+
+
+def _has_structure(shape: tuple[int, int], decomposition: str) -> bool:
+    """Whether a layer takes another decomposition than 'svd': a kernel of one element is nothing but a matrix."""
+    return decomposition != "svd" and max(getattr(shape, "kernel", (1,))) > 1
+
+
 def resolve_rank(shape: tuple[int, int], rank: float, multiple: int) -> int:
-    """An absolute rank (int) as it is, a share (float) of min(out, in) rounded to a multiple, at least one of it."""
+    """An absolute rank (int) as it is, a share (float) of min(out, in) rounded to a multiple, at least one of it.
+
+    Of a convolution the share is one of its output channels.
+    """
     if isinstance(rank, int):
         return rank
-    return max(multiple, multiple * round(rank * min(shape) / multiple))
+    whole = shape[0] if hasattr(shape, "kernel") else min(shape)
+    return max(multiple, multiple * round(rank * whole / multiple))
+
+
+def resolve_rank_in(shape: tuple[int, int], rank: float, multiple: int) -> int:
+    """Tucker's rank of the input channels: the same share of them, in 1..channels; of an absolute rank the share that
+    it is of the output channels, unrounded."""
+    if isinstance(rank, int):
+        return min(shape.channels, max(1, round(shape.channels * rank / shape[0])))
+    return min(shape.channels, max(multiple, multiple * round(rank * shape.channels / multiple)))
 
 
 def stays_dense(kind: str, name: str, config: DRTConfig) -> bool:
@@ -50,20 +81,29 @@ def resolve_form(kind: str, shape: tuple[int, int], config: DRTConfig, name: str
 
     Args:
         kind: 'dense', 'factored' or 'adapter'.
-        shape: ``(out, in)``.
+        shape: ``(out, in)``; of a convolution a :class:`hf_drt.forms.ConvShape`.
         config: Source of ranks, alpha and initialisation.
         name: The layer's name in the model, for ``rank_pattern``.
         phase_rank: Rank written into the schedule; None for the configuration's.
 
     Returns:
+<<<<<<< HEAD
         The form; Dense where the rank would reach break-even, out in / (out + in), and low rank save nothing, and for
         query and key projections in factored phases, where the configuration keeps those.
+=======
+        The form; Dense where the rank would reach break-even, out in / (out + in) or that of the decomposition
+        (:func:`break_even_of`), and low rank save nothing.
+>>>>>>> 03c43bddc4985a693be5546f37f792b8658adf5f
     """
     if kind == "dense" or stays_dense(kind, name, config):
         return Dense()
-    rank = resolve_rank(shape, requested_rank(name, phase_rank, config), config.rank_multiple)
-    if rank >= break_even_rank(*shape):
+    requested = requested_rank(name, phase_rank, config)
+    rank = resolve_rank(shape, requested, config.rank_multiple)
+    decomposition = config.decomposition if _has_structure(shape, config.decomposition) else "svd"
+    rank_in = resolve_rank_in(shape, requested, config.rank_multiple) if decomposition == "tucker" else None
+    factored = Factored(rank, decomposition, rank_in)
+    if parameters_of(factored, shape) >= math.prod(shape) or rank > shape[0]:
         return Dense()
     if kind == "factored":
-        return Factored(rank)
-    return Adapter(rank, float(config.adapter_alpha), config.adapter_init)
+        return factored
+    return Adapter(rank, float(config.adapter_alpha), config.adapter_init, decomposition, rank_in)

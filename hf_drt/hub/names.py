@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_drt.forms import LowRankLinear, weight_shape
 from hf_drt.hub.block import DeclaredLayer
-from hf_drt.selection import is_linear
+from hf_drt.selection import is_layer
 from hf_drt.state import CheckpointError
 from hf_drt.wording import some
 
@@ -50,7 +50,7 @@ def matched(model: nn.Module, declared: Sequence[DeclaredLayer]) -> dict[str, De
 
 
 def _check_layer(name: str, module: nn.Module, layer: DeclaredLayer) -> None:
-    if not is_linear(module) or isinstance(module, LowRankLinear):
+    if not is_layer(module) or isinstance(module, LowRankLinear):
         raise CheckpointError(
             f"{name} is a {type(module).__name__}, and in the checkpoint a linear layer of shape (out, in) = "
             f"{layer.shape}. {_SAME}"

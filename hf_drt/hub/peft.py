@@ -222,7 +222,7 @@ def _lora_config(model: nn.Module, adapters: dict[str, AdapterLinear], name: str
         "init_lora_weights": True,
         "target_modules": _target_modules(model, list(adapters)),
         # One flag for all layers: where they differ, PEFT corrects it per layer, with a warning.
-        "fan_in_fan_out": any(module.transposed for module in adapters.values()),
+        "fan_in_fan_out": any(module.layout.transposed for module in adapters.values()),
     }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from hf_drt.forms import is_transposed, tensor_shapes
+from hf_drt.forms import layout_of, tensor_shapes
 from hf_drt.forms.specs import Dense
 from hf_drt.hub.block import AGAIN, DeclaredLayer
 from hf_drt.hub.names import candidates
@@ -39,12 +39,12 @@ def _shapes_by_layer(files: Sequence[str]) -> dict[str, Shapes]:
 
 
 def _check_layer(layer: DeclaredLayer, found: Shapes, module: nn.Module) -> None:
-    transposed = is_transposed(module)
-    expected: Shapes = dict(tensor_shapes(layer.form, layer.shape, transposed))
+    layout = layout_of(module)
+    expected: Shapes = dict(tensor_shapes(layer.form, layer.shape, layout))
     if module.bias is not None:
         expected["bias"] = tuple(module.bias.shape)
     missing = [name for name in expected if name not in found]
-    if missing and found.get("weight") == tensor_shapes(Dense(), layer.shape, transposed)["weight"]:
+    if missing and found.get("weight") == tensor_shapes(Dense(), layer.shape, layout)["weight"]:
         raise CheckpointError(
             f"the weights hold {layer.name} in dense form, while config.json declares it as {layer.form}. If all "
             "layers are dense (a dense model had the configuration object of one in low-rank form), delete "

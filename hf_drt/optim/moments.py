@@ -4,6 +4,9 @@ With ``W = const + s L R`` (``L (out, r)``, ``R (r, in)``, s = 1 for factors and
 are ``dL/dL = s G R^T`` and ``dL/dR = s L^T G``, where G = dL/dW. A first moment is a moving average of gradients, and
 follows the same linear maps. A second moment is the average of squared gradients; its image is exact for entries of G
 that are independent of each other (``v_L = s^2 v_W (R*R)^T``), which is the assumption Adam makes anyway.
+
+A kernel is the matrix that its layout makes of it. The products of 'tucker' and 'cp' have three factors or more: there
+moments start anew.
 """
 
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_drt.forms import LowRankLinear, as_matrix, is_transposed, trainable_weights
+from hf_drt.forms import LowRankLinear, form_of, layout_of, trainable_weights
 from hf_drt.spectral import working_dtype
 
 State = dict[str, Any]
@@ -72,7 +75,8 @@ def project(old: nn.Module, new: nn.Module, states: list[State], keys: MomentKey
 
 
 def _project(old: nn.Module, new: nn.Module, states: list[State], keys: MomentKeys) -> list[State]:
-    if not all(states) or not (keys.first or keys.second):
+    by_matrix = all(getattr(form_of(module), "decomposition", "svd") == "svd" for module in (old, new))
+    if not by_matrix or not all(states) or not (keys.first or keys.second):
         return [{} for _ in trainable_weights(new)]
     new_parts = trainable_weights(new)
     images: list[State] = [{k: _copy(v) for k, v in states[0].items() if not _is_moment(k, keys)} for _ in new_parts]
@@ -115,7 +119,7 @@ def _has_moments(state: State, keys: MomentKeys) -> bool:
 def _lift(module: nn.Module, moments: list[Tensor], second: bool) -> Tensor:
     """The moment of W ``(out, in)`` behind those of the layer's trainable weights."""
     if not isinstance(module, LowRankLinear):
-        return as_matrix(moments[0], is_transposed(module))
+        return layout_of(module).matrix(moments[0])
     L, R, scale = _factors(module)
     m_L, m_R = _by_factor(module, moments)
     return _second_from_factors(L, R, scale, m_L, m_R) if second else _first_from_factors(L, R, scale, m_L, m_R)
@@ -124,7 +128,7 @@ def _lift(module: nn.Module, moments: list[Tensor], second: bool) -> Tensor:
 def _lower(module: nn.Module, moment: Tensor, second: bool) -> list[Tensor]:
     """Moments of the layer's trainable weights from the moment of W ``(out, in)``."""
     if not isinstance(module, LowRankLinear):
-        return [as_matrix(moment, is_transposed(module))]
+        return [layout_of(module).stored(moment)]
     L, R, scale = _factors(module)
     if second:
         parts = scale**2 * moment @ (R * R).mT, scale**2 * (L * L).mT @ moment

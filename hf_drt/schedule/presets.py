@@ -54,6 +54,14 @@ def _paper(final: str) -> str:
     return f"lowrank@0 dense@I {final}@D"
 
 
+def _paper_conv(ratio: float, final: str) -> str:
+    """The settings of the paper for convolutions: low rank at half of the output channels, full rank from 37 % to 80 %
+    of the run, then an adapter of the same rank (or 'factored') (arXiv 2508.08625)."""
+    _check(0 < ratio <= 1, "ratio", "in (0, 1], a share of the output channels", ratio)
+    _check(final in ("adapter", "factored"), "final", "adapter or factored", final)
+    return f"{form_text('lowrank', ratio)}@0 dense@37% {form_text(final, ratio)}@80%"
+
+
 def _fixed() -> str:
     """Low rank throughout."""
     return "lowrank@0"
@@ -110,6 +118,7 @@ def _auto() -> str:
 
 PRESETS: dict[str, tuple[Callable[..., str | Trigger], dict[str, Any]]] = {
     "paper": (_paper, {"final": "adapter"}),
+    "paper_conv": (_paper_conv, {"ratio": 0.5, "final": "adapter"}),
     "fixed": (_fixed, {}),
     "warmup": (_warmup, {"until": 40.0}),
     "cyclic": (_cyclic, {"windows": 2, "share": 40.0}),

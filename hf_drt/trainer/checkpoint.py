@@ -18,8 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
 from hf_drt.controller import DynamicRank
-from hf_drt.forms import form_from_dict, is_transposed, tensor_shapes
-from hf_drt.forms.modules import LowRankLinear
+from hf_drt.forms import form_from_dict, layout_of, tensor_shapes
 from hf_drt.optim import unwrap
 from hf_drt.state import STATE_NAME, CheckpointError, read_state
 from hf_drt.trainer.fsdp_files import check_engine, check_fsdp_files, is_fsdp_checkpoint
@@ -235,8 +234,7 @@ def _expected_shapes(model: nn.Module, layers: dict[str, dict[str, Any]]) -> Sha
     for name, entry in layers.items():
         entry = dict(entry)
         shape, module = tuple(entry.pop("shape")), modules[name]
-        transposed = module.transposed if isinstance(module, LowRankLinear) else is_transposed(module)
-        tensors = tensor_shapes(form_from_dict(entry), shape, transposed)
+        tensors = tensor_shapes(form_from_dict(entry), shape, layout_of(module))
         shapes |= {f"{name}.{key}": value for key, value in tensors.items()}
     return shapes
 

@@ -12,6 +12,7 @@ from hf_drt.forms import (
     Adapter,
     Dense,
     Factored,
+    Layout,
     convert,
     effective_weight,
     empty_like,
@@ -183,7 +184,7 @@ def test_state_dict_round_trip_into_an_empty_layer(layout, form):
 @forms
 def test_tensor_shapes_are_those_of_the_module(layout, form):
     stored = {n: tuple(p.shape) for n, p in trained(layout, form).named_parameters() if n != "bias"}
-    assert tensor_shapes(form, (OUT, IN), layout == "conv1d") == stored
+    assert tensor_shapes(form, (OUT, IN), Layout(layout == "conv1d")) == stored
 
 
 @layouts

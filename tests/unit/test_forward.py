@@ -25,7 +25,7 @@ def made(form, dense: type = nn.Linear, bias: bool = True, dtype: torch.dtype = 
 def plain(layer: LowRankLinear, x: Tensor) -> Tensor:
     """The definition: x W^T + b, with W written out."""
     if isinstance(layer, AdapterLinear):
-        base = layer.base.mT if layer.transposed else layer.base
+        base = layer.base.mT if layer.layout.transposed else layer.base
         W = base + layer.form.alpha / layer.form.rank * layer.lora_B @ layer.lora_A
     else:
         W = layer.U @ layer.V
