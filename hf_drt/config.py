@@ -155,15 +155,12 @@ class DRTConfig:
             _require(_is_number(getattr(self, name)) and getattr(self, name) > 0, self, name, "a number above 0")
         for name in ("frobenius_decay", "log_rank_per_layer", "evaluate_at_switch", "save_at_switch", "tag_phases"):
             _require(isinstance(getattr(self, name), bool), self, name, "True or False")
-<<<<<<< HEAD
         _require(self.dense_query_key in (None, True, False), self, "dense_query_key", "True, False or None")
-=======
         if self.frobenius_decay and self.decomposition != "svd":
             raise ValueError(
                 f"frobenius_decay is the decay of a product U V, and decomposition='{self.decomposition}' has more "
                 "factors. Use decomposition='svd', or leave frobenius_decay out."
             )
->>>>>>> 03c43bddc4985a693be5546f37f792b8658adf5f
         if self.seed is not None:
             _require(_is_int(self.seed) and self.seed >= 0, self, "seed", "a whole number of at least 0")
         for name in ("include", "exclude"):

@@ -175,12 +175,8 @@ class DynamicRank:
                     "dense_query_key keeps. Set dense_query_key to False, or include more layers."
                 )
             if len(dense) == len(self.targets):
-<<<<<<< HEAD
                 name, shape = next((name, shape) for name, shape in self.targets.items() if name not in kept)
-=======
-                name, shape = next(iter(self.targets.items()))
                 limit = break_even_of(shape, self.config.decomposition)
->>>>>>> 03c43bddc4985a693be5546f37f792b8658adf5f
                 raise ValueError(
                     f"phase '{phase}' leaves all {len(dense)} layers dense: their ranks reach break-even, e.g. "
                     f"{limit:.4g} for {name} of shape (out, in) = {shape}, from where factors cost "

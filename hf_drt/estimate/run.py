@@ -9,11 +9,7 @@ from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.estimate.batch import BatchSpec
 from hf_drt.estimate.step import StepCost, simulate_step
-<<<<<<< HEAD
-from hf_drt.forms import Adapter, Dense, Factored, Form, break_even_rank, form_of, stays_dense
-=======
-from hf_drt.forms import Adapter, Dense, Factored, Form, break_even_of, flops_of, form_of
->>>>>>> 03c43bddc4985a693be5546f37f792b8658adf5f
+from hf_drt.forms import Adapter, Dense, Factored, Form, break_even_of, flops_of, form_of, stays_dense
 from hf_drt.transition import empty_forms
 
 

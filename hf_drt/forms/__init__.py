@@ -13,7 +13,14 @@ from hf_drt.forms.modules import (
     trainable_weights,
     weight_shape,
 )
-from hf_drt.forms.resolve import break_even_of, break_even_rank, resolve_form, resolve_rank
+from hf_drt.forms.resolve import (
+    break_even_of,
+    break_even_rank,
+    is_query_or_key,
+    resolve_form,
+    resolve_rank,
+    stays_dense,
+)
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form, flops_of, form_from_dict, form_to_dict, parameters_of
 from hf_drt.forms.structures import merged, tensor_shapes
 

@@ -87,13 +87,9 @@ def resolve_form(kind: str, shape: tuple[int, int], config: DRTConfig, name: str
         phase_rank: Rank written into the schedule; None for the configuration's.
 
     Returns:
-<<<<<<< HEAD
-        The form; Dense where the rank would reach break-even, out in / (out + in), and low rank save nothing, and for
-        query and key projections in factored phases, where the configuration keeps those.
-=======
         The form; Dense where the rank would reach break-even, out in / (out + in) or that of the decomposition
-        (:func:`break_even_of`), and low rank save nothing.
->>>>>>> 03c43bddc4985a693be5546f37f792b8658adf5f
+        (:func:`break_even_of`), and low rank save nothing, and for query and key projections in factored phases, where
+        the configuration keeps those.
     """
     if kind == "dense" or stays_dense(kind, name, config):
         return Dense()
