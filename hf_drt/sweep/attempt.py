@@ -11,12 +11,12 @@ from torch import nn
 from hf_drt.selection import find_targets
 from hf_drt.sweep.catalog import model_class
 from hf_drt.sweep.cycle import Fault, forward, run_cycle
-from hf_drt.sweep.inputs import make_inputs, placeholders
-from hf_drt.sweep.shrink import tiny_config
+from hf_drt.sweep.inputs import learned, make_inputs
+from hf_drt.sweep.shrink import VARIANTS, Variant, tiny_config
 
 PASSED, NOTHING, UNBUILT, FAILED = "passed", "nothing to select", "not built", "failed"
 OUTCOMES = (PASSED, NOTHING, UNBUILT, FAILED)
-LIMIT = 30_000_000  # parameters
+LIMIT = 60_000_000  # parameters
 
 
 @dataclass
@@ -44,8 +44,8 @@ def attempt(model_type: str, name: str) -> Result:
     """Try one model type, in this process."""
     result, started = Result(model_type, name, UNBUILT), time.perf_counter()
     try:
-        model, inputs = built(model_type, name)
-        result.facts |= {"parameters": sum(p.numel() for p in model.parameters()), "inputs": sorted(inputs)}
+        model, inputs, variant = built(model_type, name)
+        result.facts |= {"variant": vars(variant), "parameters": sum(p.numel() for p in model.parameters()), "inputs": sorted(inputs)}
         result.outcome = FAILED
         _cycle(result, model_type, name, model, inputs)
     except Exception as error:
@@ -65,7 +65,7 @@ def _cycle(result: Result, model_type: str, name: str, model: nn.Module, inputs:
         result.facts |= run_cycle(model, inputs, type(model).from_pretrained)
     except Fault:
         # A choice by the largest score turns a rounding error into another output: only double precision tells.
-        model, inputs = built(model_type, name)
+        model, inputs, _ = built(model_type, name)
         model, inputs = model.double(), {n: _double(value) for n, value in inputs.items()}
         try:
             forward(model, inputs)
@@ -80,34 +80,43 @@ def _double(value: Any) -> Any:
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def built(model_type: str, name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """A tiny model in evaluation mode, and inputs that its forward pass takes.
+def built(model_type: str, name: str) -> tuple[nn.Module, dict[str, Any], Variant]:
+    """A tiny model in evaluation mode, inputs that its forward pass takes, and how far it had to be shrunk.
 
     Raises:
-        Exception: Whatever the architecture raises.
+        Exception: Whatever the architecture raises, of the smallest variant, if none runs.
     """
-    config = tiny_config(model_type)
+    first: Exception | None = None
+    for variant in VARIANTS:
+        try:
+            return *_variant(model_type, name, variant), variant
+        except ImportError:
+            raise
+        except Exception as error:
+            first = first or error
+    raise first
+
+
+def _variant(model_type: str, name: str, variant: Variant) -> tuple[nn.Module, dict[str, Any]]:
     cls = model_class(name)
     with torch.device("meta"):
-        size = sum(p.numel() for p in cls(config).parameters())
+        size = sum(p.numel() for p in cls(tiny_config(model_type, variant)).parameters())
     if size > LIMIT:
         raise ValueError(f"{size:,} parameters after shrinking, more than {LIMIT:,}")
     torch.manual_seed(0)
-    model = cls(tiny_config(model_type)).eval()
-    counts: dict[str, int] = {}
-    for _ in range(4):
-        inputs = make_inputs(model, counts)
+    model, hints = cls(tiny_config(model_type, variant)).eval(), {}
+    for _ in range(5):
+        inputs = make_inputs(model, hints, variant.text_only)
         try:
             with torch.no_grad():
                 forward(model, inputs)
-        except (ValueError, RuntimeError) as error:
-            wanted = placeholders(str(error))
-            if wanted is None or counts.get(wanted[0]) == wanted[1]:
-                raise
-            counts[wanted[0]] = wanted[1]
-        else:
             return model, inputs
-    raise ValueError(f"no number of placeholder tokens fits: {counts}")
+        except (ValueError, RuntimeError) as error:
+            wanted = learned(str(error))
+            if not wanted or wanted.items() <= hints.items():
+                raise
+            hints |= wanted
+    raise ValueError(f"no inputs fit: {hints}")
 
 
 def _cause(error: Exception) -> str:

@@ -18,12 +18,16 @@ class NoInput(Exception):
     """A parameter of the forward pass that nothing here makes a value for."""
 
 
-def make_inputs(model: nn.Module, counts: dict[str, int] | None = None) -> dict[str, Any]:
+def make_inputs(
+    model: nn.Module, counts: dict[str, int] | None = None, text_only: bool = False
+) -> dict[str, Any]:
     """A batch that the model's forward pass takes.
 
     Args:
         model: With ``config``.
-        counts: Placeholder tokens of each kind ('image', 'video', 'audio') among ``input_ids``.
+        counts: What :func:`learned` has read: placeholder tokens of each kind ('image', 'video', 'audio') among
+            ``input_ids``; 'frames' before the channels of an image; 'bins' of a spectrum; 'mono' for one channel.
+        text_only: Leave out optional images and sounds.
 
     Raises:
         NoInput: A required parameter is not known.
@@ -43,17 +47,24 @@ def make_inputs(model: nn.Module, counts: dict[str, int] | None = None) -> dict[
         if name in inputs or (own is not None and not required) or (name in NEVER.get(config.model_type, ())):
             continue
         make = getattr(build, name, None)
-        if make is not None and (required or name in build.usual):
+        if make is not None and (required or name in (build.text if text_only else build.usual)):
             inputs[name] = make()
         elif required:
             raise NoInput(f"no value for the parameter {name} of {type(model).__name__}.forward")
     return {name: value for name, value in inputs.items() if value is not None}
 
 
-def placeholders(message: str) -> tuple[str, int] | None:
-    """Kind and number of placeholder tokens that an error message asks for, if it does."""
-    match = re.search(r"(image|video|audio) features.*features:? ?(?:torch.Size\(\[)?(\d+)", message, re.I | re.S)
-    return (match[1].lower(), int(match[2])) if match else None
+def learned(message: str) -> dict[str, int]:
+    """What an error of a forward pass tells of the inputs that it wants."""
+    if match := re.search(r"(image|video|audio) features.*tokens:? ?(\d+).*features:? ?(\d+)", message, re.I | re.S):
+        same = match[2] == match[3]  # some architectures count numbers, not tokens
+        return {match[1].lower(): int(match[3]) // 64 if same else int(match[3])}
+    if re.search(r"expected 5, got [34]|a 5D tensor|have to specify pixel_values_videos", message):
+        return {"frames": 2}
+    if re.search(r"to have 1 channels, but got|must be mono", message):
+        return {"mono": 1}
+    match = re.search(r"normalized_shape=\[(\d+)\]|\(\d+x\d+ and (\d+)x\d+\)", message)
+    return {"bins": int(match[1] or match[2])} if match else {}
 
 
 def find(config: PretrainedConfig, *names: str, default: Any = None) -> Any:
@@ -86,8 +97,11 @@ class Builder:
     usual = (
         "input_ids", "pixel_values", "input_features", "input_values", "decoder_input_ids", "bbox", "image_grid_thw",
         "mm_token_type_ids", "image_sizes", "pixel_attention_mask", "attention_mask", "input_points", "past_values",
-        "audio_values", "image_position_ids", "input_features_mask", "feature_attention_mask", "spatial_shapes",
+        "audio_values", "visual_feats", "visual_pos", "actions", "states", "returns_to_go", "timesteps", "use_cache",
+        "image_position_ids", "input_features_mask", "feature_attention_mask", "spatial_shapes",
     )  # fmt: skip
+
+    text = ("input_ids", "use_cache", "decoder_input_ids", "attention_mask", "bbox", "mm_token_type_ids")
 
     def __init__(self, config: PretrainedConfig, parameters: set[str], counts: dict[str, int]):
         self.config, self.parameters, self.counts = config, parameters, counts
@@ -99,9 +113,12 @@ class Builder:
     def _tokens(self) -> Tensor:
         return torch.randint(3, max(4, self.vocab - 3), (ROWS, TOKENS))
 
+    def _placeholders(self) -> list[tuple[str, int]]:
+        return [(kind, n) for kind, n in self.counts.items() if kind in ("image", "video", "audio")]
+
     def input_ids(self) -> Tensor:
         ids = [self._tokens()]
-        for kind, count in self.counts.items():
+        for kind, count in self._placeholders():
             token = find(self.config, f"{kind}_token_id", f"{kind}_token_index", f"{kind}_pad_token_id")
             ids.insert(0, torch.full((ROWS, count // ROWS), token))
         return torch.cat(ids, dim=1)
@@ -115,7 +132,7 @@ class Builder:
     def mm_token_type_ids(self) -> Tensor:
         kinds = {"image": 1, "video": 2, "audio": 3}
         types = torch.zeros(ROWS, TOKENS, dtype=torch.long)
-        for kind, count in self.counts.items():
+        for kind, count in self._placeholders():
             types = torch.cat([torch.full((ROWS, count // ROWS), kinds[kind]), types], dim=1)
         return types
 
@@ -143,7 +160,8 @@ class Builder:
     def pixel_values(self) -> Tensor:
         if {"image_grid_thw", "grid_thw"} & self.parameters:
             return self.patches()
-        return torch.randn(ROWS, self.channels(), *self.image_side())
+        frames = [self.counts["frames"]] if "frames" in self.counts else []
+        return torch.randn(ROWS, *frames, self.channels(), *self.image_side())
 
     def image_grid_thw(self) -> Tensor:
         return self.grids()
@@ -167,6 +185,7 @@ class Builder:
             self.config, "num_mel_bins", "n_mels", "input_feat_size", "input_dim", "feature_size", "feature_dim",
             "audio_hidden_size", default=80,
         )  # fmt: skip
+        bins = self.counts.get("bins", bins)
         limit = find(self.config, "max_source_positions")
         frames = 2 * limit if limit is not None else FRAMES
         return torch.randn(ROWS, *((frames, bins) if self._time_first() else (bins, frames)))
@@ -184,9 +203,49 @@ class Builder:
     def input_values(self) -> Tensor:
         if "padding_mask" in self.parameters or "num_quantizers" in self.parameters:
             return torch.randn(ROWS, 1, SAMPLES)
+        if "mono" in self.counts:
+            return torch.randn(ROWS, 1, SAMPLES)
+        if "bins" in self.counts:
+            return torch.randn(ROWS, FRAMES, self.counts["bins"])
         return torch.randn(ROWS, SAMPLES)
 
     # ---- others
+
+    def use_cache(self) -> bool:
+        return False
+
+    def query_embeds(self) -> Tensor:
+        return torch.randn(ROWS, TOKENS, find(self.config, "hidden_size"))
+
+    def qformer_input_ids(self) -> Tensor:
+        return self._tokens()
+
+    def merge_sizes(self) -> Tensor:
+        return torch.ones(ROWS, dtype=torch.long)
+
+    def latents(self) -> Tensor:
+        return torch.randn(ROWS, find(self.config, "hidden_size"), TOKENS)
+
+    def image_sizes(self) -> Tensor | None:
+        return torch.tensor([self.image_side()] * ROWS)
+
+    def visual_feats(self) -> Tensor:
+        return torch.randn(ROWS, TOKENS, find(self.config, "visual_feat_dim"))
+
+    def visual_pos(self) -> Tensor:
+        return torch.rand(ROWS, TOKENS, find(self.config, "visual_pos_dim"))
+
+    def actions(self) -> Tensor:
+        return torch.randn(ROWS, TOKENS, find(self.config, "act_dim"))
+
+    def states(self) -> Tensor:
+        return torch.randn(ROWS, TOKENS, find(self.config, "state_dim"))
+
+    def returns_to_go(self) -> Tensor:
+        return torch.randn(ROWS, TOKENS, 1)
+
+    def timesteps(self) -> Tensor:
+        return torch.arange(TOKENS).expand(ROWS, TOKENS).clone()
 
     def inputs_embeds(self) -> Tensor:
         return torch.randn(ROWS, TOKENS, find(self.config.get_text_config(decoder=False), "hidden_size", "d_model"))
