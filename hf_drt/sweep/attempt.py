@@ -11,7 +11,7 @@ from torch import nn
 from hf_drt.selection import find_targets
 from hf_drt.sweep.catalog import model_class
 from hf_drt.sweep.cycle import Fault, forward, run_cycle
-from hf_drt.sweep.inputs import learned, make_inputs
+from hf_drt.sweep.inputs import NoInput, learned, make_inputs
 from hf_drt.sweep.shrink import VARIANTS, Variant, tiny_config
 
 PASSED, NOTHING, UNBUILT, FAILED = "passed", "nothing to select", "not built", "failed"
@@ -45,7 +45,11 @@ def attempt(model_type: str, name: str) -> Result:
     result, started = Result(model_type, name, UNBUILT), time.perf_counter()
     try:
         model, inputs, variant = built(model_type, name)
-        result.facts |= {"variant": vars(variant), "parameters": sum(p.numel() for p in model.parameters()), "inputs": sorted(inputs)}
+        result.facts |= {
+            "variant": vars(variant),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "inputs": sorted(inputs),
+        }
         result.outcome = FAILED
         _cycle(result, model_type, name, model, inputs)
     except Exception as error:
@@ -90,7 +94,7 @@ def built(model_type: str, name: str) -> tuple[nn.Module, dict[str, Any], Varian
     for variant in VARIANTS:
         try:
             return *_variant(model_type, name, variant), variant
-        except ImportError:
+        except (ImportError, NoInput, NotImplementedError):  # no size helps
             raise
         except Exception as error:
             first = first or error

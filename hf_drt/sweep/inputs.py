@@ -18,9 +18,7 @@ class NoInput(Exception):
     """A parameter of the forward pass that nothing here makes a value for."""
 
 
-def make_inputs(
-    model: nn.Module, counts: dict[str, int] | None = None, text_only: bool = False
-) -> dict[str, Any]:
+def make_inputs(model: nn.Module, counts: dict[str, int] | None = None, text_only: bool = False) -> dict[str, Any]:
     """A batch that the model's forward pass takes.
 
     Args:

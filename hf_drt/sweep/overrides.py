@@ -12,7 +12,7 @@ _RESNET = {
         "backbone_config": {"model_type": "resnet", "out_features": ["stage2", "stage3", "stage4"]},
     },
 }  # fmt: skip
-_SERIES = {"base": {"prediction_length": 4, "context_length": 16}, "lags_sequence": [1, 2, 3]}
+_SERIES = {"prediction_length": 4, "context_length": 16, "lags_sequence": [1, 2, 3]}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "autoformer": _SERIES,

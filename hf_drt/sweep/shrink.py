@@ -41,12 +41,12 @@ VARIANTS = (
     Variant(layers=8),
     Variant(layers=None),
     Variant(layers=None, grouped=False),
-    Variant(images=False),
-    Variant(widths=False),
-    Variant(widths=False, images=False),
     Variant(text_only=True),
     Variant(grouped=False, text_only=True),
     Variant(layers=None, grouped=False, text_only=True),
+    Variant(images=False),
+    Variant(widths=False),
+    Variant(widths=False, images=False),
 )
 
 
@@ -69,14 +69,15 @@ RULES: tuple[tuple[re.Pattern[str], Callable[[int], int]], ...] = tuple(
         (r"vocab|codebook_size|num_embeddings|bins|buckets", _most(VOCAB)),
         (r"(key_value|kv|key|global)_heads|n_groups$|query_groups", _power(2)),
         (r"mamba_(n|num)_heads|^(n_)?ssm_heads", _most(8)),
-        (r"heads?$|^n_head|attention_heads|num_heads|heads_", _power(HEADS)),
-        (r"head_dim|head_size|rotary_dim|d_kv|kv_channels|d_head|_nope_|dt_rank|lora_rank|d_state|state_size|rank$", _most(16)),
+        (r"heads$|n_head$", _power(HEADS)),
+        (r"head_dim|head_size|rotary_dim|d_kv|kv_channels|d_head|_nope_|dt_rank|lora_rank|"
+         r"d_state|state_size|rank$", _most(16)),
         (r"num_groups|_groups$", _power(4)),
         (r"first_k_dense", _most(1)),
         (r"depths|num_layers_per|layers_to|_per_stage", _most(1)),
         (r"layers?$|depth$|_blocks$|^num_blocks|n_layers?$|block_repeats", _most(2)),
-        (r"per_tok|top_?k|experts_per|moe_k", _most(2)),
         (r"n_group|topk_group|shared_expert", _most(1)),
+        (r"per_tok|top_?k|experts_per|moe_k", _most(2)),
         (r"experts?$|experts_num|num_experts|n_routed", _most(4)),
         (r"max_.*position|n_positions|n_ctx|context_length|max_.*len|seq_len|seq_length|max_source|max_target",
          _most(128)),
@@ -105,8 +106,7 @@ def tiny_config(model_type: str, variant: Variant = VARIANTS[0]) -> PretrainedCo
         Exception: What the configuration's own class raises, where it does not take these sizes.
     """
     cls = CONFIG_MAPPING[model_type]
-    config = _Shrinking(variant).tiny(cls, cls(**CONFIGS.get(model_type, {}).get("base", {})), {})
-    return config
+    return _Shrinking(variant).tiny(cls, cls(**CONFIGS.get(model_type, {}).get("base", {})), {})
 
 
 class _Shrinking:
@@ -115,9 +115,7 @@ class _Shrinking:
     def __init__(self, variant: Variant):
         self.variant, self.tokens = variant, {}
 
-    def tiny(
-        self, cls: type[PretrainedConfig], full: PretrainedConfig, given: dict[str, Any]
-    ) -> PretrainedConfig:
+    def tiny(self, cls: type[PretrainedConfig], full: PretrainedConfig, given: dict[str, Any]) -> PretrainedConfig:
         """The tiny counterpart of a configuration; ``given`` are the values that its parent has set."""
         values = {}
         for field in dataclasses.fields(cls):
