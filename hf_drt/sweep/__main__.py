@@ -17,7 +17,7 @@ from hf_drt.sweep.table import summary
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Sweep, print the table; 0 if nothing has failed."""
+    """Sweep and print the table; 2 if no model type is named."""
     options = _parser().parse_args(arguments)
     transformers.logging.set_verbosity(logging.CRITICAL)
     transformers.logging.disable_progress_bar()

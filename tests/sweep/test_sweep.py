@@ -108,3 +108,13 @@ def test_results_are_kept_and_resumed(tmp_path, capsys):
     assert main(["--only", "^bert$", "--output", str(output), "--resume"]) == 0
     assert len(output.read_text().splitlines()) == 1
     assert "| passed | 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_as_many_types_pass_as_the_documentation_says(tmp_path):
+    output = tmp_path / "all.jsonl"
+    assert main(["--output", str(output)]) == 0
+    results = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(results) == len(model_types())
+    assert sum(r["outcome"] == PASSED for r in results) >= 398
+    assert {r["model_type"] for r in results if r["outcome"] == FAILED} <= {"rwkv"}
