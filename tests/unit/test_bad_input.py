@@ -425,7 +425,7 @@ def test_a_dict_that_describes_no_form_is_refused(data):
 @pytest.mark.parametrize(
     ("model", "patterns", "message"),
     [
-        (lambda: nn.Conv2d(1, 1, 1), {}, r"Conv2d has 0 transformer blocks.*as follows: no linear layer at all"),
+        (lambda: nn.Conv2d(1, 1, 1), {}, r"Conv2d has 0 transformer blocks.*as follows: 1 outside of the blocks"),
         (lambda: nn.Sequential(nn.Linear(4, 4)), {}, r"Sequential has 0 transformer blocks.*1 outside of the blocks"),
         (
             tiny.llama,
