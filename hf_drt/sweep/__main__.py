@@ -1,11 +1,13 @@
 """``python -m hf_drt.sweep``."""
 
 import argparse
+import contextlib
 import json
 import logging
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import transformers
@@ -19,10 +21,6 @@ from hf_drt.sweep.table import summary
 def main(arguments: list[str] | None = None) -> int:
     """Sweep and print the table; 2 if no model type is named."""
     options = _parser().parse_args(arguments)
-    transformers.logging.set_verbosity(logging.CRITICAL)
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("hf_drt").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
     types = {name: cls for name, cls in model_types().items() if re.search(options.only or "", name)}
     if not types:
         print(f"--only {options.only!r} matches none of the model types, such as llama or bert.", file=sys.stderr)
@@ -30,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     done = _stored(options.output) if options.resume else {}
     done = {name: result for name, result in done.items() if name in types}
     left = [(name, cls) for name, cls in types.items() if name not in done]
-    with options.output.open("a" if options.resume else "w") as file:
+    with options.output.open("a" if options.resume else "w") as file, _quiet():
         for result in sweep(left, options.jobs, options.timeout):
             done[result.model_type] = result
             file.write(json.dumps(result.as_json()) + "\n")
@@ -39,6 +37,25 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{len(done)}/{len(types)} {result.model_type}: {result.outcome} {result.cause}", file=sys.stderr)
     print(summary(list(done.values())))
     return 0
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What hundreds of models log and warn of is left out; a caller's own settings come back."""
+    verbosity, level = transformers.logging.get_verbosity(), logging.getLogger("hf_drt").level
+    bar = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("hf_drt").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        logging.getLogger("hf_drt").setLevel(level)
+        if bar:
+            transformers.logging.enable_progress_bar()
 
 
 def _stored(path: Path) -> dict[str, Result]:

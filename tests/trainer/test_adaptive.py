@@ -149,6 +149,6 @@ def test_an_adapter_is_not_promised_of_a_run_that_may_end_in_full_rank(tmp_path)
 
 def test_the_budget_in_force_without_one():
     config = DRTConfig(schedule="adaptive", rank=4)
-    assert DynamicRank(tiny.llama(), config, max_steps=50).windows.limit == 0.5
+    assert DynamicRank(tiny.llama(), config, max_steps=50).windows.limit == 0.4
     config = DRTConfig(schedule="adaptive", rank=4, start="pretrained")
     assert DynamicRank(tiny.llama(), config, max_steps=50).windows.limit == 0.9
