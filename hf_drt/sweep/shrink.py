@@ -176,10 +176,10 @@ def _default(field: dataclasses.Field) -> Any:
 def _set_by_parent(config: PretrainedConfig) -> dict[str, Any]:
     """The values of a sub-configuration in which it differs from its class."""
     try:
-        plain = type(config)()
+        plain = vars(type(config)())
     except Exception:
         return dict(vars(config))
-    return {name: value for name, value in vars(config).items() if getattr(plain, name, None) != value}
+    return {name: value for name, value in vars(config).items() if plain.get(name) != value}
 
 
 def _shrunk_rope(parameters: dict[str, Any]) -> dict[str, Any]:
