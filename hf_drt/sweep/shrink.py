@@ -66,6 +66,7 @@ RULES: tuple[tuple[re.Pattern[str], Callable[[int], int]], ...] = tuple(
         (r"type_vocab|kernel|stride|sampling|num_channels|patch_size|factor|temporal|resolution|chunk|mel_bins|"
          r"_id$|_ids$|_index$|seed|dilation|ratio|loss|cost|weight|freq|max_depth|num_labels|window|merge|"
          r"feature_levels|num_stages|interval|period|offset|every|step", lambda value: value),
+        (r"pos_feats", _most(WIDTH // 2)),
         (r"vocab|codebook_size|num_embeddings|bins|buckets", _most(VOCAB)),
         (r"(key_value|kv|key|global)_heads|n_groups$|query_groups", _power(2)),
         (r"mamba_(n|num)_heads|^(n_)?ssm_heads", _most(8)),
