@@ -189,7 +189,9 @@ class Builder:
         return torch.randn(ROWS, *((frames, bins) if self._time_first() else (bins, frames)))
 
     def _time_first(self) -> bool:
-        return not any(word in self.config.model_type for word in ("whisper", "qwen", "voxtral", "flamingo", "glmasr", "moss"))
+        return not any(
+            word in self.config.model_type for word in ("whisper", "qwen", "voxtral", "flamingo", "glmasr", "moss")
+        )
 
     def input_features_mask(self) -> Tensor:
         features = self.input_features()

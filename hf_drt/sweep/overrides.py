@@ -22,10 +22,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "blip-2": {"image_token_index": 120},
     "conditional_detr": _RESNET,
     "dab-detr": _RESNET,
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "deformable_detr": _RESNET,
     "detr": _RESNET,
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "esm": {"vocab_size": 100, "pad_token_id": 1, "mask_token_id": 2},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
     "hunyuan_v1_dense": _HEAD,
@@ -42,8 +43,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "nemotron": _HEAD,
     "reformer": {"axial_pos_embds_dim": [32, 32]},
     "sam2_hiera_det_model": {
-        "hidden_size": 32, "embed_dim_per_stage": [32, 64, 128, 256], "blocks_per_stage": [1, 1, 1, 1],
-        "num_attention_heads_per_stage": [1, 2, 4, 8], "global_attention_blocks": [2], "image_size": [64, 64],
+        "hidden_size": 32, "embed_dim_per_stage": [32, 64, 128, 256], "blocks_per_stage": [1, 2, 2, 2],
+        "num_attention_heads_per_stage": [1, 2, 4, 8], "window_size_per_stage": [8, 4, 8, 4],
+        "global_attention_blocks": [4], "image_size": [64, 64],
     },
     "sam2_vision_model": {
         "backbone_channel_list": [256, 128, 64, 32], "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
@@ -52,6 +54,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "table-transformer": _RESNET,
     "time_series_transformer": _SERIES,
     "vipllava": {"vision_feature_layers": [-2, -1]},
+    "vitmatte": {"fusion_hidden_sizes": [64, 32, 32, 32]},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_drt.sweep.overrides import CONFIGS
@@ -131,6 +132,7 @@ class _Shrinking:
         config = cls(**values)
         if hasattr(config, "use_cache"):
             config.use_cache = False
+        _same_outputs(full, config)
         return config
 
     def shrunk(self, name: str, value: Any, config: PretrainedConfig) -> Any:
@@ -159,6 +161,16 @@ class _Shrinking:
         if pattern is _GROUPED and not self.variant.grouped:
             return min(value, HEADS)
         return rule(value)
+
+
+def _same_outputs(full: PretrainedConfig, config: PretrainedConfig) -> None:
+    """A backbone gives as many maps as before: those of the same stages, or the last ones of the fewer it has."""
+    indices = list(getattr(full, "out_indices", None) or [])
+    stages = len(getattr(config, "stage_names", None) or [])
+    if indices and len(indices) <= stages and isinstance(config, BackboneConfigMixin):
+        fits = max(indices) < stages
+        wanted = indices if fits else list(range(stages - len(indices), stages))
+        config.set_output_features_output_indices(out_features=None, out_indices=wanted)
 
 
 _LEFT = {"id2label", "label2id", "dtype", "architectures", "per_layer_config", "use_cache"}
