@@ -40,7 +40,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "markuplm": {"max_xpath_tag_unit_embeddings": 256, "max_xpath_subs_unit_embeddings": 1024},
     "ministral": _HEAD,
-    "nemotron": _HEAD,
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "reformer": {"axial_pos_embds_dim": [32, 32]},
     "sam2_hiera_det_model": {
         "hidden_size": 32, "embed_dim_per_stage": [32, 64, 128, 256], "blocks_per_stage": [1, 2, 2, 2],
