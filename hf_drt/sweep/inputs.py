@@ -153,7 +153,7 @@ class Builder:
         """Flattened patches of the images of :meth:`grids`."""
         patch = _one(find(self.config, "patch_size", default=14))
         length = self.channels() * patch * patch * _one(find(self.config, "temporal_patch_size", default=1))
-        return torch.randn(int(self.grids().prod(dim=1).sum()), length)
+        return torch.randn(int(self.grids().prod(dim=1).sum()), self.counts.get("bins", length))
 
     def pixel_values(self) -> Tensor:
         if {"image_grid_thw", "grid_thw"} & self.parameters:
@@ -189,7 +189,9 @@ class Builder:
         return torch.randn(ROWS, *((frames, bins) if self._time_first() else (bins, frames)))
 
     def _time_first(self) -> bool:
-        return not any(word in self.config.model_type for word in ("whisper", "qwen", "voxtral", "flamingo", "glmasr"))
+        return not any(
+            word in self.config.model_type for word in ("whisper", "qwen", "voxtral", "flamingo", "glmasr", "moss")
+        )
 
     def input_features_mask(self) -> Tensor:
         features = self.input_features()

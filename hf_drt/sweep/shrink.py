@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_drt.sweep.overrides import CONFIGS
@@ -66,6 +67,7 @@ RULES: tuple[tuple[re.Pattern[str], Callable[[int], int]], ...] = tuple(
         (r"type_vocab|kernel|stride|sampling|num_channels|patch_size|factor|temporal|resolution|chunk|mel_bins|"
          r"_id$|_ids$|_index$|seed|dilation|ratio|loss|cost|weight|freq|max_depth|num_labels|window|merge|"
          r"feature_levels|num_stages|interval|period|offset|every|step", lambda value: value),
+        (r"pos_feats", _most(WIDTH // 2)),
         (r"vocab|codebook_size|num_embeddings|bins|buckets", _most(VOCAB)),
         (r"(key_value|kv|key|global)_heads|n_groups$|query_groups", _power(2)),
         (r"mamba_(n|num)_heads|^(n_)?ssm_heads", _most(8)),
@@ -130,6 +132,7 @@ class _Shrinking:
         config = cls(**values)
         if hasattr(config, "use_cache"):
             config.use_cache = False
+        _same_outputs(full, config)
         return config
 
     def shrunk(self, name: str, value: Any, config: PretrainedConfig) -> Any:
@@ -160,6 +163,16 @@ class _Shrinking:
         return rule(value)
 
 
+def _same_outputs(full: PretrainedConfig, config: PretrainedConfig) -> None:
+    """A backbone gives as many maps as before: those of the same stages, or the last ones of the fewer it has."""
+    indices = list(getattr(full, "out_indices", None) or [])
+    stages = len(getattr(config, "stage_names", None) or [])
+    if indices and len(indices) <= stages and isinstance(config, BackboneConfigMixin):
+        fits = max(indices) < stages
+        wanted = indices if fits else list(range(stages - len(indices), stages))
+        config.set_output_features_output_indices(out_features=None, out_indices=wanted)
+
+
 _LEFT = {"id2label", "label2id", "dtype", "architectures", "per_layer_config", "use_cache"}
 
 
@@ -176,10 +189,10 @@ def _default(field: dataclasses.Field) -> Any:
 def _set_by_parent(config: PretrainedConfig) -> dict[str, Any]:
     """The values of a sub-configuration in which it differs from its class."""
     try:
-        plain = type(config)()
+        plain = vars(type(config)())
     except Exception:
         return dict(vars(config))
-    return {name: value for name, value in vars(config).items() if getattr(plain, name, None) != value}
+    return {name: value for name, value in vars(config).items() if plain.get(name) != value}
 
 
 def _shrunk_rope(parameters: dict[str, Any]) -> dict[str, Any]:
