@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from hf_drt.forms import AdapterLinear, FactoredLinear, LowRankLinear, as_matrix
 from hf_drt.forms.conversion import rounding
+from hf_drt.forms.modules import plus_product
 from hf_drt.spectral import working_dtype
 
 
@@ -26,7 +27,7 @@ def dense_state_dict(model: nn.Module, state: dict[str, Tensor] | None = None) -
         tensors = {key: merged.pop(f"{name}.{key}", None) for key in layer.tensors}
         if None not in tensors.values():
             dtype = next(iter(tensors.values())).dtype
-            merged[f"{name}.weight"] = as_matrix(_merged(layer, tensors), layer.transposed).to(dtype).contiguous()
+            merged[layer.dense_key(name)] = as_matrix(_merged(layer, tensors), layer.transposed).to(dtype).contiguous()
     return merged
 
 
@@ -54,8 +55,7 @@ def marked_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, T
     marks = {}
     for name, layer in low_rank_layers(model):
         if (tensor := state.get(f"{name}.{layer.tensors[0]}")) is not None:
-            shape = (layer.in_features, 0) if layer.transposed else (0, layer.in_features)
-            marks[f"{name}.weight"] = tensor.new_empty(shape)
+            marks[layer.dense_key(name)] = tensor.new_empty(layer.mark_shape())
     return state | marks
 
 
@@ -83,5 +83,5 @@ def _merged(layer: LowRankLinear, tensors: dict[str, Tensor]) -> Tensor:
                 return whole["U"] @ whole["V"]
             case AdapterLinear():
                 base = as_matrix(whole["base"], layer.transposed)
-                return torch.addmm(base, whole["lora_B"], whole["lora_A"], alpha=layer.form.scaling)
+                return plus_product(base, whole["lora_B"], whole["lora_A"], layer.form.scaling)
     raise TypeError(f"{type(layer).__name__} is no low-rank form that can be merged.")

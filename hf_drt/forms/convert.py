@@ -14,11 +14,15 @@ from hf_drt.forms.modules import (
     effective_weight,
     is_transposed,
     kaiming_rows,
+    plus_product,
     trainable_weights,
     weight_shape,
     with_weight,
 )
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form
+from hf_drt.forms.stack import stack_count
+from hf_drt.forms.stack_math import of_each, random_rows, stacked_truncation
+from hf_drt.forms.stack_modules import stacked_as
 from hf_drt.truncation import Truncation, balanced, truncated_product, truncated_svd
 
 
@@ -33,15 +37,16 @@ def decompose(module: nn.Module, form: Form) -> Truncation | None:
     """What a conversion to ``form`` needs of the layer's SVD, or None: the one expensive part of :func:`prepare`.
 
     ``U (out, k)``, ``S (k,)`` and ``Vh (k, in)`` with k = min(form.rank, rank of the layer's own factors), and the
-    truncation's error. A factored layer is decomposed by QR and an r x r matrix.
+    truncation's error. A factored layer is decomposed by QR and an r x r matrix. Of fused experts each is decomposed for
+    itself, and all parts but the error get a leading dimension E.
     """
     shapes = decomposition_shapes(module, form)
     if shapes is None:
         return None
-    k = shapes[0][1]
+    k = shapes[1][-1]
     if isinstance(module, FactoredLinear):
-        return truncated_product(module.U, module.V, k)
-    return truncated_svd(effective_weight(module), k)
+        return stacked_truncation(truncated_product, module.U, module.V, rank=k)
+    return stacked_truncation(truncated_svd, effective_weight(module), rank=k)
 
 
 def decomposition_shapes(module: nn.Module, form: Form) -> tuple[tuple[int, ...], ...] | None:
@@ -50,7 +55,8 @@ def decomposition_shapes(module: nn.Module, form: Form) -> tuple[tuple[int, ...]
         return None
     out, into = weight_shape(module)
     k = min(form.rank, module.form.rank) if isinstance(module, FactoredLinear) else form.rank
-    return (out, k), (k,), (k, into), ()
+    lead = _lead(module)
+    return (*lead, out, k), (*lead, k), (*lead, k, into), ()
 
 
 def prepare(
@@ -96,15 +102,18 @@ def empty_like(module: nn.Module, form: Form) -> nn.Module:
     def empty(*shape: int, trainable: bool = True) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, dtype=like.dtype, device=like.device), requires_grad=trainable)
 
-    stored = (into, out) if is_transposed(dense) else (out, into)
+    lead = _lead(module)
+    stored = (*lead, into, out) if is_transposed(dense) else (*lead, out, into)
     match form:
         case Dense():
             return with_weight(dense, empty(*stored), module.bias, module.training)
         case Factored(rank):
-            return FactoredLinear(dense, form, empty(out, rank), empty(rank, into), module.bias)
+            U, V = empty(*lead, out, rank), empty(*lead, rank, into)
+            return stacked_as(dense, FactoredLinear)(dense, form, U, V, module.bias)
         case Adapter(rank):
             base = empty(*stored, trainable=False)
-            return AdapterLinear(dense, form, base, empty(rank, into), empty(out, rank), module.bias)
+            A, B = empty(*lead, rank, into), empty(*lead, out, rank)
+            return stacked_as(dense, AdapterLinear)(dense, form, base, A, B, module.bias)
 
 
 def check(module: nn.Module, form: Form) -> None:
@@ -136,6 +145,11 @@ def _check_rank(module: nn.Module, form: Form) -> None:
         )
 
 
+def _lead(module: nn.Module) -> tuple[int, ...]:
+    count = stack_count(module)
+    return () if count is None else (count,)
+
+
 def _dense_module(module: nn.Module) -> nn.Module:
     return module._shell[0] if isinstance(module, LowRankLinear) else module
 
@@ -156,10 +170,10 @@ def _to_dense(module: nn.Module) -> Conversion:
 
 
 def _to_factored(module: nn.Module, form: Factored, generator: torch.Generator | None, parts: Truncation) -> Conversion:
-    U, V = spectral_factors(parts, form.rank, generator)
+    U, V = of_each(spectral_factors, parts, form.rank, generator)
     like = next(p for name, p in module.named_parameters() if name != "bias")
     dense = _dense_module(module)
-    factored = FactoredLinear(dense, form, _parameter(U, like), _parameter(V, like), module.bias)
+    factored = stacked_as(dense, FactoredLinear)(dense, form, _parameter(U, like), _parameter(V, like), module.bias)
     factored.training = module.training
     return Conversion(factored, parts.error.item())
 
@@ -171,11 +185,12 @@ def _to_adapter(
     like = next(p for name, p in module.named_parameters() if name != "bias")
     if parts is not None:
         # 1 / scaling is spread over both factors, so that they stay balanced.
-        L, A = (factor / form.scaling**0.5 for factor in spectral_factors(parts, form.rank, generator))
+        L, A = (factor / form.scaling**0.5 for factor in of_each(spectral_factors, parts, form.rank, generator))
     else:
-        L, A = torch.zeros(out, form.rank), kaiming_rows(form.rank, into, generator)
-    base = _future_base(module)
-    adapter = AdapterLinear(_dense_module(module), form, base, _parameter(A, like), _parameter(L, like), module.bias)
+        L, A = torch.zeros(*_lead(module), out, form.rank), random_rows(_lead(module), form.rank, into, generator)
+    base, dense = _future_base(module), _dense_module(module)
+    cls = stacked_as(dense, AdapterLinear)
+    adapter = cls(dense, form, base, _parameter(A, like), _parameter(L, like), module.bias)
     adapter.training = module.training
     return Conversion(adapter, 0.0, _base_merge(module, adapter, parts is not None), [(base, False)])
 
@@ -202,7 +217,7 @@ def _without(module: nn.Module, adapter: AdapterLinear) -> Tensor:
     """The old effective W minus the new adapter's product, as cast: so the base takes up what the cast has cost."""
     W = effective_weight(module)
     L, R, scale = adapter.pair()
-    return torch.addmm(W, L.detach().to(W.dtype), R.detach().to(W.dtype), alpha=-scale)
+    return plus_product(W, L.detach().to(W.dtype), R.detach().to(W.dtype), -scale)
 
 
 def _unformed(like: Tensor) -> nn.Parameter:

@@ -15,13 +15,17 @@ from torch import Tensor, nn
 
 from hf_drt.forms.lazy import EffectiveWeight
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form
+from hf_drt.forms.stack import ExpertStack
 from hf_drt.spectral import full_precision, working_dtype
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 
 
 def is_transposed(dense: nn.Module) -> bool:
-    """True for transformers' ``Conv1D`` (GPT-2), whose weight is stored as ``(in, out)``."""
+    """True for transformers' ``Conv1D`` (GPT-2), whose weight is stored as ``(in, out)``, and for fused experts that
+    are stored so."""
+    if isinstance(dense, ExpertStack):
+        return dense.stored_transposed
     return any(f"{cls.__module__}.{cls.__qualname__}" == CONV1D for cls in type(dense).__mro__)
 
 
@@ -47,8 +51,13 @@ def trainable_weights(module: nn.Module) -> tuple[nn.Parameter, ...]:
     return (module.weight,)
 
 
-def tensor_shapes(form: Form, shape: tuple[int, int], transposed: bool) -> dict[str, tuple[int, int]]:
-    """Names and shapes of a layer's stored tensors, bias aside, for a layer of shape ``(out, in)``."""
+def tensor_shapes(
+    form: Form, shape: tuple[int, int], transposed: bool, count: int | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a layer's stored tensors, bias aside, for a layer of shape ``(out, in)``; ``count`` is that of
+    its experts, if it has any."""
+    if count is not None:
+        return {name: (count, *size) for name, size in tensor_shapes(form, shape, transposed).items()}
     out, into = shape
     stored = (into, out) if transposed else shape
     match form:
@@ -135,8 +144,15 @@ class LowRankLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if hasattr(self.pair()[0], "to_local"):  # sharded: every entry of the state dict is looked up as a parameter
             return
-        shape = (self.in_features, 0) if self.transposed else (0, self.in_features)
-        destination[prefix + "weight"] = self.pair()[0].detach().new_empty(shape)
+        destination[self.dense_key(prefix[:-1])] = self.pair()[0].detach().new_empty(self.mark_shape())
+
+    def dense_key(self, name: str) -> str:
+        """The dense weight's entry in the state dict of a model that calls the layer by this name."""
+        return f"{name}.weight"
+
+    def mark_shape(self) -> tuple[int, ...]:
+        """Shape of that entry, which has no elements."""
+        return (self.in_features, 0) if self.transposed else (0, self.in_features)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -222,9 +238,14 @@ def kaiming_rows(rank: int, width: int, generator: torch.Generator | None) -> Te
     return torch.empty(rank, width).uniform_(-bound, bound, generator=generator or torch.Generator().manual_seed(0))
 
 
+def plus_product(W: Tensor, L: Tensor, R: Tensor, scale: float) -> Tensor:
+    """``W + scale L R``, of one matrix or of each of a stack."""
+    return (torch.addmm if W.ndim == 2 else torch.baddbmm)(W, L, R, alpha=scale)
+
+
 @full_precision()
 def effective_weight(module: nn.Module) -> Tensor:
-    """``W (out, in)`` of a layer in any form, merged in float32 or better."""
+    """``W (out, in)`` of a layer in any form, merged in float32 or better; ``(E, out, in)`` of fused experts."""
     dtype = working_dtype(next(module.parameters()).dtype)
     match module:
         case FactoredLinear():
@@ -232,5 +253,5 @@ def effective_weight(module: nn.Module) -> Tensor:
         case AdapterLinear():
             L, R, scale = module.pair()
             base = as_matrix(module.base.detach(), module.transposed).to(dtype)
-            return torch.addmm(base, L.detach().to(dtype), R.detach().to(dtype), alpha=scale)
+            return plus_product(base, L.detach().to(dtype), R.detach().to(dtype), scale)
     return as_matrix(module.weight.detach(), is_transposed(module)).to(dtype)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from hf_drt.forms import is_transposed, tensor_shapes
+from hf_drt.forms import is_transposed, stack_count, tensor_shapes
 from hf_drt.forms.specs import Dense
 from hf_drt.hub.block import AGAIN, DeclaredLayer
 from hf_drt.hub.names import candidates
@@ -35,16 +35,18 @@ def _shapes_by_layer(files: Sequence[str]) -> dict[str, Shapes]:
     for key, shape in stored_shapes(files, AGAIN).items():
         layer, _, tensor = key.rpartition(".")
         shapes[layer][tensor] = shape
+        if len(shape) == 3:  # perhaps the dense weight of fused experts, which has the layer's own name
+            shapes[key]["weight"] = shape
     return shapes
 
 
 def _check_layer(layer: DeclaredLayer, found: Shapes, module: nn.Module) -> None:
-    transposed = is_transposed(module)
-    expected: Shapes = dict(tensor_shapes(layer.form, layer.shape, transposed))
+    transposed, count = is_transposed(module), stack_count(module)
+    expected: Shapes = dict(tensor_shapes(layer.form, layer.shape, transposed, count))
     if module.bias is not None:
         expected["bias"] = tuple(module.bias.shape)
     missing = [name for name in expected if name not in found]
-    if missing and found.get("weight") == tensor_shapes(Dense(), layer.shape, transposed)["weight"]:
+    if missing and found.get("weight") == tensor_shapes(Dense(), layer.shape, transposed, count)["weight"]:
         raise CheckpointError(
             f"the weights hold {layer.name} in dense form, while config.json declares it as {layer.form}. If all "
             "layers are dense (a dense model had the configuration object of one in low-rank form), delete "
