@@ -106,7 +106,7 @@ def find_targets(model: nn.Module, include: list[str] | None = None, exclude: li
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter | None]]:
-    """Name and module of every linear layer, and name, experts module and parameter of every weight of fused experts."""
+    """Name and module of every linear layer; name, experts module and parameter of every weight of fused experts."""
     for name, module in model.named_modules():
         if is_linear(module):
             yield name, module, None

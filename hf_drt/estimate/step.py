@@ -217,6 +217,6 @@ class _GroupedByShape(TorchFunctionMode):
 def _explained(model: nn.Module, error: Exception) -> str:
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
     return (
-        f"the cost of {type(model).__name__} does not follow from its shapes ({reason}). Experts that are multiplied one "
-        "by one depend on values: set experts_implementation to grouped_mm in the configuration."
+        f"the cost of {type(model).__name__} does not follow from its shapes ({reason}). Experts that are multiplied "
+        "one by one depend on values: set experts_implementation to grouped_mm in the configuration."
     )

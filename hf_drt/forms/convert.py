@@ -37,8 +37,8 @@ def decompose(module: nn.Module, form: Form) -> Truncation | None:
     """What a conversion to ``form`` needs of the layer's SVD, or None: the one expensive part of :func:`prepare`.
 
     ``U (out, k)``, ``S (k,)`` and ``Vh (k, in)`` with k = min(form.rank, rank of the layer's own factors), and the
-    truncation's error. A factored layer is decomposed by QR and an r x r matrix. Of fused experts each is decomposed for
-    itself, and all parts but the error get a leading dimension E.
+    truncation's error. A factored layer is decomposed by QR and an r x r matrix. Of fused experts each is decomposed
+    for itself, and all parts but the error get a leading dimension E.
     """
     shapes = decomposition_shapes(module, form)
     if shapes is None:

@@ -54,8 +54,8 @@ def trainable_weights(module: nn.Module) -> tuple[nn.Parameter, ...]:
 def tensor_shapes(
     form: Form, shape: tuple[int, int], transposed: bool, count: int | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a layer's stored tensors, bias aside, for a layer of shape ``(out, in)``; ``count`` is that of
-    its experts, if it has any."""
+    """Names and shapes of a layer's stored tensors, bias aside, for a layer of shape ``(out, in)``; ``count`` is that
+    of its experts, if it has any."""
     if count is not None:
         return {name: (count, *size) for name, size in tensor_shapes(form, shape, transposed).items()}
     out, into = shape
@@ -144,7 +144,8 @@ class LowRankLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if hasattr(self.pair()[0], "to_local"):  # sharded: every entry of the state dict is looked up as a parameter
             return
-        destination[self.dense_key(prefix[:-1])] = self.pair()[0].detach().new_empty(self.mark_shape())
+        if key := self.dense_key(prefix[:-1]).removeprefix("."):
+            destination[key] = self.pair()[0].detach().new_empty(self.mark_shape())
 
     def dense_key(self, name: str) -> str:
         """The dense weight's entry in the state dict of a model that calls the layer by this name."""

@@ -145,8 +145,8 @@ def check_adapters(model: nn.Module) -> dict[str, AdapterLinear]:
         )
     if stacks := [name for name, m in adapters.items() if stack_count(m) is not None]:
         raise ValueError(
-            f"{some(stacks)} is an adapter of fused experts, which PEFT lays out in another way. Keep the experts dense "
-            "(exclude=['experts']), or save the model with export=dense or native."
+            f"{some(stacks)} is an adapter of fused experts, which PEFT lays out in another way. Keep the experts "
+            "dense (exclude=['experts']), or save the model with export=dense or native."
         )
     if misread := _taken_for_experts(model, list(adapters)):
         raise ValueError(

@@ -74,8 +74,8 @@ class NativeQuantizer(HfQuantizer):
         self._hide_empty_weights(model, [layer.name for layer in declared])
 
     def _hide_empty_weights(self, model: nn.Module, declared: list[str]) -> None:
-        """Entries without elements under a dense weight's name stop a loader that does not know the format. This one passes over
-        them: the model has no use for them, and they are not reported as unexpected."""
+        """Entries without elements under a dense weight's name stop a loader that does not know the format. This one
+        passes over them: the model has no use for them, and they are not reported as unexpected."""
         modules = model.named_modules(remove_duplicate=False)
         own = {module.dense_key(name) for name, module in modules if isinstance(module, LowRankLinear)}
         names = {name for layer in declared for name in candidates(layer, model.base_model_prefix)}
