@@ -254,6 +254,6 @@ def test_writing_to_the_weight_of_an_expert_is_refused():
 
 def test_all_experts_count_where_the_configuration_does_not_tell():
     net = model("mixtral")
-    net.config.num_experts_per_tok = None
+    net.config.__dict__["num_experts_per_tok"] = None
     name = names(net)[0]
     assert copies(net, name, layer_of(net, name)) == (4, 4)
