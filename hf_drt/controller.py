@@ -18,6 +18,7 @@ from hf_drt.cost import PlanCost, plan_cost
 from hf_drt.declaration import declare
 from hf_drt.experts import copies
 from hf_drt.forms import (
+    ConvShape,
     Dense,
     Form,
     break_even_of,
@@ -425,7 +426,9 @@ class DynamicRank:
             module = layer_of(self.model, name)
         except AttributeError:
             module = None
-        if module is None or not is_layer(module) or weight_shape(module) != self.targets[name]:
+        was = self.targets[name]
+        fits = module is not None and is_layer(module) and weight_shape(module) == was
+        if not fits or isinstance(weight_shape(module), ConvShape) != isinstance(was, ConvShape):
             found = "nothing" if module is None else f"a {type(module).__name__}"
             raise ValueError(
                 f"the model has {found} where the layer {name} of shape (out, in) = {self.targets[name]} was. "

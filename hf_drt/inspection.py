@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_drt.declaration import METHOD
 from hf_drt.forms import Adapter, Dense, Factored, Form, Layout, break_even_rank, form_from_dict, merged
-from hf_drt.forms.structures import NAMES
+from hf_drt.forms.structures import NAMES, halves
 from hf_drt.hub.block import read_block
 from hf_drt.schedule import Schedule
 from hf_drt.spectral import (
@@ -78,9 +78,11 @@ class StoredLayer:
     def matrix(self) -> Tensor:
         """The effective W, ``(out, in)`` but for a dense layer, which is as stored."""
         if isinstance(self.form, Dense):
-            return self.tensor("weight")
+            weight = self.tensor("weight")
+            return weight.flatten(1) if weight.ndim > 2 else weight
         tensors = {name: self.tensor(name) for name in NAMES if name in self.files}
-        return merged(self.form, tensors, Layout(bool(self.transposed)))
+        kernel = tuple(tensors["base"].shape[2:]) if "base" in tensors else ()
+        return merged(self.form, tensors, Layout(bool(self.transposed), kernel))
 
     def spectrum(self) -> "Spectrum":
         """Its singular values; of a factored layer from r x r matrices.
@@ -90,7 +92,8 @@ class StoredLayer:
         """
         try:
             if isinstance(self.form, Factored):
-                values = factored_singular_values(self.tensor("U"), self.tensor("V"))
+                tensors = {name: self.tensor(name) for name in NAMES if name in self.files}
+                values = factored_singular_values(*halves(self.form, tensors))
             else:
                 values = singular_values(self.matrix())
         except ValueError as error:
@@ -258,13 +261,26 @@ def _state_plan(folder: Path, state: dict[str, Any]) -> tuple[str, int, int]:
 def _layer(
     name: str, shape: tuple[int, int], form: Form, places: dict[str, dict[str, Path]], sizes: dict[str, tuple[int, ...]]
 ) -> StoredLayer:
-    needed = {Factored: ("U", "V"), Adapter: ("base", "lora_A", "lora_B"), Dense: ("weight",)}[type(form)]
+    needed = _needed(form)
     if missing := [tensor for tensor in needed if tensor not in places.get(name, {})]:
         raise CheckpointError(f"the weights lack {name}.{missing[0]}, which {form} needs. {_AGAIN}")
     # A low-rank layer's entry `weight`, without elements, is laid out as the dense weight would be.
     mark = sizes.get(f"{name}.weight", ())
     transposed = None if isinstance(form, Dense) or len(mark) != 2 else mark[1] == 0
     return StoredLayer(name, tuple(shape), form, places[name], transposed)
+
+
+def _needed(form: Form) -> tuple[str, ...]:
+    match form:
+        case Dense():
+            return ("weight",)
+        case Factored(decomposition="svd"):
+            return ("U", "V")
+        case Adapter(decomposition="svd"):
+            return ("base", "lora_A", "lora_B")
+    prefix, base = ("lora", ("base",)) if isinstance(form, Adapter) else (form.decomposition, ())
+    inner = ("core",) if form.decomposition == "tucker" else ("width",)
+    return *base, *(f"{prefix}_{part}" for part in ("in", *inner, "out"))
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:

@@ -81,6 +81,7 @@ def find_targets(model: nn.Module, include: list[str] | None = None, exclude: li
     heads = {id(head) for head in _output_embeddings(model)}
     shared = _shared_parameters(model)
     parents = _parents(model)
+    written = set().union(*(_weight_writes(cls) for cls in {type(m) for m in model.modules()}))
     targets, skipped = {}, {}
     fused = 0
     for name, module, weight in _layers(model):
@@ -91,6 +92,7 @@ def find_targets(model: nn.Module, include: list[str] | None = None, exclude: li
             or ("tied or shared weight" if id(weight) in shared else None)
             or (unfit_experts(module, name.rpartition(".")[2], weight) if weight is not None else None)
             or (_unfit(name, module, parents, shared, experts) if weight is None else None)
+            or ("weight written by the model" if any(f".{name}".endswith(f".{path}") for path in written) else None)
             or _pattern_reason(name, include, exclude)
         )
         if reason is None:
@@ -297,3 +299,23 @@ def _weight_readers(owner: type) -> frozenset[str]:
         if not harmless and id(node) not in isinstance_arguments:
             leaves.add(layer.attr)
     return frozenset(leaves)
+
+
+@cache
+def _weight_writes(cls: type) -> frozenset[str]:
+    """Paths such as ``attention.output`` of layers of whose blocks the class changes the weight in place, as in
+    ``block.attention.output.weight.div_(2)``, beside initialising them."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError):
+        return frozenset()
+    initial = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name in ("__init__", "_init_weights", "reset_parameters")
+        for inner in ast.walk(node)
+    }
+    calls = (n.func for n in ast.walk(tree) if isinstance(n, ast.Call) and id(n) not in initial)
+    functions = (f for f in calls if isinstance(f, ast.Attribute) and f.attr.endswith("_") and f.attr[0] != "_")
+    paths = (ast.unparse(f.value).split(".") for f in functions if isinstance(f.value, ast.Attribute))
+    return frozenset(".".join(p[1:-1]) for p in paths if p[-1] == "weight" and p[0] != "self" and len(p) > 2)

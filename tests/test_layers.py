@@ -50,10 +50,11 @@ ALLOWED = {
     "cli":        {"comparison", "config", "controller", "estimate", "forms", "inspection", "report",
                    "pretrained", "schedule", "state", "timeline", "trainer"},
     "run":        {"config", "schedule", "trainer"},
+    "sweep":      {"config", "controller", "selection"},
     "trl":        {"trainer"},
 }
 STDLIB_ONLY = {"adaptive", "config", "schedule", "state", "budget", "wording"}
-KNOWS_TRANSFORMERS = {"trainer", "hub", "run", "cli"}
+KNOWS_TRANSFORMERS = {"trainer", "hub", "run", "cli", "sweep"}
 # fmt: on
 
 

@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_drt.declaration import declare, undeclared
-from hf_drt.forms import Adapter, AdapterLinear, Conversion, LowRankLinear, form_of, prepare, stack_count, weight_shape
+from hf_drt.forms import (
+    Adapter,
+    AdapterLinear,
+    Conversion,
+    LowRankLinear,
+    form_of,
+    layout_of,
+    prepare,
+    stack_count,
+    weight_shape,
+)
 from hf_drt.selection import find_targets
 from hf_drt.surgery import Swap, replace
 from hf_drt.wording import some
@@ -100,11 +110,18 @@ def write_adapter(model: nn.Module, folder: str | os.PathLike, base: str | None)
     tensors = {
         f"{PREFIX}{layer}.lora_{key}.weight": weight.detach().contiguous()
         for layer, module in adapters.items()
-        for key, weight in (("A", module.lora_A), ("B", module.lora_B))
+        for key, weight in zip("AB", _lora_weights(module), strict=True)
     }
     save_file(tensors, Path(folder) / WEIGHTS_NAME, metadata={"format": "pt"})
     config = _lora_config(model, adapters, base)
     (Path(folder) / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _lora_weights(module: AdapterLinear) -> tuple[Tensor, Tensor]:
+    """``lora_A`` and ``lora_B`` as PEFT stores them: those of a convolution as a k x k and a 1x1 kernel."""
+    if not module.layout.kernel:
+        return module.lora_A, module.lora_B
+    return module.layout.stored(module.lora_A), module.lora_B.reshape(*module.lora_B.shape, *(1,) * len(module.stride))
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -148,6 +165,12 @@ def check_adapters(model: nn.Module) -> dict[str, AdapterLinear]:
             f"{some(stacks)} is an adapter of fused experts, which PEFT lays out in another way. Keep the experts "
             "dense (exclude=['experts']), or save the model with export=dense or native."
         )
+    if foreign := [name for name, m in adapters.items() if m.layout.kernel and not _is_conv_of_peft(m)]:
+        raise ValueError(
+            f"{some(foreign)} is a convolution with an adapter that PEFT does not have: its LoRA is of decomposition "
+            "'svd', without dilation and padded with zeros. Save the dense model in its place "
+            "(hf_drt.dense_state_dict), or use export=native."
+        )
     if misread := _taken_for_experts(model, list(adapters)):
         raise ValueError(
             f"{some(misread)} has the name of a projection of the experts, which transformers fuses into one tensor, "
@@ -161,6 +184,11 @@ def check_adapters(model: nn.Module) -> dict[str, AdapterLinear]:
             "dense model in its place (hf_drt.dense_state_dict)."
         )
     return adapters
+
+
+def _is_conv_of_peft(module: nn.Module) -> bool:
+    plain = module.padding_mode == "zeros" and all(step == 1 for step in module.dilation)
+    return plain and module.form.decomposition == "svd"
 
 
 def _taken_for_experts(model: nn.Module, names: list[str]) -> list[str]:
@@ -442,6 +470,8 @@ def _form(name: str, A: Tensor, B: Tensor, layer: nn.Module, config: dict[str, A
     """The form of one layer, checked against its shape."""
     out, into = weight_shape(layer)
     rank = _of_layer(name, config.get("rank_pattern"), config.get("r"))
+    if layout_of(layer).kernel:
+        raise ValueError(f"{name} is a convolution: LoRA checkpoints of convolutions cannot be read. {_MERGE}")
     if tuple(A.shape) != (rank, into) or tuple(B.shape) != (out, rank):
         raise ValueError(
             f"{name} of shape (out, in) = {(out, into)} with r={rank!r} needs lora_A {(rank, into)} and lora_B "

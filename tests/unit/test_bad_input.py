@@ -73,6 +73,7 @@ FIELDS = [
     ("rank_pattern", {"attn": "4"}, r"rank_pattern gives '4' for 'attn'"),
     ("rank_pattern", '{"attn": NaN}', r"rank_pattern gives nan for 'attn'"),
     ("rank_pattern", {5: 4}, r"rank_pattern.*5"),
+    ("decomposition", "qr", r"decomposition must be one of svd, tucker, cp, got 'qr'"),
     ("rank_multiple", 0, r"rank_multiple must be .*at least 1, got 0"),
     ("rank_multiple", 8.0, r"rank_multiple must be a whole number of at least 1, got 8\.0"),
     ("rank_multiple", True, r"rank_multiple must be a whole number of at least 1, got True"),
@@ -195,7 +196,7 @@ TEXTS = [
     # presets
     (
         "factored",
-        r"'factored' is neither a preset \(paper, fixed, warmup, cyclic, decay, auto, adaptive\) nor a phase; .*kind@b",
+        r"'factored' is neither a preset \(paper, paper_conv, fixed, warmup, cyclic, decay, auto, adaptive\) no.*kind@b",
     ),
     ("Paper", r"'Paper' is neither a preset"),
     ("relora(every=5)", r"'relora' is neither a preset"),
@@ -425,7 +426,7 @@ def test_a_dict_that_describes_no_form_is_refused(data):
 @pytest.mark.parametrize(
     ("model", "patterns", "message"),
     [
-        (lambda: nn.Conv2d(1, 1, 1), {}, r"Conv2d has 0 transformer blocks.*as follows: no linear layer at all"),
+        (lambda: nn.Conv2d(1, 1, 1), {}, r"Conv2d has 0 transformer blocks.*as follows: 1 outside of the blocks"),
         (lambda: nn.Sequential(nn.Linear(4, 4)), {}, r"Sequential has 0 transformer blocks.*1 outside of the blocks"),
         (
             tiny.llama,

@@ -19,6 +19,7 @@ FLAGS = {
     "rank_ratio": (["0.125"], 0.125),
     "rank": (["16"], 16),
     "rank_pattern": (['{"attn": 0.125, "mlp": 64}'], '{"attn": 0.125, "mlp": 64}'),
+    "decomposition": (["tucker"], "tucker"),
     "rank_multiple": (["4"], 4),
     "include": (["attn", r"mlp\.(up|down)"], ["attn", r"mlp\.(up|down)"]),
     "exclude": (["layers\\.0"], ["layers\\.0"]),

@@ -113,7 +113,10 @@ ARCHITECTURES = {
         tiny.vit,
         blocks := ["vit.layers.0", "vit.layers.1"],
         in_blocks(blocks, "attention.q_proj attention.k_proj attention.v_proj attention.o_proj mlp.fc1 mlp.fc2"),
-        {"classifier": "outside of the blocks"},
+        {
+            "vit.embeddings.patch_embeddings.projection": "outside of the blocks",
+            "classifier": "outside of the blocks",
+        },
     ),
     "falcon, whose linear layer is a subclass": (
         falcon,

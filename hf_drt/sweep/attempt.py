@@ -1,0 +1,132 @@
+"""One model type: build it, feed it, take it through all forms, and say what came of it."""
+
+import time
+import traceback
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_drt.selection import find_targets
+from hf_drt.sweep.catalog import model_class
+from hf_drt.sweep.cycle import Fault, forward, run_cycle
+from hf_drt.sweep.inputs import NoInput, learned, make_inputs
+from hf_drt.sweep.shrink import VARIANTS, Variant, tiny_config
+
+PASSED, NOTHING, UNBUILT, FAILED = "passed", "nothing to select", "not built", "failed"
+OUTCOMES = (PASSED, NOTHING, UNBUILT, FAILED)
+LIMIT = 60_000_000  # parameters
+
+
+@dataclass
+class Result:
+    """What came of one model type.
+
+    Attributes:
+        outcome: One of :data:`OUTCOMES`; 'not built' means that no tiny model of it could be made to run at all.
+        cause: Why it is not 'passed'.
+        facts: As :func:`hf_drt.sweep.cycle.run_cycle`; and ``parameters``, ``inputs`` (names), ``dtype``.
+    """
+
+    model_type: str
+    model: str
+    outcome: str
+    cause: str = ""
+    seconds: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def attempt(model_type: str, name: str) -> Result:
+    """Try one model type, in this process."""
+    result, started = Result(model_type, name, UNBUILT), time.perf_counter()
+    try:
+        model, inputs, variant = built(model_type, name)
+        result.facts |= {
+            "variant": vars(variant),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "inputs": sorted(inputs),
+        }
+        result.outcome = FAILED
+        _cycle(result, model_type, name, model, inputs)
+    except Exception as error:
+        result.cause = _cause(error)
+    result.seconds = round(time.perf_counter() - started, 2)
+    return result
+
+
+def _cycle(result: Result, model_type: str, name: str, model: nn.Module, inputs: dict[str, Any]) -> None:
+    try:
+        find_targets(model)
+    except ValueError as error:
+        result.outcome, result.cause = NOTHING, str(error).partition("left out as follows: ")[2].partition(". incl")[0]
+        return
+    result.facts["dtype"] = "float32"
+    try:
+        result.facts |= run_cycle(model, inputs, type(model).from_pretrained)
+    except Fault:
+        # A choice by the largest score turns a rounding error into another output: only double precision tells.
+        model, inputs, _ = built(model_type, name)
+        model, inputs = model.double(), {n: _double(value) for n, value in inputs.items()}
+        try:
+            forward(model, inputs)
+        except Exception as error:
+            raise Fault(f"in float32 only, since float64 does not run ({_cause(error)})") from None
+        result.facts["dtype"] = "float64"
+        result.facts |= run_cycle(model, inputs, type(model).from_pretrained)
+    result.outcome = PASSED
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def built(model_type: str, name: str) -> tuple[nn.Module, dict[str, Any], Variant]:
+    """A tiny model in evaluation mode, inputs that its forward pass takes, and how far it had to be shrunk.
+
+    Raises:
+        Exception: Whatever the architecture raises, of the smallest variant, if none runs.
+    """
+    first: Exception | None = None
+    for variant in VARIANTS:
+        try:
+            return *_variant(model_type, name, variant), variant
+        except (ImportError, NoInput, NotImplementedError):  # no size helps
+            raise
+        except Exception as error:
+            first = first or error
+    raise first
+
+
+def _variant(model_type: str, name: str, variant: Variant) -> tuple[nn.Module, dict[str, Any]]:
+    cls = model_class(name)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in cls(tiny_config(model_type, variant)).parameters())
+    if size > LIMIT:
+        raise ValueError(f"{size:,} parameters after shrinking, more than {LIMIT:,}")
+    torch.manual_seed(0)
+    model, hints = cls(tiny_config(model_type, variant)).eval(), {}
+    for _ in range(5):
+        inputs = make_inputs(model, hints, variant.text_only)
+        try:
+            with torch.no_grad():
+                forward(model, inputs)
+            return model, inputs
+        except (ValueError, RuntimeError) as error:
+            wanted = learned(str(error))
+            if not wanted or wanted.items() <= hints.items():
+                raise
+            hints |= wanted
+    raise ValueError(f"no inputs fit: {hints}")
+
+
+def _cause(error: Exception) -> str:
+    """Type and first line of an error, and the last line of an architecture's own code on its way."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if "/transformers/" in f.filename]
+    where = f" ({own[-1].filename.rpartition('/')[2]}:{own[-1].lineno})" if own else ""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}{where}"

@@ -1,0 +1,120 @@
+"""The sweep over architectures: shrinking, the table, crashing processes, and a few types for real."""
+
+import json
+
+import pytest
+import torch
+from transformers import PretrainedConfig
+
+from hf_drt.sweep import pool
+from hf_drt.sweep.__main__ import main
+from hf_drt.sweep.attempt import FAILED, NOTHING, PASSED, UNBUILT, Result, attempt
+from hf_drt.sweep.catalog import model_types
+from hf_drt.sweep.cycle import Fault, _compare
+from hf_drt.sweep.inputs import learned
+from hf_drt.sweep.shrink import Variant, tiny_config
+from hf_drt.sweep.table import summary
+
+DIVERSE = ("bert", "clip", "gpt2", "llava", "mixtral", "t5", "vit", "whisper")
+
+
+def test_every_type_of_automodel_is_counted_and_parts_are_types_of_their_own():
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    types = model_types()
+    assert set(MODEL_MAPPING_NAMES) <= set(types)
+    assert types["clip_vision_model"] == "CLIPVisionModel"
+
+
+def test_a_tiny_llama_has_heads_that_divide_its_width_and_derived_fields_that_follow():
+    config = tiny_config("llama")
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (2, 64, 4)
+    assert config.head_dim * config.num_attention_heads == config.hidden_size
+    assert tiny_config("llama", Variant(layers=None)).num_hidden_layers == 32
+
+
+def test_a_configuration_inside_another_is_shrunk_and_shares_placeholder_tokens():
+    config = tiny_config("llava")
+    assert isinstance(config.vision_config, PretrainedConfig)
+    assert config.vision_config.image_size == 3 * config.vision_config.patch_size
+    assert config.image_token_id < config.text_config.vocab_size
+
+
+def test_an_error_of_a_forward_pass_tells_the_number_of_placeholders():
+    message = "Image features and image tokens do not match, tokens: 0, features: 18"
+    assert learned(message) == {"image": 18}
+    assert learned("something else") == {}
+
+
+def test_outputs_that_differ_are_a_fault_and_infinite_masks_are_not():
+    a = [torch.tensor([1.0, float("-inf")])]
+    assert _compare(a, [a[0].clone()], torch.float32, "x") == 0
+    with pytest.raises(Fault, match=r"x: relative difference 1.0e-01, allowed is 0.0001"):
+        _compare(a, [torch.tensor([1.1, float("-inf")])], torch.float32, "x")
+
+
+def test_the_table_counts_outcomes_and_joins_equal_causes():
+    results = [Result("a", "A", PASSED), Result("b", "B", UNBUILT, "x|y"), Result("c", "C", UNBUILT, "x|y")]
+    text = summary([*results, Result("d", "D", FAILED, "z"), Result("e", "E", NOTHING, "none")])
+    assert "| passed | 1 |" in text
+    assert "| all | 5 |" in text
+    assert "| x/y | b, c |" in text
+
+
+def test_a_process_that_hangs_or_dies_costs_one_type(monkeypatch):
+    import os
+    import time
+
+    def work(model_type, name):
+        if model_type == "hangs":
+            time.sleep(60)
+        if model_type == "dies":
+            os._exit(3)
+        return Result(model_type, name, PASSED)
+
+    monkeypatch.setattr(pool, "attempt", work)
+    found = {r.model_type: r for r in pool.sweep([(n, "X") for n in ("hangs", "dies", "works")], 2, 1.0)}
+    assert found["works"].outcome == PASSED
+    assert found["dies"].cause == "the process ended with exit code 3"
+    assert found["hangs"].cause == "no result after 1 s"
+
+
+def test_a_pattern_that_matches_no_type_is_refused(capsys, tmp_path):
+    assert main(["--only", "^nosuch$", "--output", str(tmp_path / "x")]) == 2
+    assert "matches none of the model types" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model_type", DIVERSE)
+def test_a_type_goes_through_all_forms(model_type):
+    result = attempt(model_type, model_types()[model_type])
+    assert (result.outcome, result.cause) == (PASSED, "")
+    assert result.facts["reached"] > 0
+
+
+def test_a_form_that_computes_another_function_fails(monkeypatch):
+    from hf_drt.forms.modules import AdapterLinear
+
+    right = AdapterLinear.forward
+    monkeypatch.setattr(AdapterLinear, "forward", lambda self, x: 1.1 * right(self, x))
+    result = attempt("bert", "BertModel")
+    assert result.outcome == FAILED
+    assert "phase 2 (adapter) differs from phase 0" in result.cause
+
+
+def test_results_are_kept_and_resumed(tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    assert main(["--only", "^bert$", "--output", str(output)]) == 0
+    assert json.loads(output.read_text())["outcome"] == PASSED
+    assert main(["--only", "^bert$", "--output", str(output), "--resume"]) == 0
+    assert len(output.read_text().splitlines()) == 1
+    assert "| passed | 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_as_many_types_pass_as_the_documentation_says(tmp_path):
+    output = tmp_path / "all.jsonl"
+    assert main(["--output", str(output)]) == 0
+    results = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(results) == len(model_types())
+    assert sum(r["outcome"] == PASSED for r in results) >= 398
+    assert {r["model_type"] for r in results if r["outcome"] == FAILED} <= {"rwkv"}
