@@ -156,11 +156,6 @@ class DRTConfig:
         for name in ("frobenius_decay", "log_rank_per_layer", "evaluate_at_switch", "save_at_switch", "tag_phases"):
             _require(isinstance(getattr(self, name), bool), self, name, "True or False")
         _require(self.dense_query_key in (None, True, False), self, "dense_query_key", "True, False or None")
-        if self.frobenius_decay and self.decomposition != "svd":
-            raise ValueError(
-                f"frobenius_decay is the decay of a product U V, and decomposition='{self.decomposition}' has more "
-                "factors. Use decomposition='svd', or leave frobenius_decay out."
-            )
         if self.seed is not None:
             _require(_is_int(self.seed) and self.seed >= 0, self, "seed", "a whole number of at least 0")
         for name in ("include", "exclude"):

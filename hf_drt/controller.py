@@ -176,7 +176,13 @@ class DynamicRank:
         for index, phase in enumerate(self.plan.phases):
             if phase.kind == "dense":
                 continue
-            dense = [name for name, form in self.forms(index).items() if form == Dense()]
+            forms = self.forms(index)
+            if self.config.frobenius_decay and any(getattr(f, "decomposition", "svd") != "svd" for f in forms.values()):
+                raise ValueError(
+                    f"frobenius_decay is the decay of a product U V, and decomposition='{self.config.decomposition}' "
+                    "has more factors. Use decomposition='svd', or leave frobenius_decay out."
+                )
+            dense = [name for name, form in forms.items() if form == Dense()]
             kept = [name for name in dense if stays_dense(phase.kind, name, self.config)]
             if len(kept) == len(self.targets):
                 raise ValueError(

@@ -115,7 +115,7 @@ def test_shortcuts_stem_and_classifier_stay_dense():
 
 def test_frobenius_decay_is_of_two_factors():
     with pytest.raises(ValueError, match="frobenius_decay is the decay of a product U V"):
-        DRTConfig(decomposition="cp", frobenius_decay=True)
+        DynamicRank(resnet(), DRTConfig(schedule="fixed", decomposition="cp", frobenius_decay=True), 100)
     with pytest.raises(ValueError, match="decomposition must be one of svd, tucker, cp"):
         DRTConfig(decomposition="qr")
 

@@ -230,7 +230,8 @@ def test_what_may_be_written_in_several_ways_is_written_in_one(text, plain):
 
 
 OPTIONS = [
-    "paper", "paper(final=factored)", "fixed", "warmup", "warmup(until=33.3)", "cyclic", "cyclic(windows=1)",
+    "paper", "paper(final=factored)", "paper_conv", "paper_conv(ratio=0.25)", "fixed", "warmup",
+    "warmup(until=33.3)", "cyclic", "cyclic(windows=1)",
     "cyclic(windows=7, share=10)", "cyclic(share=99)", "decay", "decay(stages=9)", "decay(shape=exponential)",
     "decay(shape=sigmoid, first=1.0, last=0.01)", "auto", "adaptive", "adaptive(signal=rank, drop=0.5)",
 ]  # fmt: skip

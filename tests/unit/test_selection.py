@@ -174,6 +174,7 @@ ARCHITECTURES = {
             **dict.fromkeys(
                 in_blocks(["backbone.layers.0.mixer"], "x_proj dt_proj out_proj"), "weight read by its owner"
             ),
+            "backbone.layers.0.mixer.conv1d": "depthwise convolution",
             "lm_head": "outside of the blocks",
         },
     ),
