@@ -69,6 +69,11 @@ def plan(
     rank: Annotated[int | None, Option(help="Absolute rank, in place of the ratio.")] = None,
     rank_pattern: Annotated[str | None, Option(help="JSON: regular expression on layer names to rank.")] = None,
     rank_multiple: Annotated[int, Option(help="Ranks given as a share are rounded to a multiple of this.")] = 8,
+    decomposition: Annotated[str, Option(help="Of convolutions: svd, tucker or cp.")] = "svd",
+    dense_query_key: Annotated[
+        bool | None,
+        Option(help="Query and key projections stay dense in factored phases; by default in 'auto' only."),
+    ] = None,
     include: Annotated[list[str] | None, Option(help="Regular expression on layers; may be repeated.")] = None,
     exclude: Annotated[list[str] | None, Option(help="Regular expression on layers; may be repeated.")] = None,
     start: Annotated[str, Option(help="auto, scratch or pretrained: what 'lowrank' stands for.")] = "auto",
@@ -104,6 +109,7 @@ def plan(
     origin = start if start != "auto" else "pretrained" if has_weights(model) else "scratch"
     ranks = {"rank_ratio": rank_ratio, "rank": rank, "rank_pattern": rank_pattern, "rank_multiple": rank_multiple}
     chosen = {"include": include or None, "exclude": exclude or None, "start": origin, "schedule": schedule}
+    chosen |= {"decomposition": decomposition, "dense_query_key": dense_query_key}
     run = Run(steps, steps_per_epoch, _lr_curve(lr_scheduler, warmup_steps, steps))
     settings, parsed = _parsed(ranks | chosen, budget)
     load = _Load(batch_size, seq_length, accumulation, optimizer, _DTYPES[dtype], bf16, checkpointing, task)

@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import torch
+import transformers
 
 from hf_drt import DRTConfig, DynamicRank
 from hf_drt.estimate import batch_spec, estimate_run
@@ -69,6 +70,22 @@ def test_layers_and_warnings(hf_drt, configured):
     row = next(line for line in out.splitlines() if line.startswith("model.layers.1.mlp.up_proj"))
     assert "64 x 32" in row
     assert "21.3" in row
+
+
+def test_query_and_key_are_kept_or_not(hf_drt, configured):
+    wanted = ("plan", configured(), *SMALL, "--schedule", "fixed", "--dense-query-key")
+    assert "4 query and key projections stay dense (dense_query_key)" in hf_drt(*wanted).out
+    assert "query and key" not in hf_drt(*wanted[:-1], "--no-dense-query-key").out
+
+
+def test_a_decomposition_of_convolutions(hf_drt, tmp_path):
+    transformers.ResNetConfig(
+        layer_type="basic", hidden_sizes=[16, 32], depths=[1, 1], embedding_size=16, num_channels=1
+    ).save_pretrained(tmp_path)
+    wanted = ("plan", tmp_path, "--task", "image-classification", "--schedule", "fixed", "--batch-size", 2, "--json")
+    shares = [json.loads(hf_drt(*wanted, "--decomposition", d).out)["flops_share"] for d in ("svd", "tucker", "cp")]
+    assert shares[0] > shares[1] > shares[2]
+    assert "decomposition must be one of svd, tucker, cp, got 'qr'" in hf_drt(*wanted, "--decomposition", "qr").err
 
 
 def test_boundaries_at_epochs_and_learning_rates(hf_drt, configured):
