@@ -23,6 +23,7 @@ from hf_drt.forms import (
     parameters_of,
     prepare,
     resolve_rank,
+    stack_count,
     weight_shape,
 )
 from hf_drt.selection import find_targets, has_hooks
@@ -202,7 +203,10 @@ def plan_compression(
     name, value = _criterion(rank=rank, rank_ratio=rank_ratio, energy=energy, parameters=parameters)
     ranks = {name: value} if name in ("rank", "rank_ratio") else {}
     DRTConfig(rank_multiple=rank_multiple, include=include, exclude=exclude, **ranks)  # checks them
-    layers = [_layer(name, module) for name, module in find_targets(model, include, exclude).targets.items()]
+    targets = find_targets(model, include, exclude).targets
+    layers = [_layer(name, module) for name, module in targets.items() if stack_count(module) is None]
+    if not layers:
+        raise ValueError("all selected layers are fused experts, which are not compressed. Select linear layers too.")
     match name:
         case "parameters":
             forms = _by_budget(layers, _budget(value, layers), rank_multiple)

@@ -16,6 +16,7 @@ from hf_drt.adaptive import Windows
 from hf_drt.config import DRTConfig
 from hf_drt.cost import PlanCost, plan_cost
 from hf_drt.declaration import declare
+from hf_drt.experts import copies
 from hf_drt.forms import (
     ConvShape,
     Dense,
@@ -23,7 +24,9 @@ from hf_drt.forms import (
     break_even_of,
     effective_weight,
     form_of,
+    layer_of,
     resolve_form,
+    stack_count,
     stays_dense,
     trainable_weights,
     weight_shape,
@@ -111,7 +114,9 @@ class DynamicRank:
 
     Attributes:
         targets: ``(out, in)`` of every layer that changes form, by name.
+        copies: How many matrices of that shape it has, and how many multiply a token (:func:`hf_drt.experts.copies`).
         skipped: Reason of every linear layer that stays as it is, by name.
+        fused_note: What share of the parameters stays dense in fused experts, if any does.
         plan: The resolved phases, with the windows that a trigger has added so far.
         windows: The trigger's checks and decisions (:class:`hf_drt.adaptive.Windows`); None without a trigger.
         phase: Index of the phase the model is in; None before the first.
@@ -135,7 +140,10 @@ class DynamicRank:
         selection = find_targets(model, config.include, config.exclude)
         # Names and shapes only: a reference to a module would keep its old weights alive after a switch.
         self.targets = {name: weight_shape(module) for name, module in selection.targets.items()}
-        self.skipped = selection.skipped
+        self.copies = {name: copies(model, name, module) for name, module in selection.targets.items()}
+        self.skipped, self.fused_note = selection.skipped, selection.fused_note()
+        if self.fused_note:
+            logger.warning("%s.", self.fused_note)
         if plan is None:
             plan, trigger = _plan_from(config, max_steps, model)
         self.plan = self.initial_plan = plan
@@ -421,7 +429,7 @@ class DynamicRank:
             ValueError: It is gone, or something else has taken its place.
         """
         try:
-            module = self.model.get_submodule(name)
+            module = layer_of(self.model, name)
         except AttributeError:
             module = None
         was = self.targets[name]
@@ -474,11 +482,12 @@ class DynamicRank:
 
     def _cost_of(self, plan: Plan) -> PlanCost:
         forms = [list(self._forms_of(phase).values()) for phase in plan.phases]
-        return plan_cost(plan, list(self.targets.values()), forms)
+        return plan_cost(plan, list(self.targets.values()), forms, list(self.copies.values()))
 
     def effective_ranks(self) -> dict[str, float]:
-        """Effective rank of every target layer; factored ones from r x r matrices only. Collective under FSDP2."""
-        return {name: effective_rank(_spectrum(gathered(self._layer(name)))) for name in self.targets}
+        """Effective rank of every target layer, of fused experts their mean; factored ones from r x r matrices only.
+        Collective under FSDP2."""
+        return {name: _effective_rank(gathered(self._layer(name))) for name in self.targets}
 
     def to_dense(self) -> None:
         """Bring every target layer back to its dense form: a plain model, that loads anywhere."""
@@ -495,10 +504,15 @@ def _plan_from(config: DRTConfig, max_steps: int | None, model: nn.Module) -> tu
     return resolved_plan(schedule, Run(max_steps), config, model), schedule.trigger
 
 
-def _spectrum(module: nn.Module) -> Tensor:
+def _effective_rank(module: nn.Module) -> float:
+    experts = range(stack_count(module)) if stack_count(module) is not None else [...]
     if isinstance(module, FactoredLinear):
-        return factored_singular_values(*module.pair()[:2])
-    return gram_singular_values(effective_weight(module))
+        L, R, _ = module.pair()
+        spectra = [factored_singular_values(L[e], R[e]) for e in experts]
+    else:
+        W = effective_weight(module)
+        spectra = [gram_singular_values(W[e]) for e in experts]
+    return sum(map(effective_rank, spectra)) / len(spectra)
 
 
 def _trainable_parameters(model: nn.Module) -> int:

@@ -43,32 +43,44 @@ class PlanCost:
         return sum(getattr(p, name) * p.steps for p in self.phases) / sum(p.steps for p in self.phases)
 
 
-def relative_flops(shapes: Sequence[tuple[int, int]], forms: Sequence[Form]) -> float:
+def relative_flops(
+    shapes: Sequence[tuple[int, int]], forms: Sequence[Form], copies: Sequence[tuple[int, int]] | None = None
+) -> float:
     """Multiply-adds of layers of shapes ``(out, in)`` in some forms over those of the same layers in dense form.
 
     Every layer is counted for one token, and a convolution for one output position; how many positions it has is not
-    known here (:mod:`hf_drt.estimate` knows).
+    known here (:mod:`hf_drt.estimate` knows). ``copies`` as in :func:`plan_cost`: of E experts a token meets k, so that
+    they count k times, not E times.
     """
-    dense = sum(flops_of(Dense(), shape) for shape in shapes)
-    return sum(flops_of(form, shape) for form, shape in zip(forms, shapes, strict=True)) / dense
+    per_token = [active for _, active in copies] if copies is not None else [1] * len(shapes)
+    dense = sum(k * flops_of(Dense(), shape) for k, shape in zip(per_token, shapes, strict=True))
+    return sum(k * flops_of(form, shape) for k, form, shape in zip(per_token, forms, shapes, strict=True)) / dense
 
 
-def plan_cost(plan: Plan, shapes: Sequence[tuple[int, int]], forms: Sequence[Sequence[Form]]) -> PlanCost:
+def plan_cost(
+    plan: Plan,
+    shapes: Sequence[tuple[int, int]],
+    forms: Sequence[Sequence[Form]],
+    copies: Sequence[tuple[int, int]] | None = None,
+) -> PlanCost:
     """Cost of a plan.
 
     Args:
         plan: Resolved phases.
         shapes: ``(out, in)`` of every target layer.
         forms: For every phase the form of every layer, in the order of ``shapes``.
+        copies: How many matrices of its shape each layer holds, and by how many of them a token is multiplied; one and
+            one for linear layers, E and the experts per token for fused experts. None if all are linear layers.
     """
-    dense_parameters = sum(Dense().parameters(*shape) for shape in shapes)
+    counts = [count for count, _ in copies] if copies is not None else [1] * len(shapes)
+    dense_parameters = sum(n * Dense().parameters(*shape) for n, shape in zip(counts, shapes, strict=True))
     return PlanCost(
         tuple(
             PhaseCost(
                 plan.end_of(index) - phase.start,
-                sum(parameters_of(form, shape) for form, shape in zip(forms[index], shapes, strict=True))
+                sum(n * parameters_of(f, shape) for n, f, shape in zip(counts, forms[index], shapes, strict=True))
                 / dense_parameters,
-                relative_flops(shapes, forms[index]),
+                relative_flops(shapes, forms[index], copies),
             )
             for index, phase in enumerate(plan.phases)
         )

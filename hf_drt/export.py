@@ -26,7 +26,7 @@ def dense_state_dict(model: nn.Module, state: dict[str, Tensor] | None = None) -
         tensors = {key: merged.pop(f"{name}.{key}", None) for key in layer.tensors}
         if None not in tensors.values():
             dtype = next(iter(tensors.values())).dtype
-            merged[f"{name}.weight"] = layer.layout.stored(_merged(layer, tensors)).to(dtype).contiguous()
+            merged[layer.dense_key(name)] = layer.layout.stored(_merged(layer, tensors)).to(dtype).contiguous()
     return merged
 
 
@@ -54,7 +54,7 @@ def marked_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, T
     marks = {}
     for name, layer in low_rank_layers(model):
         if (tensor := state.get(f"{name}.{layer.tensors[0]}")) is not None:
-            marks[f"{name}.weight"] = tensor.new_empty(layer.layout.shape(0, layer.in_features))
+            marks[layer.dense_key(name)] = tensor.new_empty(layer.layout.shape(0, layer.in_features))
     return state | marks
 
 

@@ -184,7 +184,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         for name, tensors in places.items()
         if kind != "training checkpoint" and _is_linear(name, sizes.get(f"{name}.weight", ()))
     }
-    layers = tuple(_layer(name, *entry, places, sizes) for name, entry in {**dense, **declared}.items())
+    layers = tuple(_layer(name, *entry, places, sizes) for name, entry in {**dense, **_linear(declared, sizes)}.items())
     if not layers:
         raise CheckpointError(f"{path} holds no linear layer inside a block, so there is nothing to inspect.")
     return Checkpoint(kind, tuple(sorted(layers, key=lambda layer: _natural(layer.name))), parameters, plan)
@@ -224,6 +224,15 @@ def _declared(path: Path) -> tuple[str, dict[str, tuple[tuple[int, int], Form]],
     if isinstance(block, dict) and block.get("quant_method") == METHOD:
         return "native model", {layer.name: (layer.shape, layer.form) for layer in read_block(block)}, None
     return "dense model", {}, None
+
+
+def _linear(declared: dict[str, Any], sizes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Without fused experts, of whose spectra there are many for each."""
+    return {
+        name: entry
+        for name, entry in declared.items()
+        if not any(len(sizes.get(key, ())) == 3 for key in (name, f"{name}.U", f"{name}.lora_A"))
+    }
 
 
 def _state_layers(folder: Path, state: dict[str, Any]) -> dict[str, tuple[tuple[int, int], Form]]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from hf_drt.config import DRTConfig
 from hf_drt.cost import relative_flops
+from hf_drt.experts import copies
 from hf_drt.forms import AdapterLinear, FactoredLinear, resolve_form, weight_shape
 from hf_drt.schedule import Plan, Run, Schedule
 from hf_drt.selection import find_targets
@@ -68,8 +69,9 @@ def _cost_of_forms(model: nn.Module, config: DRTConfig) -> Callable[[str, int | 
     """FLOPs of a step of the target layers in a phase of some kind and rank, relative to dense."""
 
     def cost(kind: str, rank: int | float | None) -> float:
-        shapes = {n: weight_shape(m) for n, m in find_targets(model, config.include, config.exclude).targets.items()}
+        targets = find_targets(model, config.include, config.exclude).targets
+        shapes = {n: weight_shape(m) for n, m in targets.items()}
         forms = [resolve_form(kind, shape, config, name, rank) for name, shape in shapes.items()]
-        return relative_flops(list(shapes.values()), forms)
+        return relative_flops(list(shapes.values()), forms, [copies(model, n, m) for n, m in targets.items()])
 
     return cost

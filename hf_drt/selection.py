@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_drt.convolutions import conv_inside, conv_unfit, has_conv_form, is_convolution
-from hf_drt.forms import LowRankLinear, is_transposed
+from hf_drt.experts import FUSED, as_layer, fused_weights, unfit_experts
+from hf_drt.forms import ExpertStack, LowRankLinear, is_transposed
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +35,29 @@ _HARMLESS_READS = {"dtype", "device", "shape", "size", "ndim"}
 class Selection:
     """Linear layers and convolutions by name: those that change form, and those that stay dense with the reason.
 
-    ``targets`` are in the order of ``model.named_modules()``.
+    ``targets`` are in the order of ``model.named_modules()``. Fused experts are a layer for each of their weights.
+    ``fused_share`` is the share of the model's parameters in fused experts that cannot change form.
     """
 
     targets: dict[str, nn.Module]
     skipped: dict[str, str]
+    fused_share: float = 0.0
 
     def summary(self) -> str:
         """The skipped layers, counted by reason."""
         counts = Counter(self.skipped.values())
-        return "; ".join(f"{count} {reason}" for reason, count in counts.most_common()) or "no linear layer at all"
+        text = "; ".join(f"{count} {reason}" for reason, count in counts.most_common()) or "no linear layer at all"
+        return f"{text} ({self.fused_note()})" if self.fused_share else text
+
+    def fused_note(self) -> str | None:
+        """What is to be said of fused experts that cannot change form; None if there are none."""
+        if not self.fused_share:
+            return None
+        names = [name for name, reason in self.skipped.items() if reason.startswith(FUSED)]
+        return (
+            f"{self.fused_share:.1%} of the model's parameters stay dense: {len(names)} weights of fused experts, e.g. "
+            f"{names[0]} ({self.skipped[names[0]]})"
+        )
 
 
 def find_targets(model: nn.Module, include: list[str] | None = None, exclude: list[str] | None = None) -> Selection:
@@ -69,22 +83,24 @@ def find_targets(model: nn.Module, include: list[str] | None = None, exclude: li
     parents = _parents(model)
     written = set().union(*(_weight_writes(cls) for cls in {type(m) for m in model.modules()}))
     targets, skipped = {}, {}
-    for name, module in model.named_modules():
-        if not (is_linear(module) or is_convolution(module)):
-            continue
+    fused = 0
+    for name, module, weight in _layers(model):
         reason = (
             ("outside of the blocks" if id(module) not in (inside_conv if is_convolution(module) else inside) else None)
             or ("output embeddings" if id(module) in heads else None)
             or (conv_unfit(name, module) if is_convolution(module) else None)
-            or _unfit(name, module, parents, shared, experts)
+            or ("tied or shared weight" if id(weight) in shared else None)
+            or (unfit_experts(module, name.rpartition(".")[2], weight) if weight is not None else None)
+            or (_unfit(name, module, parents, shared, experts) if weight is None else None)
             or ("weight written by the model" if any(f".{name}".endswith(f".{path}") for path in written) else None)
             or _pattern_reason(name, include, exclude)
         )
         if reason is None:
-            targets[name] = module
+            targets[name] = module if weight is None else as_layer(module, weight)
         else:
             skipped[name] = reason
-    selection = Selection(targets, skipped)
+            fused += weight.numel() if weight is not None and reason.startswith(FUSED) else 0
+    selection = Selection(targets, skipped, fused / max(1, sum(p.numel() for p in model.parameters())))
     if not targets:
         raise ValueError(
             f"no layer to train in changing rank: {type(model).__name__} has {len(blocks)} transformer blocks, and its "
@@ -94,6 +110,17 @@ def find_targets(model: nn.Module, include: list[str] | None = None, exclude: li
     _warn_of_idle_patterns("include", include, [*targets, *skipped])
     _warn_of_idle_patterns("exclude", exclude, [*targets, *skipped])
     return selection
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter | None]]:
+    """Name and module of every linear layer and convolution; name, experts module and parameter of every weight of
+    fused experts."""
+    for name, module in model.named_modules():
+        if is_linear(module) or is_convolution(module):
+            yield name, module, None
+            continue
+        for leaf, weight in fused_weights(module):
+            yield f"{name}.{leaf}" if name else leaf, module, weight
 
 
 def _warn_of_idle_patterns(option: str, patterns: list[str] | None, names: list[str]) -> None:
@@ -122,7 +149,8 @@ def _is_checkpointing_layer(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer in one of the forms, or may become one: nn.Linear, Conv1D, or ours."""
-    return (isinstance(module, (nn.Linear, LowRankLinear)) and not has_conv_form(module)) or is_transposed(module)
+    ours = isinstance(module, (LowRankLinear, ExpertStack)) and not has_conv_form(module)
+    return ours or isinstance(module, nn.Linear) or is_transposed(module)
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hf_drt.forms import ExpertStack, attach, layer_of, place_of, stack_count
+
 
 @dataclass(frozen=True)
 class Swap:
@@ -20,6 +22,8 @@ def replace(model: nn.Module, swaps: list[Swap]) -> None:
     Raises:
         ValueError: A layer is not in the model. Nothing has been replaced then.
     """
+    stacks = [swap for swap in swaps if stack_count(swap.old) is not None]
+    swaps = [swap for swap in swaps if stack_count(swap.old) is None]
     new_by_old = {id(swap.old): swap.new for swap in swaps}
     places = [
         (parent, attribute, new_by_old[id(child)])
@@ -29,6 +33,7 @@ def replace(model: nn.Module, swaps: list[Swap]) -> None:
     ]
     found = {id(parent._modules[attribute]) for parent, attribute, _ in places}
     missing = [swap.name for swap in swaps if id(swap.old) not in found]
+    missing += [swap.name for swap in stacks if not _holds(model, swap)]
     if missing:
         raise ValueError(
             f"{', '.join(missing)} is not in the model any more. Something else has replaced it since the targets "
@@ -36,3 +41,14 @@ def replace(model: nn.Module, swaps: list[Swap]) -> None:
         )
     for parent, attribute, new in places:
         parent._modules[attribute] = new
+    for swap in stacks:
+        attach(*place_of(model, swap.name), swap.new)
+
+
+def _holds(model: nn.Module, swap: Swap) -> bool:
+    """Whether the model has these very weights of fused experts under their name."""
+    try:
+        layer = layer_of(model, swap.name)
+    except AttributeError:
+        return False
+    return layer.weight is swap.old.weight if isinstance(swap.old, ExpertStack) else layer is swap.old

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hf_drt.distributed import Job, decompositions, raise_everywhere
-from hf_drt.forms import Conversion, Form, check, empty_like, prepare
+from hf_drt.forms import Conversion, Form, check, empty_like, layer_of, prepare
 from hf_drt.optim import carry_groups, carry_moments, put_states, take_states
 from hf_drt.sharding import gathered, group_of, is_sharded, reshard, splice
 from hf_drt.surgery import Swap, replace
@@ -87,7 +87,7 @@ def empty_forms(model: nn.Module, forms: dict[str, Form], optimizer: torch.optim
     """
     swaps = []
     for name, form in forms.items():
-        old = model.get_submodule(name)
+        old = layer_of(model, name)
         plain = gathered(old)
         swaps.append(Swap(name, old, empty_like(plain, form)))
         if plain is not old:
@@ -109,7 +109,7 @@ def _change(
     generator: Callable[[str], torch.Generator],
 ) -> Outcome:
     conversions = list(_prepared(model, forms, generator))
-    swaps = [Swap(name, model.get_submodule(name), c.module) for name, c in zip(forms, conversions, strict=True)]
+    swaps = [Swap(name, layer_of(model, name), c.module) for name, c in zip(forms, conversions, strict=True)]
     place = carry_groups(optimizer, model, swaps) if optimizer is not None else None
     outcome = Outcome()
     with _no_way_back():
@@ -128,7 +128,7 @@ def _change(
 def _prepared(
     model: nn.Module, forms: dict[str, Form], generator: Callable[[str], torch.Generator]
 ) -> Iterator[Conversion]:
-    jobs = {name: Job(model.get_submodule(name), form) for name, form in forms.items()}
+    jobs = {name: Job(layer_of(model, name), form) for name, form in forms.items()}
     _check(jobs)
     for (name, job), parts in zip(jobs.items(), decompositions(list(jobs.values())), strict=True):
         yield prepare(job.module, job.form, generator(name), parts)
@@ -143,7 +143,7 @@ def _change_sharded(
 ) -> Outcome:
     """The same under FSDP2, where a process has room for the whole weights of one layer only. Collective."""
     reshard(model)
-    jobs = {name: Job(model.get_submodule(name), form) for name, form in forms.items()}
+    jobs = {name: Job(layer_of(model, name), form) for name, form in forms.items()}
     _check_everywhere(jobs)
     for job in jobs.values():
         group_of(model, job.module)

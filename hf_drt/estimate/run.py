@@ -9,7 +9,7 @@ from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.estimate.batch import BatchSpec
 from hf_drt.estimate.step import StepCost, simulate_step
-from hf_drt.forms import Adapter, Dense, Factored, Form, break_even_of, flops_of, form_of, stays_dense
+from hf_drt.forms import Adapter, Dense, Factored, Form, break_even_of, flops_of, form_of, layer_of, stays_dense
 from hf_drt.transition import empty_forms
 
 
@@ -149,13 +149,14 @@ def estimate_run(
         )
         for name, shape in controller.targets.items()
     )
-    found = _warnings(phases, layers, dense, controller.config)
-    return RunEstimate(phases, dense, layers, _switch_extra(controller, dense), tuple(found))
+    warnings = [controller.fused_note] if controller.fused_note else []
+    warnings += _warnings(phases, layers, dense, controller.config)
+    return RunEstimate(phases, dense, layers, _switch_extra(controller, dense), tuple(warnings))
 
 
 def _put(controller: DynamicRank, forms: dict[str, Form]) -> None:
     model = controller.model
-    empty_forms(model, {name: form for name, form in forms.items() if form_of(model.get_submodule(name)) != form})
+    empty_forms(model, {name: form for name, form in forms.items() if form_of(layer_of(model, name)) != form})
 
 
 def _phase(controller: DynamicRank, index: int, forms: dict[str, Form], step: StepCost) -> PhaseEstimate:
@@ -167,7 +168,8 @@ def _phase(controller: DynamicRank, index: int, forms: dict[str, Form], step: St
 
 def _switch_extra(controller: DynamicRank, dense: StepCost) -> int:
     """The largest layer with gradient and state; decompositions are in float32 or better."""
-    largest = max(out * into for out, into in controller.targets.values())
+    sizes = (controller.copies[name][0] * out * into for name, (out, into) in controller.targets.items())
+    largest = max(sizes)
     item = max(p.element_size() for p in controller.model.parameters())
     return largest * (max(4, item) + item + dense.optimizer * item // max(1, dense.gradients))
 

@@ -6,18 +6,20 @@ those of a real run (fused attention where there is one), whatever the architect
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from hf_drt.estimate.batch import BatchSpec
 from hf_drt.estimate.counter import StepCounter
 from hf_drt.estimate.optimizer import optimizer_bytes
-from hf_drt.forms import weight_shape
+from hf_drt.forms import layer_of, place_of, stack_count, weight_shape
+from hf_drt.forms.stack_weight import StackWeight
 
 
 class SimulationError(ValueError):
@@ -76,6 +78,7 @@ def simulate_step(
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_without_data(model))
+        stack.enter_context(_GroupedByShape())
         rows = stack.enter_context(_watched(model, watch))
         counter = _with_parameters(model)
         weights = counter.now
@@ -160,14 +163,21 @@ def _fake(tensor: Tensor) -> Tensor:
 def _watched(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, int]]:
     rows = dict.fromkeys(names, 0)
 
-    def count(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def count(name: str, vectors: Callable[..., int]) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if not torch._C._current_graph_task_id() >= 0:  # no second count as checkpointing repeats the forward pass
-                rows[name] += output.numel() // weight_shape(module)[0]
+                rows[name] += vectors(args, kwargs, output)
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(count(name)) for name in names]
+    handles = []
+    for name in names:
+        layer = layer_of(model, name)
+        if stack_count(layer) is None:
+            place, vectors = layer, _positions(weight_shape(layer)[0])
+        else:
+            place, vectors = place_of(model, name)[0], _rows_of_experts
+        handles.append(place.register_forward_hook(count(name, vectors), with_kwargs=True))
     logger = logging.getLogger("torch._subclasses.fake_tensor")  # logs what is raised anyway
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -179,9 +189,35 @@ def _watched(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, int]]
             handle.remove()
 
 
+def _positions(outputs: int) -> Callable[..., int]:
+    """Of a layer: how many vectors of so many outputs it has given."""
+    return lambda args, kwargs, output: output.numel() // outputs
+
+
+def _rows_of_experts(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> int:
+    """One for each expert that a token is sent to; experts without such indices multiply all that they are given."""
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    index = next((value for value in given if not value.is_floating_point()), None)
+    return given[0].numel() // given[0].shape[-1] if index is None else index.numel()
+
+
+class _GroupedByShape(TorchFunctionMode):
+    """Grouped products, whose kernel has a rule for shapes in bfloat16 only, as one product: as many multiply-adds and
+    as much memory, since the groups share out the same rows."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is not torch._grouped_mm:
+            return func(*args, **(kwargs or {}))
+        x, weights = args[:2]
+        if isinstance(weights, StackWeight):  # whose own products come back here
+            with self:
+                return StackWeight.__torch_function__(func, types, args, kwargs)
+        return x @ weights[0]
+
+
 def _explained(model: nn.Module, error: Exception) -> str:
     reason = f"{type(error).__name__}: {error}".splitlines()[0]
     return (
-        f"the cost of {type(model).__name__} does not follow from its shapes ({reason}). Mixtures of experts may need "
-        "their weights in bfloat16."
+        f"the cost of {type(model).__name__} does not follow from its shapes ({reason}). Experts that are multiplied "
+        "one by one depend on values: set experts_implementation to grouped_mm in the configuration."
     )

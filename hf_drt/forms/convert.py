@@ -24,7 +24,9 @@ from hf_drt.forms.modules import (
     working_tensors,
 )
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form
-from hf_drt.forms.structures import halves, tensor_shapes
+from hf_drt.forms.stack_math import of_each, random_rows, stacked_truncation
+from hf_drt.forms.stack_modules import AdapterStack, FactoredStack
+from hf_drt.forms.structures import halves, plus_product, tensor_shapes
 from hf_drt.truncation import Truncation, balanced, truncated_product, truncated_svd
 from hf_drt.tucker import tucker2
 
@@ -41,7 +43,8 @@ def decompose(module: nn.Module, form: Form) -> tuple[Tensor, ...] | None:
     :func:`prepare`.
 
     For 'svd' a :class:`hf_drt.truncation.Truncation` of rank min(form.rank, rank of the layer's own factors); a layer
-    that is factored by it is decomposed by QR and an r x r matrix. For 'tucker' and 'cp' the factors, in the order of
+    that is factored by it is decomposed by QR and an r x r matrix. Of fused experts each is decomposed for itself, and
+    all parts but the error get a leading dimension E. For 'tucker' and 'cp' the factors, in the order of
     :func:`hf_drt.forms.tensor_shapes`, and the relative Frobenius error.
     """
     shapes = decomposition_shapes(module, form)
@@ -57,10 +60,10 @@ def decompose(module: nn.Module, form: Form) -> tuple[Tensor, ...] | None:
             return *rest, out.mT.contiguous(), out.new_zeros(())
         case "cp":
             return cp(layout.stored(effective_weight(module)), form.rank)
-    k = shapes[0][1]
+    k = shapes[0][-1]
     if isinstance(module, FactoredLinear):
-        return truncated_product(*halves(module.form, working_tensors(module)), k)
-    return truncated_svd(effective_weight(module), k)
+        return stacked_truncation(truncated_product, *halves(module.form, working_tensors(module)), rank=k)
+    return stacked_truncation(truncated_svd, effective_weight(module), rank=k)
 
 
 def module_is_of(module: nn.Module, form: Form) -> bool:
@@ -77,7 +80,8 @@ def decomposition_shapes(module: nn.Module, form: Form) -> tuple[tuple[int, ...]
         factors = Factored(form.rank, form.decomposition, form.rank_in)
         return *tensor_shapes(factors, (out, into), layout_of(module)).values(), ()
     k = min(form.rank, module.form.rank) if isinstance(module, FactoredLinear) else form.rank
-    return (out, k), (k,), (k, into), ()
+    lead = layout_of(module).lead
+    return (*lead, out, k), (*lead, k), (*lead, k, into), ()
 
 
 def prepare(
@@ -184,8 +188,14 @@ def low_rank_layer(
     dense: nn.Module, form: Factored | Adapter, tensors: dict[str, nn.Parameter], bias: nn.Parameter | None
 ) -> LowRankLinear:
     """The module of a low-rank form of ``dense``, with tensors as :func:`tensor_shapes` names them."""
-    linear, convolution = (FactoredLinear, FactoredConv) if isinstance(form, Factored) else (AdapterLinear, AdapterConv)
-    return (convolution if layout_of(dense).kernel else linear)(dense, form, tensors, bias)
+    factored, layout = isinstance(form, Factored), layout_of(dense)
+    if layout.kernel:
+        cls = FactoredConv if factored else AdapterConv
+    elif layout.count is not None:
+        cls = FactoredStack if factored else AdapterStack
+    else:
+        cls = FactoredLinear if factored else AdapterLinear
+    return cls(dense, form, tensors, bias)
 
 
 def _dense_module(module: nn.Module) -> nn.Module:
@@ -230,16 +240,22 @@ def _factors(
 ) -> dict[str, nn.Parameter]:
     """The product's tensors at its start, by name: from a decomposition, or with a product of zero where it is None."""
     like = next(p for name, p in module.named_parameters() if name != "bias")
-    sizes = tensor_shapes(form, weight_shape(module), layout_of(module))
+    layout = layout_of(module)
+    sizes = tensor_shapes(form, weight_shape(module), layout)
     sizes.pop("base", None)
     scaling = form.scaling if isinstance(form, Adapter) else 1.0
     if parts is None:
         *rest, out = sizes.items()
-        values = {name: kaiming_rows(size[0], math.prod(size[1:]), generator).reshape(size) for name, size in rest}
+        rows = {name: size[len(layout.lead) :] for name, size in rest}
+        values = {
+            name: random_rows(layout.lead, size[0], math.prod(size[1:]), generator).reshape(*layout.lead, *size)
+            for name, size in rows.items()
+        }
         values[out[0]] = torch.zeros(out[1])
     elif form.decomposition == "svd":
         # 1 / scaling is spread over both factors, so that they stay balanced.
-        L, R = (factor / scaling**0.5 for factor in spectral_factors(Truncation(*parts), form.rank, generator))
+        sides = of_each(spectral_factors, Truncation(*parts), form.rank, generator)
+        L, R = (factor / scaling**0.5 for factor in sides)
         values = dict(zip(sizes, (L, R) if isinstance(form, Factored) else (R, L), strict=True))
     else:
         *rest, out = parts[:-1]
@@ -280,7 +296,7 @@ def _without(module: nn.Module, adapter: AdapterLinear) -> Tensor:
     """The old effective W minus the new adapter's product, as cast: so the base takes up what the cast has cost."""
     W = effective_weight(module)
     L, R = halves(adapter.form, working_tensors(adapter))
-    return torch.addmm(W, L, R, alpha=-adapter.form.scaling)
+    return plus_product(W, L, R, -adapter.form.scaling)
 
 
 def _unformed(like: Tensor) -> nn.Parameter:

@@ -16,13 +16,20 @@ class Layout:
         transposed: Stored as ``(in, out)``, as transformers' ``Conv1D`` (GPT-2) does.
         kernel: Of a convolution, e.g. (3, 3): stored as ``(out, channels, *kernel)``, with in = channels * kernel size.
             Empty for a linear layer.
+        count: Of fused experts, E: a leading dimension of the stored weight and of W; None for a layer of one matrix.
     """
 
     transposed: bool = False
     kernel: tuple[int, ...] = ()
+    count: int | None = None
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The leading dimension of every tensor: ``(E,)``, or none."""
+        return () if self.count is None else (self.count,)
 
     def matrix(self, stored: Tensor) -> Tensor:
-        """``W (out, in)``, a view."""
+        """``W (out, in)``, or ``(E, out, in)`` of fused experts, a view."""
         if self.kernel:
             return stored.flatten(1)
         return stored.mT if self.transposed else stored
@@ -37,7 +44,7 @@ class Layout:
         """Shape of the stored weight. With ``out = 0`` that of an entry of no elements."""
         if self.kernel:
             return (out, into // prod(self.kernel), *self.kernel)
-        return (into, out) if self.transposed else (out, into)
+        return *self.lead, *((into, out) if self.transposed else (out, into))
 
 
 class ConvShape(tuple[int, int]):
@@ -71,7 +78,9 @@ def is_transposed(dense: nn.Module) -> bool:
 
 
 def dense_layout(dense: nn.Module) -> Layout:
-    """The layout of a dense layer."""
+    """The layout of a dense layer: the one it tells of, as fused experts do, or that of its class."""
+    if isinstance(own := getattr(dense, "layout", None), Layout):
+        return own
     if isinstance(dense, (nn.Conv1d, nn.Conv2d)):
         return Layout(kernel=tuple(dense.kernel_size))
     return Layout(transposed=is_transposed(dense))

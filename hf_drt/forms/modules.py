@@ -77,7 +77,7 @@ class LowRankLinear(nn.Module):
         self.layout = dense_layout(dense)
         self.out_features, self.in_features = weight_shape(dense)
         self.training = dense.training
-        if self.layout.transposed:
+        if is_transposed(dense):
             self.nf, self.nx = dense.nf, dense.nx
         # In a list, so that nn.Module does not register it as a child.
         self._shell = [with_weight(dense, None, None, dense.training)]
@@ -127,7 +127,12 @@ class LowRankLinear(nn.Module):
         like = trainable_weights(self)[0]
         if hasattr(like, "to_local"):  # sharded: every entry of the state dict is looked up as a parameter
             return
-        destination[prefix + "weight"] = like.detach().new_empty(self.layout.shape(0, self.in_features))
+        if key := self.dense_key(prefix[:-1]).removeprefix("."):
+            destination[key] = like.detach().new_empty(self.layout.shape(0, self.in_features))
+
+    def dense_key(self, name: str) -> str:
+        """The dense weight's entry in the state dict of a model that calls the layer by this name."""
+        return f"{name}.weight"
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -181,7 +186,7 @@ def kaiming_rows(rank: int, width: int, generator: torch.Generator | None) -> Te
 
 @full_precision()
 def effective_weight(module: nn.Module) -> Tensor:
-    """``W (out, in)`` of a layer in any form, merged in float32 or better."""
+    """``W (out, in)`` of a layer in any form, merged in float32 or better; ``(E, out, in)`` of fused experts."""
     return merged(form_of(module), working_tensors(module), layout_of(module))
 
 

@@ -21,12 +21,10 @@ NAMES = (
 def tensor_shapes(form: Form, shape: tuple[int, int], layout: Layout) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a layer's stored tensors, bias aside, for a layer of shape ``(out, in)``."""
     stored = layout.shape(*shape)
-    match form:
-        case Factored():
-            return _product_shapes(form, shape, layout.kernel)
-        case Adapter():
-            return {"base": stored} | _product_shapes(form, shape, layout.kernel)
-    return {"weight": stored}
+    if isinstance(form, Dense):
+        return {"weight": stored}
+    product = {name: (*layout.lead, *size) for name, size in _product_shapes(form, shape, layout.kernel).items()}
+    return {"base": stored} | product if isinstance(form, Adapter) else product
 
 
 def _product_shapes(
@@ -59,6 +57,11 @@ def halves(form: Factored | Adapter, tensors: Mapping[str, Tensor]) -> tuple[Ten
     return out, khatri_rao([into, *axes])
 
 
+def plus_product(W: Tensor, L: Tensor, R: Tensor, scale: float) -> Tensor:
+    """``W + scale L R``, of one matrix or of each of a stack."""
+    return (torch.addmm if W.ndim == 2 else torch.baddbmm)(W, L, R, alpha=scale)
+
+
 def khatri_rao(factors: list[Tensor]) -> Tensor:
     """Row-wise Kronecker product of tensors ``(r, n_k)``, ``(r, n_1 n_2 ...)``: the last index runs fastest."""
     product = factors[0]
@@ -68,14 +71,15 @@ def khatri_rao(factors: list[Tensor]) -> Tensor:
 
 
 def merged(form: Form, tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
-    """The effective ``W (out, in)`` of a layer's stored tensors, in their dtype; differentiable."""
+    """The effective ``W (out, in)`` of a layer's stored tensors, in their dtype; differentiable. ``(E, out, in)`` of
+    fused experts."""
     match form:
         case Factored():
             L, R = halves(form, tensors)
             return L @ R
         case Adapter():
             L, R = halves(form, tensors)
-            return torch.addmm(layout.matrix(tensors["base"]), L, R, alpha=form.scaling)
+            return plus_product(layout.matrix(tensors["base"]), L, R, form.scaling)
         case Dense():
             return layout.matrix(tensors["weight"])
     raise TypeError(f"{form!r} is no form that can be merged.")

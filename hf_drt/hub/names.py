@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from hf_drt.forms import LowRankLinear, weight_shape
+from hf_drt.forms import LowRankLinear, layer_of, weight_shape
 from hf_drt.hub.block import DeclaredLayer
 from hf_drt.selection import is_layer
 from hf_drt.state import CheckpointError
@@ -32,14 +32,13 @@ def matched(model: nn.Module, declared: Sequence[DeclaredLayer]) -> dict[str, De
     Raises:
         CheckpointError: A layer is absent otherwise, all are, or it is no linear layer of that shape in the model.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
     found, absent = {}, []
     for layer in declared:
-        name = next((n for n in candidates(layer.name, model.base_model_prefix) if n in modules), None)
+        name = next((n for n in candidates(layer.name, model.base_model_prefix) if _has(model, n)), None)
         if name is None:
             absent.append(layer.name)
             continue
-        _check_layer(f"{name} of {type(model).__name__}", modules[name], layer)
+        _check_layer(f"{name} of {type(model).__name__}", layer_of(model, name), layer)
         found[name] = layer
     lost = absent if not found else _lost(model, absent, [layer.name for layer in declared])
     if lost:
@@ -47,6 +46,14 @@ def matched(model: nn.Module, declared: Sequence[DeclaredLayer]) -> dict[str, De
             f"{type(model).__name__} lacks {some(lost)}, which the checkpoint holds in low-rank form. {_SAME}"
         )
     return found
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        layer_of(model, name)
+    except AttributeError:
+        return False
+    return True
 
 
 def _check_layer(name: str, module: nn.Module, layer: DeclaredLayer) -> None:

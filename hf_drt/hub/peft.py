@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_drt.declaration import declare, undeclared
-from hf_drt.forms import Adapter, AdapterLinear, Conversion, LowRankLinear, form_of, layout_of, prepare, weight_shape
+from hf_drt.forms import (
+    Adapter,
+    AdapterLinear,
+    Conversion,
+    LowRankLinear,
+    form_of,
+    layout_of,
+    prepare,
+    stack_count,
+    weight_shape,
+)
 from hf_drt.selection import find_targets
 from hf_drt.surgery import Swap, replace
 from hf_drt.wording import some
@@ -149,6 +159,11 @@ def check_adapters(model: nn.Module) -> dict[str, AdapterLinear]:
         raise ValueError(
             f"{some(factored)} is in factored form, which PEFT does not have. Make such layers dense first: "
             "model.set_submodule(name, hf_drt.convert(model.get_submodule(name), hf_drt.Dense()).module)."
+        )
+    if stacks := [name for name, m in adapters.items() if stack_count(m) is not None]:
+        raise ValueError(
+            f"{some(stacks)} is an adapter of fused experts, which PEFT lays out in another way. Keep the experts "
+            "dense (exclude=['experts']), or save the model with export=dense or native."
         )
     if foreign := [name for name, m in adapters.items() if m.layout.kernel and not _is_conv_of_peft(m)]:
         raise ValueError(

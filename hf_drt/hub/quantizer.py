@@ -14,7 +14,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_drt.declaration import METHOD, declare
-from hf_drt.forms import AdapterLinear, LowRankLinear, empty_like
+from hf_drt.forms import AdapterLinear, LowRankLinear, empty_like, layer_of
 from hf_drt.hub.block import AGAIN, DeclaredLayer, read_block
 from hf_drt.hub.names import candidates, matched
 from hf_drt.hub.weights import check_weights
@@ -63,7 +63,7 @@ class NativeQuantizer(HfQuantizer):
                 "distributed_config."
             )
         declared = self.quantization_config.read()
-        layers = [(name, layer, model.get_submodule(name)) for name, layer in matched(model, declared).items()]
+        layers = [(name, layer, layer_of(model, name)) for name, layer in matched(model, declared).items()]
         if checkpoint_files and all(str(path).endswith(".safetensors") for path in checkpoint_files):
             check_weights(checkpoint_files, [pair for _, *pair in layers], model.base_model_prefix)
         swaps = [Swap(name, module, empty_like(module, layer.form)) for name, layer, module in layers]
@@ -74,10 +74,12 @@ class NativeQuantizer(HfQuantizer):
         self._hide_empty_weights(model, [layer.name for layer in declared])
 
     def _hide_empty_weights(self, model: nn.Module, declared: list[str]) -> None:
-        """Entries ``{layer}.weight`` without elements stop a loader that does not know the format. This one passes over
-        them: the model has no use for them, and they are not reported as unexpected."""
-        own = {f"{n}.weight" for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LowRankLinear)}
-        stored = {f"{name}.weight" for layer in declared for name in candidates(layer, model.base_model_prefix)}
+        """Entries without elements under a dense weight's name stop a loader that does not know the format. This one
+        passes over them: the model has no use for them, and they are not reported as unexpected."""
+        modules = model.named_modules(remove_duplicate=False)
+        own = {module.dense_key(name) for name, module in modules if isinstance(module, LowRankLinear)}
+        names = {name for layer in declared for name in candidates(layer, model.base_model_prefix)}
+        stored = {key for name in names for key in (name, f"{name}.weight")}  # the first, of fused experts
 
         def hide(module: nn.Module, state: dict[str, Any], root: str, metadata: dict[str, Any]) -> None:
             for name in own:

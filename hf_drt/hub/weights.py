@@ -35,6 +35,8 @@ def _shapes_by_layer(files: Sequence[str]) -> dict[str, Shapes]:
     for key, shape in stored_shapes(files, AGAIN).items():
         layer, _, tensor = key.rpartition(".")
         shapes[layer][tensor] = shape
+        if len(shape) == 3:  # perhaps the dense weight of fused experts, which has the layer's own name
+            shapes[key]["weight"] = shape
     return shapes
 
 

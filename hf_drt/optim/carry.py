@@ -33,15 +33,27 @@ def carry_groups(optimizer: torch.optim.Optimizer, model: nn.Module, swaps: list
     optimizer = unwrap(optimizer)
     moment_keys(optimizer)
     lists = spliced_groups(optimizer, model, [(swap.name, swap.old, swap.new) for swap in swaps])
+    ordered = [_in_model_order(group["params"], model) for group in optimizer.param_groups]
 
     def commit() -> None:
         names = {id(p): name for name, p in model.named_parameters()}
-        for group, params in zip(optimizer.param_groups, lists, strict=True):
+        places = {key: place for place, key in enumerate(names)}
+        for group, params, sort in zip(optimizer.param_groups, lists, ordered, strict=True):
+            if sort and all(id(p) in places for p in params):
+                params.sort(key=lambda p: places[id(p)])
             group["params"] = params
             if "param_names" in group:
                 group["param_names"] = [names[id(p)] for p in params]
 
     return commit
+
+
+def _in_model_order(params: list[nn.Parameter], model: nn.Module) -> bool:
+    """Whether parameters stand in the order in which the model has them. A module lists its own before those of its
+    children, and fused experts change between the two, so that the new weights' places are not always the old ones'."""
+    places = {id(p): place for place, p in enumerate(model.parameters())}
+    found = [places.get(id(p), -1) for p in params]
+    return found == sorted(found)
 
 
 def carry_moments(optimizer: torch.optim.Optimizer, old: nn.Module, new: nn.Module, policy: str) -> None:

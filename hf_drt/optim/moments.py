@@ -162,6 +162,9 @@ def _first_from_factors(L: Tensor, R: Tensor, scale: float, m_L: Tensor, m_R: Te
 def _second_from_factors(L: Tensor, R: Tensor, scale: float, v_L: Tensor, v_R: Tensor) -> Tensor:
     """Rank-one estimate ``v_W[i, j] = row_i col_j / mean`` (as in Adafactor, Shazeer and Stern 2018) from the row sums
     of v_L and the column sums of v_R, which are averages of v_W weighted with R*R and L*L."""
+    if L.ndim == 3:  # of fused experts
+        experts = zip(L, R, v_L, v_R, strict=True)
+        return torch.stack([_second_from_factors(*own[:2], scale, *own[2:]) for own in experts])
     row, col = _mean_over(v_L.sum(1), scale * R), _mean_over(v_R.sum(0), scale * L)
     if row.any() and col.any():
         return row[:, None] * col[None] / (row.mean() * col.mean()).sqrt()

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
 from hf_drt.controller import DynamicRank
-from hf_drt.forms import form_from_dict, layout_of, tensor_shapes
+from hf_drt.forms import dense_key, form_from_dict, layer_of, layout_of, tensor_shapes
 from hf_drt.optim import unwrap
 from hf_drt.state import STATE_NAME, CheckpointError, read_state
 from hf_drt.trainer.fsdp_files import check_engine, check_fsdp_files, is_fsdp_checkpoint
@@ -215,7 +215,7 @@ def _check_weights(folder: Path, controller: DynamicRank, state: dict[str, Any])
                 f"{name} has shape {stored[name]} in the weights of {folder}, where {shape} is needed: they were "
                 f"edited, or are of another model. {_OTHER}"
             )
-    sentinels = {f"{name}.weight" for name in state["layers"]}
+    sentinels = {dense_key(controller.model, name) for name in state["layers"]}
     for name in sorted(set(stored) - set(expected)):
         if name in sentinels and 0 in stored[name]:
             continue
@@ -225,17 +225,18 @@ def _check_weights(folder: Path, controller: DynamicRank, state: dict[str, Any])
 
 def _expected_shapes(model: nn.Module, layers: dict[str, dict[str, Any]]) -> Shapes:
     """Shapes of the whole model's state with the target layers in the forms of a checkpoint."""
-    modules = dict(model.named_modules())
     shapes: Shapes = {
         name: tuple(tensor.shape)
         for name, tensor in model.state_dict().items()
-        if name.rpartition(".")[0] not in layers or name.endswith(".bias")
+        if name not in layers and (name.rpartition(".")[0] not in layers or name.endswith(".bias"))
     }
     for name, entry in layers.items():
         entry = dict(entry)
-        shape, module = tuple(entry.pop("shape")), modules[name]
+        shape, module = tuple(entry.pop("shape")), layer_of(model, name)
         tensors = tensor_shapes(form_from_dict(entry), shape, layout_of(module))
-        shapes |= {f"{name}.{key}": value for key, value in tensors.items()}
+        shapes |= {
+            dense_key(model, name) if key == "weight" else f"{name}.{key}": value for key, value in tensors.items()
+        }
     return shapes
 
 

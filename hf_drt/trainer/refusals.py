@@ -6,7 +6,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers.trainer_utils import HubStrategy
 
 from hf_drt.config import DRTConfig
+from hf_drt.forms import stack_count
 from hf_drt.optim import form_group_options
+from hf_drt.selection import find_targets
 
 
 def refuse_unsupported(trainer: Any, config: DRTConfig) -> None:
@@ -18,6 +20,16 @@ def refuse_unsupported(trainer: Any, config: DRTConfig) -> None:
     for found, (applies, remedy) in _engines(trainer).items():
         if applies:
             raise ValueError(f"dynamic-rank training does not support {found}. {remedy} Or unset drt_schedule.")
+    stacks = [
+        name
+        for name, layer in find_targets(trainer.model, config.include, config.exclude).targets.items()
+        if stack_count(layer) is not None
+    ]
+    if stacks and _fsdp_version(trainer) is not None:
+        raise ValueError(
+            f"fused experts cannot change form under FSDP, and {stacks[0]} is selected. Keep them dense: "
+            "drt_exclude=['experts']; or use DistributedDataParallel (torchrun alone)."
+        )
     args = trainer.args
     if config.tag_phases and (not args.push_to_hub or args.hub_strategy == HubStrategy.END):
         raise ValueError(

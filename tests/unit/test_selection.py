@@ -67,6 +67,7 @@ def in_blocks(blocks: list[str], leaves: str) -> list[str]:
 
 
 ATTENTION = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
+FUSED = "mlp.experts.gate_up_proj mlp.experts.down_proj"
 ENCODER = " ".join(f"layer.0.SelfAttention.{leaf}" for leaf in "qkvo")
 DECODER = f"{ENCODER} " + " ".join(f"layer.1.EncDecAttention.{leaf}" for leaf in "qkvo")
 EXPERTS = " ".join(f"layer.{{layer}}.mlp.experts.expert_{i}.{leaf}" for i in range(2) for leaf in ("wi", "wo"))
@@ -127,7 +128,7 @@ ARCHITECTURES = {
     "mixtral, whose experts are one tensor": (
         mixtral,
         blocks := ["model.layers.0", "model.layers.1"],
-        in_blocks(blocks, ATTENTION),
+        in_blocks(blocks, f"{ATTENTION} {FUSED}"),
         {"lm_head": "outside of the blocks"},
     ),
     "switch transformers, whose experts are layers": (
@@ -146,7 +147,7 @@ ARCHITECTURES = {
         ["model.layers.0"],
         in_blocks(
             ["model.layers.0"],
-            f"{ATTENTION} mlp.shared_expert.gate_proj mlp.shared_expert.up_proj mlp.shared_expert.down_proj",
+            f"{ATTENTION} {FUSED} mlp.shared_expert.gate_proj mlp.shared_expert.up_proj mlp.shared_expert.down_proj",
         ),
         {
             "model.layers.0.mlp.shared_expert_gate": "router of a mixture of experts",
@@ -198,8 +199,15 @@ def test_targets_come_in_the_order_of_the_model(make, blocks, targets, skipped):
     model = make()
     modules = dict(model.named_modules())
     found = find_targets(model).targets
-    assert list(found) == [name for name in modules if name in found]
-    assert all(modules[name] is module for name, module in found.items())
+    own = {
+        name: [f"{name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)]
+        for name, module in modules.items()
+    }
+    assert list(found) == [place for name in modules for place in (name, *own[name]) if place in found]
+    assert all(
+        modules[name] is layer if name in modules else layer.weight is model.get_parameter(name)
+        for name, layer in found.items()
+    )
 
 
 @pytest.mark.parametrize("make", tiny.MODELS.values(), ids=tiny.MODELS.keys())
@@ -217,7 +225,8 @@ def test_layers_in_another_form_are_still_targets(make, form):
 def test_a_layer_as_wide_as_the_number_of_experts_is_no_router():
     # One key-value head of width 8 next to 8 experts.
     model = mixtral(num_local_experts=8, num_key_value_heads=1, num_attention_heads=4, head_dim=8)
-    assert sorted(find_targets(model).targets) == sorted(in_blocks(["model.layers.0", "model.layers.1"], ATTENTION))
+    expected = in_blocks(["model.layers.0", "model.layers.1"], f"{ATTENTION} {FUSED}")
+    assert sorted(find_targets(model).targets) == sorted(expected)
 
 
 # ---- a small net, and one thing changed in it

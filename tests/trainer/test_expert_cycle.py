@@ -1,0 +1,55 @@
+"""Fused experts through a whole cycle of the Trainer."""
+
+import pytest
+import tiny
+import torch
+import transformers as T
+
+from hf_drt.forms import form_of, layer_of
+
+EXPERTS = ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj")
+
+
+def mixtral():
+    torch.manual_seed(0)
+    config = T.MixtralConfig(
+        vocab_size=tiny.VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, attention_dropout=0.1, bos_token_id=0,
+        eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return T.MixtralForCausalLM(config)
+
+
+@pytest.mark.parametrize("moments", ["reset", "project"])
+@pytest.mark.parametrize("stop", [4, 9, 14, 18])
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, stop, moments):
+    """In every phase of factored, dense, adapter, factored."""
+    changes = {"save_strategy": "steps", "save_steps": stop, "drt_moments": moments, "drt_frobenius_decay": True}
+    whole = tiny.trainer(tmp_path, mixtral(), weight_decay=0.1, **changes)
+    seen = []
+    whole.add_callback(_Watch(seen))
+    whole.train()
+    assert len({type(form) for forms in seen for form in forms}) == 3
+    resumed = tiny.trainer(tmp_path, mixtral(), weight_decay=0.1, **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    state, other = whole.model.state_dict(), resumed.model.state_dict()
+    assert state.keys() == other.keys()
+    assert all(torch.equal(state[name], other[name]) for name in state)
+
+
+class _Watch(T.TrainerCallback):
+    def __init__(self, seen):
+        self.seen = seen
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.seen.append([form_of(layer_of(model, name)) for name in EXPERTS])
+
+
+def test_what_the_trainer_saves_is_a_dense_model(tmp_path):
+    trainer = tiny.trainer(tmp_path, mixtral(), max_steps=4)
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    plain = T.MixtralForCausalLM.from_pretrained(tmp_path / "saved")
+    assert all(isinstance(plain.get_parameter(name), torch.nn.Parameter) for name in EXPERTS)
+    expected = tiny.logits(trainer.model, tiny.batch())
+    assert torch.allclose(tiny.logits(plain, tiny.batch()), expected, atol=1e-5)
