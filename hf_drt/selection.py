@@ -61,7 +61,7 @@ class Selection:
 
 
 def find_targets(model: nn.Module, include: list[str] | None = None, exclude: list[str] | None = None) -> Selection:
-    """The linear layers and convolutions inside blocks, narrowed by patterns on their names.
+    """The linear layers, convolutions and fused experts inside blocks, narrowed by patterns on their names.
 
     Blocks of convolutions are found in a way of their own (:mod:`hf_drt.convolutions`).
 
@@ -74,42 +74,71 @@ def find_targets(model: nn.Module, include: list[str] | None = None, exclude: li
     Raises:
         ValueError: No layer is left. The message counts what was found, by reason.
     """
-    blocks = block_roots(model)
-    inside = {id(m) for block in blocks.values() for m in block.modules()}
-    inside_conv = conv_inside(model, blocks)
-    experts = _expert_counts(model)
-    heads = {id(head) for head in _output_embeddings(model)}
-    shared = _shared_parameters(model)
-    parents = _parents(model)
-    written = set().union(*(_weight_writes(cls) for cls in {type(m) for m in model.modules()}))
-    targets, skipped = {}, {}
-    fused = 0
+    surroundings = _Surroundings.of(model)
+    targets, skipped, fused = {}, {}, 0
     for name, module, weight in _layers(model):
-        reason = (
-            ("outside of the blocks" if id(module) not in (inside_conv if is_convolution(module) else inside) else None)
-            or ("output embeddings" if id(module) in heads else None)
-            or (conv_unfit(name, module) if is_convolution(module) else None)
-            or ("tied or shared weight" if id(weight) in shared else None)
-            or (unfit_experts(module, name.rpartition(".")[2], weight) if weight is not None else None)
-            or (_unfit(name, module, parents, shared, experts) if weight is None else None)
-            or ("weight written by the model" if any(f".{name}".endswith(f".{path}") for path in written) else None)
-            or _pattern_reason(name, include, exclude)
-        )
+        reason = _reason(name, module, weight, surroundings) or _pattern_reason(name, include, exclude)
         if reason is None:
             targets[name] = module if weight is None else as_layer(module, weight)
-        else:
-            skipped[name] = reason
-            fused += weight.numel() if weight is not None and reason.startswith(FUSED) else 0
+            continue
+        skipped[name] = reason
+        fused += weight.numel() if weight is not None and reason.startswith(FUSED) else 0
     selection = Selection(targets, skipped, fused / max(1, sum(p.numel() for p in model.parameters())))
     if not targets:
         raise ValueError(
-            f"no layer to train in changing rank: {type(model).__name__} has {len(blocks)} transformer blocks, and its "
-            f"linear layers are left out as follows: {selection.summary()}. include={include}, exclude={exclude}; "
-            "patterns are regular expressions on names such as those of model.named_modules()."
+            f"no layer to train in changing rank: {type(model).__name__} has {surroundings.blocks} transformer blocks, "
+            f"and its linear layers are left out as follows: {selection.summary()}. include={include}, "
+            f"exclude={exclude}; patterns are regular expressions on names such as those of model.named_modules()."
         )
     _warn_of_idle_patterns("include", include, [*targets, *skipped])
     _warn_of_idle_patterns("exclude", exclude, [*targets, *skipped])
     return selection
+
+
+@dataclass(frozen=True)
+class _Surroundings:
+    """What a layer's fitness depends on outside of the layer itself; sets of ints hold ids, but for ``experts``."""
+
+    blocks: int
+    inside: set[int]
+    inside_conv: set[int]
+    heads: set[int]
+    shared: set[int]
+    parents: dict[str, nn.Module]
+    experts: set[int]
+    """Numbers of experts that configurations tell, by which routers are known."""
+    written: set[str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "_Surroundings":
+        blocks = block_roots(model)
+        return cls(
+            blocks=len(blocks),
+            inside={id(m) for block in blocks.values() for m in block.modules()},
+            inside_conv=conv_inside(model, blocks),
+            heads={id(head) for head in _output_embeddings(model)},
+            shared=_shared_parameters(model),
+            parents=_parents(model),
+            experts=_expert_counts(model),
+            written=set().union(*(_weight_writes(kind) for kind in {type(m) for m in model.modules()})),
+        )
+
+
+def _reason(name: str, module: nn.Module, weight: nn.Parameter | None, around: _Surroundings) -> str | None:
+    """Why a layer has to stay dense, or None. ``weight`` is that of fused experts, else None."""
+    if id(module) not in (around.inside_conv if is_convolution(module) else around.inside):
+        return "outside of the blocks"
+    if id(module) in around.heads:
+        return "output embeddings"
+    if weight is not None:
+        tied = "tied or shared weight" if id(weight) in around.shared else None
+        reason = tied or unfit_experts(module, name.rpartition(".")[2], weight)
+    else:
+        reason = conv_unfit(name, module) if is_convolution(module) else None
+        reason = reason or _unfit(name, module, around.parents, around.shared, around.experts)
+    if reason is None and any(f".{name}".endswith(f".{path}") for path in around.written):
+        return "weight written by the model"
+    return reason
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter | None]]:
