@@ -60,6 +60,18 @@ def vit() -> nn.Module:
     return _seeded(lambda: T.ViTForImageClassification(config))
 
 
+def mixtral(**changes) -> nn.Module:
+    """Fused experts, which are apart in the files of a dense model."""
+    config = T.MixtralConfig(
+        **{
+            "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
+            "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **changes,
+        }
+    )  # fmt: skip
+    return _seeded(lambda: T.MixtralForCausalLM(config))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {"llama": llama, "gpt2": gpt2, "bert": bert, "t5": t5, "vit": vit}
 
 

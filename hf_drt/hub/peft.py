@@ -155,15 +155,15 @@ def check_adapters(model: nn.Module) -> dict[str, AdapterLinear]:
             "there is no LoRA to write. Export after a phase 'adapter', such as that of "
             "schedule='factored@0 dense@40% adapter@80%'; save a model in other forms with export=dense or native."
         )
+    if stacks := [name for name, m in layers.items() if stack_count(m) is not None]:
+        raise ValueError(
+            f"{some(stacks)} is of fused experts, whose adapters PEFT lays out in another way. Keep the experts dense "
+            "(exclude=['experts']), or save the model with export=dense or native."
+        )
     if factored := [name for name in layers if name not in adapters]:
         raise ValueError(
             f"{some(factored)} is in factored form, which PEFT does not have. Make such layers dense first: "
             "model.set_submodule(name, hf_drt.convert(model.get_submodule(name), hf_drt.Dense()).module)."
-        )
-    if stacks := [name for name, m in adapters.items() if stack_count(m) is not None]:
-        raise ValueError(
-            f"{some(stacks)} is an adapter of fused experts, which PEFT lays out in another way. Keep the experts "
-            "dense (exclude=['experts']), or save the model with export=dense or native."
         )
     if foreign := [name for name, m in adapters.items() if m.layout.kernel and not _is_conv_of_peft(m)]:
         raise ValueError(

@@ -20,16 +20,7 @@ def refuse_unsupported(trainer: Any, config: DRTConfig) -> None:
     for found, (applies, remedy) in _engines(trainer).items():
         if applies:
             raise ValueError(f"dynamic-rank training does not support {found}. {remedy} Or unset drt_schedule.")
-    stacks = [
-        name
-        for name, layer in find_targets(trainer.model, config.include, config.exclude).targets.items()
-        if stack_count(layer) is not None
-    ]
-    if stacks and _fsdp_version(trainer) is not None:
-        raise ValueError(
-            f"fused experts cannot change form under FSDP, and {stacks[0]} is selected. Keep them dense: "
-            "drt_exclude=['experts']; or use DistributedDataParallel (torchrun alone)."
-        )
+    _refuse_experts(trainer, config)
     args = trainer.args
     if config.tag_phases and (not args.push_to_hub or args.hub_strategy == HubStrategy.END):
         raise ValueError(
@@ -43,6 +34,25 @@ def refuse_unsupported(trainer: Any, config: DRTConfig) -> None:
         raise ValueError(
             "factored_lr_scale, adapter_lr_scale and frobenius_decay add parameter groups, but a scheduler was passed "
             "that already counts them. Pass optimizers=(optimizer, None), or override create_scheduler."
+        )
+
+
+def _refuse_experts(trainer: Any, config: DRTConfig) -> None:
+    """Raise where fused experts are selected, but could not change form or be saved at the end."""
+    fsdp = _fsdp_version(trainer) is not None
+    if not fsdp and config.export != "adapter":
+        return
+    targets = find_targets(trainer.model, config.include, config.exclude).targets
+    name = next((name for name, layer in targets.items() if stack_count(layer) is not None), None)
+    if name is not None and fsdp:
+        raise ValueError(
+            f"fused experts cannot change form under FSDP, and {name} is selected. Keep them dense: "
+            "drt_exclude=['experts']; or use DistributedDataParallel (torchrun alone)."
+        )
+    if name is not None:
+        raise ValueError(
+            f"export=adapter saves a LoRA of PEFT, which lays out adapters of fused experts in another way, and {name} "
+            "is selected. Keep the experts dense: drt_exclude=['experts']; or use export=dense or native."
         )
 
 

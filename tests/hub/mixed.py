@@ -5,7 +5,6 @@ from pathlib import Path
 
 import tiny
 import torch
-import transformers as T
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -17,13 +16,8 @@ FORMS = (Dense(), Factored(4), Adapter(4, 8.0), Adapter(6, 16.0, "principal"))
 
 
 def mixtral() -> nn.Module:
-    """Its experts are fused at run time, and apart in files."""
-    torch.manual_seed(0)
-    config = T.MixtralConfig(
-        vocab_size=tiny.VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
-    return T.MixtralForCausalLM(config)
+    """Two blocks, so that experts take every form, in the order in which :func:`mixed` deals them out."""
+    return tiny.mixtral(num_hidden_layers=2)
 
 
 MODELS = {**tiny.MODELS, "mixtral": mixtral}

@@ -11,13 +11,7 @@ EXPERTS = ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.expert
 
 
 def mixtral():
-    torch.manual_seed(0)
-    config = T.MixtralConfig(
-        vocab_size=tiny.VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, attention_dropout=0.1, bos_token_id=0,
-        eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    return T.MixtralForCausalLM(config)
+    return tiny.mixtral(attention_dropout=0.1)
 
 
 @pytest.mark.parametrize("moments", ["reset", "project"])

@@ -657,7 +657,7 @@ def test_a_trainer_refuses_what_would_go_wrong_in_silence(tmp_path, model, chang
 
 
 def fsdp(version: int) -> SimpleNamespace:
-    return SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version)))
+    return SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version, cpu_offload=None)))
 
 
 def engine(**changes) -> SimpleNamespace:
@@ -706,12 +706,29 @@ def engine(**changes) -> SimpleNamespace:
             {"evaluate_at_switch": True},
             r"evaluate_at_switch needs an eval_dataset, got None\. Pass one, or turn it",
         ),
+        (
+            {"is_fsdp_enabled": True, "accelerator": fsdp(2), "model": tiny.mixtral()},
+            {},
+            r"experts cannot change form under FSDP, and model\.layers\.0\.mlp\.experts\..*_proj is selected\. Keep",
+        ),
+        (
+            {"model": tiny.mixtral()},
+            {"export": "adapter"},
+            r"export=adapter saves a LoRA of PEFT, .* and model\.layers\.0\.mlp\.experts\..*_proj is selected\. Keep",
+        ),
     ],
 )
 def test_an_engine_that_is_not_supported_is_refused(found, config, message):
     refuse_unsupported(engine(), config_of())
     with pytest.raises(ValueError, match=message):
         refuse_unsupported(engine(**found), config_of(**config))
+
+
+@pytest.mark.parametrize(
+    ("found", "config"), [({"is_fsdp_enabled": True, "accelerator": fsdp(2)}, {}), ({}, {"export": "adapter"})]
+)
+def test_a_mixture_whose_experts_stay_dense_is_not_refused(found, config):
+    refuse_unsupported(engine(model=tiny.mixtral(), **found), config_of(exclude=["experts"], **config))
 
 
 @pytest.mark.parametrize("strategy", [s for s in HubStrategy if s != HubStrategy.END])
