@@ -7,8 +7,8 @@ is built and no more than one layer is in memory.
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -149,12 +149,14 @@ class Checkpoint:
         layers: Its linear layers, in the order of their names.
         parameters: Stored numbers, of all tensors.
         plan: Of a training checkpoint: the phases, the length of the run, and the index of the phase in progress.
+        fused: Forms of the fused experts among the declared layers, by name. Each is many matrices, which are not read.
     """
 
     kind: str
     layers: tuple[StoredLayer, ...]
     parameters: int
     plan: tuple[str, int, int] | None = None
+    fused: Mapping[str, Form] = field(default_factory=dict)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -184,10 +186,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         for name, tensors in places.items()
         if kind != "training checkpoint" and _is_linear(name, sizes.get(f"{name}.weight", ()))
     }
-    layers = tuple(_layer(name, *entry, places, sizes) for name, entry in {**dense, **_linear(declared, sizes)}.items())
-    if not layers:
+    fused = {name: form for name, (_, form) in declared.items() if _is_fused(name, sizes)}
+    linear = {name: entry for name, entry in {**dense, **declared}.items() if name not in fused}
+    layers = tuple(_layer(name, *entry, places, sizes) for name, entry in linear.items())
+    if not layers and not fused:
         raise CheckpointError(f"{path} holds no linear layer inside a block, so there is nothing to inspect.")
-    return Checkpoint(kind, tuple(sorted(layers, key=lambda layer: _natural(layer.name))), parameters, plan)
+    return Checkpoint(kind, tuple(sorted(layers, key=lambda layer: _natural(layer.name))), parameters, plan, fused)
 
 
 def spectra(layers: Sequence[StoredLayer], tick: Callable[[], None] = lambda: None) -> Iterator[Spectrum]:
@@ -226,13 +230,9 @@ def _declared(path: Path) -> tuple[str, dict[str, tuple[tuple[int, int], Form]],
     return "dense model", {}, None
 
 
-def _linear(declared: dict[str, Any], sizes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Without fused experts, of whose spectra there are many for each."""
-    return {
-        name: entry
-        for name, entry in declared.items()
-        if not any(len(sizes.get(key, ())) == 3 for key in (name, f"{name}.U", f"{name}.lora_A"))
-    }
+def _is_fused(name: str, sizes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a declared layer is one of fused experts, in any form: a stack of matrices."""
+    return any(len(sizes.get(key, ())) == 3 for key in (name, f"{name}.U", f"{name}.lora_A"))
 
 
 def _state_layers(folder: Path, state: dict[str, Any]) -> dict[str, tuple[tuple[int, int], Form]]:

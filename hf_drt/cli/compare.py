@@ -22,7 +22,7 @@ from hf_drt.comparison import (
 )
 from hf_drt.estimate import batch_spec
 from hf_drt.forms import Dense
-from hf_drt.inspection import StoredLayer, read_checkpoint
+from hf_drt.inspection import Checkpoint, StoredLayer, read_checkpoint
 
 
 def compare(
@@ -40,17 +40,16 @@ def compare(
 ) -> None:
     """How two checkpoints differ: logits on the same input, and the weights of their layers."""
     folders = [local_folder(source) for source in (first, second)]
-    stored = [read_checkpoint(folder).layers for folder in folders]
-    pairs = common_layers(*stored)
+    found = [read_checkpoint(folder) for folder in folders]
+    pairs = common_layers(*(checkpoint.layers for checkpoint in found))
     outputs = _outputs(*folders, task, text, samples, length, seed) if logits else None
     weights = _weights(pairs) if spectra else []
     if json:
         print_json({"logits": outputs and asdict(outputs), "layers": [_as_json(w) for w in weights]})
     else:
         _print(outputs, weights)
-        if spectra and not pairs:
-            names = f"{stored[0][0].name} and {stored[1][0].name}"
-            typer.echo(f"weights: not compared, since no layer has the same name in both, e.g. {names}")
+        if spectra:
+            _print_left_out(found, bool(pairs))
     if tolerance is not None and outputs is not None and not outputs.largest <= tolerance:
         typer.echo(f"a logit differs by {outputs.largest:.3g}, more than {tolerance:g}", err=True)
         raise typer.Exit(1)
@@ -98,6 +97,14 @@ def _print(outputs: LogitDifference | None, weights: Sequence[WeightDifference])
         typer.echo("" if outputs is not None else "weights:")
         columns = ["layer", "first", "second", "relative difference", "effective rank", "of the second"]
         print_table(columns, [_cells(weight) for weight in weights], left=3)
+
+
+def _print_left_out(found: Sequence[Checkpoint], compared: bool) -> None:
+    if fused := max((checkpoint.fused for checkpoint in found), key=len):
+        typer.echo(f"weights of fused experts: not compared, {len(fused)}, e.g. {next(iter(fused))}")
+    if not compared:
+        names = " and ".join([*(layer.name for layer in c.layers), *c.fused][0] for c in found)
+        typer.echo(f"weights: not compared, since no layer has the same name in both, e.g. {names}")
 
 
 def _cells(weight: WeightDifference) -> list[str]:

@@ -39,7 +39,8 @@ def export(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is no empty folder. Give another target, or remove it.")
     found = read_checkpoint(folder)
-    if format == "adapter" and not any(isinstance(layer.form, Adapter) for layer in found.layers):
+    forms = [*(layer.form for layer in found.layers), *found.fused.values()]
+    if format == "adapter" and not any(isinstance(form, Adapter) for form in forms):
         raise ValueError(
             f"{source} has no layer in adapter form, so it cannot be a PEFT adapter. Export it as dense or native."
         )

@@ -31,6 +31,11 @@ def inspect(
     Of any model in safetensors files; layers are read one at a time.
     """
     found = read_checkpoint(local_folder(checkpoint))
+    if not found.layers:
+        raise ValueError(
+            f"{checkpoint} holds no linear layer to inspect beside {len(found.fused)} weights of fused experts, whose "
+            "spectra are not read."
+        )
     layers = _chosen(found.layers, include, exclude)
     read: list[Spectrum] = []
     if not forms:
@@ -64,6 +69,8 @@ def _print(
     source: str, found: Checkpoint, layers: Sequence[StoredLayer], read: Sequence[Spectrum], curves: bool
 ) -> None:
     typer.echo(f"{source}: {found.kind}, {found.parameters:,} stored parameters, {len(found.layers)} linear layers")
+    if found.fused:
+        typer.echo(f"not shown: {len(found.fused)} weights of fused experts, e.g. {next(iter(found.fused))}")
     if found.plan is not None:
         plan, steps, phase = found.plan
         typer.echo(f"plan: {plan} over {steps} update steps; in phase {phase} ({plan.split()[phase]})")
