@@ -31,10 +31,10 @@ def fused_weights(owner: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def unfit_experts(owner: nn.Module, leaf: str, weight: nn.Parameter) -> str | None:
     """Why a fused weight has to stay dense, or None."""
     implementation = getattr(getattr(owner, "config", None), "_experts_implementation", None)
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        return f"{FUSED}, quantized"
     if stored_transposed(owner) is None or leaf not in LEAVES or weight.ndim != 3:
         return f"{FUSED} of an unknown layout"
-    if not weight.is_floating_point():
-        return f"{FUSED}, quantized"
     if not weight.requires_grad:
         return f"{FUSED}, frozen"
     if getattr(owner, "_is_expert_parallel", False):

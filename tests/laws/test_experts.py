@@ -229,15 +229,57 @@ def test_what_stays_dense_is_said_with_its_share(caplog):
     assert {drt.skipped[name] for name in drt.skipped if "experts" in name} == {"fused experts of the kernel sonicmoe"}
 
 
+def unknown(experts):
+    weight = experts.down_proj
+    del experts.down_proj
+    experts.other_proj = weight
+
+
+def quantized(experts, dtype):
+    experts.down_proj = torch.nn.Parameter(experts.down_proj.detach().to(dtype), requires_grad=False)
+
+
+REASONS = {
+    "fused experts of an unknown layout": unknown,
+    "fused experts, quantized": lambda experts: quantized(experts, torch.int8),
+    "fused experts, quantized, to floats": lambda experts: quantized(experts, torch.float8_e4m3fn),
+    "fused experts, frozen": lambda experts: experts.down_proj.requires_grad_(False),
+    "fused experts, spread over processes": lambda experts: setattr(experts, "_is_expert_parallel", True),
+    "tied or shared weight": lambda experts: experts.register_module("twin", Twin(experts.down_proj)),
+}
+
+
+class Twin(torch.nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_reasons_to_stay_dense(case):
+    net = model("mixtral")
+    assert "model.layers.0.mlp.experts.down_proj" in find_targets(net).targets
+    REASONS[case](net.model.layers[0].mlp.experts)
+    found = find_targets(net)
+    name = next(name for name in found.skipped if name.endswith(("down_proj", "other_proj")))
+    assert found.skipped[name] == case.removesuffix(", to floats")
+    assert (found.fused_share > 0) == case.startswith("fused")
+
+
 def test_the_user_may_leave_experts_out():
     selection = find_targets(model("mixtral"), exclude=["experts"])
     assert not any("experts" in name for name in selection.targets)
     assert selection.fused_note() is None
 
 
-def test_adapters_of_experts_are_not_for_peft(tmp_path):
-    with pytest.raises(ValueError, match="is an adapter of fused experts, which PEFT lays out in another way"):
-        save_peft_adapter(put(model("mixtral"), Adapter(4)), tmp_path)
+@pytest.mark.parametrize("form", [Adapter(4), Factored(4)], ids=ids)
+def test_low_rank_experts_are_not_for_peft(form, tmp_path):
+    net = put(model("mixtral"), form)
+    q_proj = net.get_submodule("model.layers.0.self_attn.q_proj")
+    replace(net, [Swap("q_proj", q_proj, prepare(q_proj, Adapter(4)).commit())])
+    with pytest.raises(ValueError, match=r"_proj is of fused experts, whose adapters PEFT lays out in another way"):
+        save_peft_adapter(net, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_a_rank_that_an_expert_does_not_have_is_refused():
