@@ -13,7 +13,7 @@ from torch import nn
 from hf_drt.forms.layout import Layout
 
 # Experts that are no subject of transformers' use_experts_implementation, by whether W is stored as (E, in, out).
-KNOWN_LAYOUTS = {"Llama4TextExperts": True, "Step3p7Experts": False}
+KNOWN_LAYOUTS = {"Llama4TextExperts": True, "LongcatFlashExperts": False, "Step3p7Experts": False}
 LEAVES = ("gate_up_proj", "up_proj", "down_proj")
 _ORDER = "_drt_parameter_order"
 

@@ -10,12 +10,12 @@ from hf_drt.sweep import pool
 from hf_drt.sweep.__main__ import main
 from hf_drt.sweep.attempt import FAILED, NOTHING, PASSED, UNBUILT, Result, attempt
 from hf_drt.sweep.catalog import model_types
-from hf_drt.sweep.cycle import Fault, _compare
+from hf_drt.sweep.cycle import TOLERANCE, Fault, _compare
 from hf_drt.sweep.inputs import learned
 from hf_drt.sweep.shrink import Variant, tiny_config
 from hf_drt.sweep.table import short, summary
 
-DIVERSE = ("bert", "clip", "gpt2", "llava", "mixtral", "t5", "vit", "whisper")
+DIVERSE = ("bert", "clip", "gpt2", "llama4_text", "llava", "longcat_flash", "mixtral", "t5", "vit", "whisper")
 
 
 def test_every_type_of_automodel_is_counted_and_parts_are_types_of_their_own():
@@ -102,6 +102,13 @@ def test_a_type_goes_through_all_forms(model_type):
     result = attempt(model_type, model_types()[model_type])
     assert (result.outcome, result.cause) == (PASSED, "")
     assert result.facts["reached"] > 0
+
+
+@pytest.mark.parametrize("model_type", ["bert", "mixtral"])
+def test_what_rounding_may_have_changed_is_tried_in_double_precision(model_type, monkeypatch):
+    monkeypatch.setitem(TOLERANCE, torch.float32, 0.0)
+    result = attempt(model_type, model_types()[model_type])
+    assert (result.outcome, result.cause, result.facts["dtype"]) == (PASSED, "", "float64")
 
 
 def test_a_form_that_computes_another_function_fails(monkeypatch):
