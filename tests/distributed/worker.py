@@ -131,9 +131,12 @@ def main(folder: Path, cells: dict[str, dict]) -> None:
         torch._dynamo.reset()
         trained(folder / name, **settings)
     if dist.is_initialized():
-        # A thread of gloo that still lets go of a Python hook while the interpreter ends would abort the process.
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A watch's Python hook is let go of by a thread of gloo; if the interpreter ends meanwhile, torch aborts the process.
+    os._exit(0)
