@@ -138,5 +138,5 @@ if __name__ == "__main__":
     main(Path(sys.argv[1]), json.loads(sys.argv[2]))
     sys.stdout.flush()
     sys.stderr.flush()
-    # A watch's Python hook is let go of by a thread of gloo; if the interpreter ends meanwhile, torch aborts the process.
+    # A thread of gloo lets go of a watch's Python hook; if the interpreter ends meanwhile, torch aborts the process.
     os._exit(0)
