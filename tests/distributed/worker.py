@@ -44,6 +44,7 @@ def made(
     rebuild: bool = True,
     out_of_memory_at: int | None = None,
     gpu_fp16: bool = False,
+    kind: str = "llama",
     **arguments,
 ) -> OutOfMemory:
     """The trainer of one cell.
@@ -51,12 +52,14 @@ def made(
     Args:
         handler: Attributes of accelerate's ``DistributedDataParallelKwargs``, beyond what training arguments reach.
         rebuild: False leaves DDP as it was before a switch, to see that a test can fail.
+        kind: Of the model and the data, "llama" or "resnet".
         gpu_fp16: With ``fp16=True``, what accelerate sets up on a GPU: fp16 autocast and a gradient scaler.
     """
-    model = tiny.llama(attention_dropout=dropout).to(getattr(torch, dtype))
+    model = tiny.llama(attention_dropout=dropout) if kind == "llama" else tiny.resnet()
+    model = model.to(getattr(torch, dtype))
     if "RANK" in os.environ:
         arguments["ddp_backend"] = "gloo"
-    trainer = tiny.trainer(folder, model=model, cls=OutOfMemory, use_cpu=True, **arguments)
+    trainer = tiny.trainer(folder, model=model, kind=kind, cls=OutOfMemory, use_cpu=True, **arguments)
     trainer.at = out_of_memory_at
     for name, value in (handler or {}).items():
         value = DDPCommunicationHookType(value) if name.startswith("comm_") and isinstance(value, str) else value
