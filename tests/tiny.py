@@ -10,6 +10,7 @@ from torch import nn
 from hf_drt import DRTTrainer, DRTTrainingArguments
 
 VOCAB, LENGTH = 64, 8
+SIZES = {"vit": 8, "resnet": 16}  # of the pictures
 
 
 def llama(**changes) -> nn.Module:
@@ -72,6 +73,17 @@ def mixtral(**changes) -> nn.Module:
     return _seeded(lambda: T.MixtralForCausalLM(config))
 
 
+def resnet(**changes) -> nn.Module:
+    """Convolutions alone; not among :data:`MODELS`, whose tests are of linear layers."""
+    config = T.ResNetConfig(
+        **{
+            "embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic", "num_labels": 4,
+            **changes,
+        }
+    )  # fmt: skip
+    return _seeded(lambda: T.ResNetForImageClassification(config))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {"llama": llama, "gpt2": gpt2, "bert": bert, "t5": t5, "vit": vit}
 
 
@@ -83,8 +95,8 @@ def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
 def dataset(kind: str = "llama", rows: int = 64) -> Dataset:
     """Random rows that the model of this kind takes, labels included; the same ones every time."""
     generator = torch.Generator().manual_seed(1)
-    if kind == "vit":
-        images = torch.randn(rows, 3, 8, 8, generator=generator)
+    if kind in SIZES:
+        images = torch.randn(rows, 3, SIZES[kind], SIZES[kind], generator=generator)
         labels = torch.randint(0, 4, (rows,), generator=generator)
         return Dataset.from_dict({"pixel_values": images.tolist(), "labels": labels.tolist()}).with_format("torch")
     ids = torch.randint(1, VOCAB, (rows, LENGTH), generator=generator).tolist()

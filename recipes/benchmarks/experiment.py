@@ -121,7 +121,7 @@ def run(settings: Settings, cache: Path, folder: str) -> dict[str, Any]:
     task = build(settings.kind, settings.model, settings.data, cache)
     set_seed(settings.seed)
     model = task.model()
-    names = linear_targets(model)
+    names = list(find_targets(model).targets)
     if settings.peft is not None:
         model = with_lora(model, names, settings.peft)
     metric = "eval_loss" if task.metrics is None else "eval_accuracy"
@@ -167,14 +167,6 @@ def with_lora(model: nn.Module, names: list[str], options: dict[str, Any]) -> nn
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(model, LoraConfig(target_modules=names, **options))
-
-
-def linear_targets(model: nn.Module) -> list[str]:
-    """The layers whose rank is watched; none in a model of convolutions."""
-    try:
-        return list(find_targets(model).targets)
-    except ValueError:
-        return []
 
 
 def with_adam_settings(trainer: DRTTrainer) -> None:
@@ -223,11 +215,11 @@ def step_flops(trainer: DRTTrainer) -> float:
 
 
 def ranks(model: nn.Module, names: list[str]) -> dict[str, float]:
-    """Effective rank of the target layers' weights, also where PEFT has wrapped them."""
+    """Effective rank of the target layers' weights, kernels as matrices, also where PEFT has wrapped them."""
     found = {}
     for name in names:
         module = _layer(model, name)
-        if isinstance(module, FactoredLinear):
+        if type(module) is FactoredLinear:
             spectrum = factored_singular_values(module.U, module.V)
         elif hasattr(module, "get_delta_weight"):
             spectrum = singular_values(module.base_layer.weight + module.get_delta_weight("default"))

@@ -1,6 +1,7 @@
 """Forward and backward of the low-rank convolutions against dense ones, at the shapes of ResNet-20 and ResNet-50.
 
     python recipes/benchmarks/speed_convolutions.py [--only resnet20|resnet50] [--channels-last] [--rounds 5]
+    python recipes/benchmarks/speed_convolutions.py --decompositions    # what a change of form costs instead
 
 Seconds on one thread, medians of rounds in which all variants have their turn: time over that of the dense convolution
 of the same run, next to the ratio of multiply-adds. Their quotient is 1 if a low-rank chain costs per multiply-add what
@@ -15,7 +16,7 @@ from speed_layers import backward_of
 from torch import nn
 
 from hf_drt import DRTConfig
-from hf_drt.forms import Dense, Form, convert, empty_like, flops_of, resolve_form, weight_shape
+from hf_drt.forms import Dense, Form, convert, decompose, empty_like, flops_of, resolve_form, weight_shape
 
 # Batch, and (size of the image, input channels, output channels, kernel).
 SHAPES = {
@@ -70,13 +71,30 @@ def _layer(channels: int, out: int, kernel: int, form: Form) -> nn.Module:
     return module
 
 
+def decomposition_seconds(channels: int) -> list[str]:
+    """One row: a kernel of random numbers, at half of its channels, decomposed once in each of the three ways."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+    row = [f"3x3, {channels} to {channels}"]
+    for decomposition in ("svd", "tucker", "cp"):
+        config = DRTConfig(decomposition=decomposition, rank_ratio=0.5)
+        form = resolve_form("factored", weight_shape(layer), config, "", None)
+        row.append(f"{kit.timed(lambda form=form: decompose(layer, form)):.2f}")
+    return row
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = kit.parser(__doc__)
     parser.add_argument("--only", choices=list(SHAPES))
     parser.add_argument("--channels-last", action="store_true", help="images and kernels in this memory format")
+    parser.add_argument("--decompositions", action="store_true", help="seconds of the decompositions, nothing else")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25], help="ranks, of the output channels")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    if chosen.decompositions:
+        rows = [decomposition_seconds(channels) for channels in (16, 64, 256)]
+        kit.show("Seconds of one decomposition, rank 1/2", ["kernel", "svd", "tucker", "cp"], rows)
+        return
     header = ["convolution", "form", "dense ms", "ms", "over dense", "multiply-adds", "quotient"]
     for network in [chosen.only] if chosen.only else SHAPES:
         kit.show(f"Forward and backward, {network}, batch {SHAPES[network][0]}", header, measured(network, chosen))

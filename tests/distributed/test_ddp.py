@@ -86,6 +86,13 @@ def test_resume_with_another_number_of_processes(two, one, tmp_path):
         assert final(folder).keys() == final(source[0]).keys()
 
 
+@pytest.mark.parametrize("decomposition", ["svd", "tucker", "cp"])
+def test_convolutions_change_form_on_all_processes_alike(tmp_path, decomposition):
+    seen = launch(tmp_path, 2, kind="resnet", drt_decomposition=decomposition, drt_rank_ratio=0.25, **SGD)
+    assert seen["equal"] == [True] * 20
+    assert [row["drt_phase"] for row in seen["history"] if "drt_switch_seconds" in row] == [0, 1, 2, 3]
+
+
 def test_decompositions_are_shared_out_by_cost():
     owners = shares([8.0, 1.0, 1.0, 7.0, 1.0, 6.0], 2)
     loads = [sum(c for c, o in zip([8, 1, 1, 7, 1, 6], owners, strict=True) if o == process) for process in (0, 1)]

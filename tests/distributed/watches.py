@@ -17,9 +17,10 @@ from hf_drt.optim import unwrap
 
 
 def digest(model) -> str:
+    """Of the parameters: DDP evens out the buffers of batch norms in the next forward pass only."""
     sha = hashlib.sha256()
-    for name, p in sorted(model.state_dict().items()):
-        sha.update(name.encode() + p.float().numpy().tobytes())
+    for name, p in sorted(model.named_parameters()):
+        sha.update(name.encode() + p.detach().float().numpy().tobytes())
     return sha.hexdigest()
 
 

@@ -44,6 +44,7 @@ def made(
     rebuild: bool = True,
     out_of_memory_at: int | None = None,
     gpu_fp16: bool = False,
+    kind: str = "llama",
     **arguments,
 ) -> OutOfMemory:
     """The trainer of one cell.
@@ -51,12 +52,14 @@ def made(
     Args:
         handler: Attributes of accelerate's ``DistributedDataParallelKwargs``, beyond what training arguments reach.
         rebuild: False leaves DDP as it was before a switch, to see that a test can fail.
+        kind: Of the model and the data, "llama" or "resnet".
         gpu_fp16: With ``fp16=True``, what accelerate sets up on a GPU: fp16 autocast and a gradient scaler.
     """
-    model = tiny.llama(attention_dropout=dropout).to(getattr(torch, dtype))
+    model = tiny.llama(attention_dropout=dropout) if kind == "llama" else tiny.resnet()
+    model = model.to(getattr(torch, dtype))
     if "RANK" in os.environ:
         arguments["ddp_backend"] = "gloo"
-    trainer = tiny.trainer(folder, model=model, cls=OutOfMemory, use_cpu=True, **arguments)
+    trainer = tiny.trainer(folder, model=model, kind=kind, cls=OutOfMemory, use_cpu=True, **arguments)
     trainer.at = out_of_memory_at
     for name, value in (handler or {}).items():
         value = DDPCommunicationHookType(value) if name.startswith("comm_") and isinstance(value, str) else value
@@ -131,9 +134,12 @@ def main(folder: Path, cells: dict[str, dict]) -> None:
         torch._dynamo.reset()
         trained(folder / name, **settings)
     if dist.is_initialized():
-        # A thread of gloo that still lets go of a Python hook while the interpreter ends would abort the process.
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A thread of gloo lets go of a watch's Python hook; if the interpreter ends meanwhile, torch aborts the process.
+    os._exit(0)
