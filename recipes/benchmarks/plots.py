@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from methods import record_of
 from store import Store, task_file
-from tables import deviation
+from tables import deviation, metric
 
 from hf_drt.report.figures import STYLE
 
@@ -62,10 +62,6 @@ def write_plots(
     return written
 
 
-def _metric(task: str) -> str:
-    return "accuracy" if task_file(task)["kind"].endswith("classifier") else "eval loss"
-
-
 # ---- quality against cost
 
 
@@ -89,7 +85,7 @@ def quality(name: str, found: Records) -> Figure | None:
         panel.set_xlabel(unit)
         panel.margins(0.16, 0.12)
         panel.grid(color="#000000", alpha=0.08, linewidth=0.5)
-    panels[0].set_ylabel(_metric(name))
+    panels[0].set_ylabel(metric(name))
     panels[0].set_title(name)
     figure.draw_without_rendering()  # settles the layout, on which the places of the labels depend
     for panel, key in zip(panels, ("cpu_seconds", "flops"), strict=True):
@@ -191,7 +187,7 @@ def heat_map(name: str, grid: str, section: dict[str, Any], found: Records) -> F
     values = [[means.get((low, high), math.nan) for low in section["I"]] for high in section["D"]]
     figure = Figure(figsize=(0.95 * len(section["I"]) + 1.6, 0.62 * len(section["D"]) + 1.3), layout="constrained")
     panel = figure.subplots()
-    best_is_high = _metric(name) == "accuracy"
+    best_is_high = metric(name) == "accuracy"
     image = panel.imshow(values, origin="lower", aspect="auto", cmap="viridis" if best_is_high else "viridis_r")
     for (low, high), mean in means.items():
         spread = deviation([r["value"] for r in cells[low, high]])
@@ -206,7 +202,7 @@ def heat_map(name: str, grid: str, section: dict[str, Any], found: Records) -> F
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
     others = (f"{m} {statistics.fmean(r['value'] for r in found[m]):.4f}" for m in ("dense", "fixed") if m in found)
-    heading = f"{name}: {section['before']}, dense, {section['after']}; {_metric(name)}"
+    heading = f"{name}: {section['before']}, dense, {section['after']}; {metric(name)}"
     panel.set_title("\n".join(filter(None, (heading, ", ".join(others)))))
     figure.colorbar(image, aspect=30, pad=0.02).outline.set_visible(False)
     return figure

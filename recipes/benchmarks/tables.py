@@ -21,11 +21,17 @@ def rows(name: str, store: Store, seeds: list[int]) -> list[dict[str, Any]]:
     found = []
     for method, change in task_file(name)["methods"].items():
         if both := pairs(name, method, store, seeds):
-            found.append({"method": method, "label": change.get("label", method), **_row(both)})
+            row = _row(both, +1 if metric(name) == "accuracy" else -1)
+            found.append({"method": method, "label": change.get("label", method), **row})
     return found
 
 
-def _row(both: list[tuple[dict, dict]]) -> dict[str, Any]:
+def metric(task: str) -> str:
+    """What ``value`` is in a task's records: ``accuracy``, or ``eval loss``."""
+    return "accuracy" if task_file(task)["kind"].endswith("classifier") else "eval loss"
+
+
+def _row(both: list[tuple[dict, dict]], sign: int) -> dict[str, Any]:
     values, dense = [r["value"] for r, _ in both], [d["value"] for _, d in both]
     spread = deviation(dense)
     ranks = [r["curve"][-1]["effective_rank"] for r, _ in both]
@@ -33,7 +39,7 @@ def _row(both: list[tuple[dict, dict]]) -> dict[str, Any]:
         "seeds": len(both),
         "value": statistics.fmean(values),
         "deviation": deviation(values),
-        "distance": (statistics.fmean(values) - statistics.fmean(dense)) / spread if spread else None,
+        "distance": sign * (statistics.fmean(values) - statistics.fmean(dense)) / spread if spread else None,
         "seconds": statistics.fmean(r["cpu_seconds"] for r, _ in both),
         "time": statistics.fmean(r["cpu_seconds"] / d["cpu_seconds"] for r, d in both),
         "flops": statistics.fmean(r["flops"] / d["flops"] for r, d in both),
@@ -54,7 +60,8 @@ def _average_trainable(record: dict[str, Any]) -> float:
 
 
 def print_table(name: str, store: Store, seeds: list[int]) -> None:
-    """The table, in Markdown. ``to dense``: the difference of the means, in standard deviations of dense."""
+    """The table, in Markdown. ``to dense``: by how many standard deviations of dense's
+    seeds the mean is better (positive) or worse than dense's."""
     print(f"| {name} | value | to dense | seeds | time | FLOPs | trainable | peak MiB | effective rank | hours |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     table = rows(name, store, seeds)
