@@ -9,7 +9,7 @@ import logging
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _CHECKPOINTING_LAYER = "transformers.modeling_layers.GradientCheckpointingLayer"
 _ROUTER_LEAF = re.compile(r"router|gate|gating|classifier_router|switch", re.IGNORECASE)
 _EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_REGISTERED = ("_modules", "_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # What may be read of `self.<leaf>.weight` without the layer being used as anything else than a linear map.
 _HARMLESS_READS = {"dtype", "device", "shape", "size", "ndim"}
@@ -104,6 +105,8 @@ class _Surroundings:
     inside_conv: set[int]
     heads: set[int]
     shared: set[int]
+    unregistered: set[int]
+    """Modules that an owner holds a second time, in a plain list, tuple, dict or attribute."""
     parents: dict[str, nn.Module]
     experts: set[int]
     """Numbers of experts that configurations tell, by which routers are known."""
@@ -118,6 +121,7 @@ class _Surroundings:
             inside_conv=conv_inside(model, blocks),
             heads={id(head) for head in _output_embeddings(model)},
             shared=_shared_parameters(model),
+            unregistered=_unregistered(model),
             parents=_parents(model),
             experts=_expert_counts(model),
             written=set().union(*(_weight_writes(kind) for kind in {type(m) for m in model.modules()})),
@@ -130,6 +134,8 @@ def _reason(name: str, module: nn.Module, weight: nn.Parameter | None, around: _
         return "outside of the blocks"
     if id(module) in around.heads:
         return "output embeddings"
+    if id(module) in around.unregistered:
+        return "held outside of the module tree"
     if weight is not None:
         tied = "tied or shared weight" if id(weight) in around.shared else None
         reason = tied or unfit_experts(module, name.rpartition(".")[2], weight)
@@ -212,6 +218,18 @@ def _shared_parameters(model: nn.Module) -> set[int]:
     """Parameters that two or more different modules hold."""
     holders = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     return {key for key, count in holders.items() if count > 1}
+
+
+def _unregistered(model: nn.Module) -> set[int]:
+    """Modules in plain attributes: ``self.layers = [conv, norm]`` would go on using a layer that has been replaced."""
+    values = (v for m in model.modules() for key, v in vars(m).items() if key not in _REGISTERED)
+    return {id(item) for value in values for item in _items(value) if isinstance(item, nn.Module)}
+
+
+def _items(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, (list, tuple)) else (value,)
 
 
 def _expert_counts(model: nn.Module) -> set[int]:

@@ -3,6 +3,7 @@
 import platform
 import resource
 import time
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -166,7 +167,8 @@ def with_lora(model: nn.Module, names: list[str], options: dict[str, Any]) -> nn
     """The model under PEFT's LoRA on the layers that hf_drt would train; a new head is trained along."""
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(target_modules=names, **options))
+    # PEFT appends to the lists it is given, and these stand in the record.
+    return get_peft_model(model, LoraConfig(target_modules=names, **deepcopy(options)))
 
 
 def with_adam_settings(trainer: DRTTrainer) -> None:
