@@ -17,17 +17,16 @@ from hf_drt.config import DRTConfig
 from hf_drt.cost import PlanCost, plan_cost
 from hf_drt.declaration import declare
 from hf_drt.experts import copies
+from hf_drt.feasibility import check_phase, check_room_for_windows
 from hf_drt.forms import (
     ConvShape,
     Dense,
     Form,
-    break_even_of,
     effective_weight,
     form_of,
     layer_of,
     resolve_form,
     stack_count,
-    stays_dense,
     trainable_weights,
     weight_shape,
 )
@@ -151,11 +150,12 @@ class DynamicRank:
         self.phase: int | None = None
         self._step = 0
         self._installed: weakref.ref | None = None
-        self._check_phases()
+        for index, phase in enumerate(plan.phases):
+            check_phase(phase, self.forms(index), self.targets, config)
         self.windows: Windows | None = None
         if trigger is not None:
-            self._check_low_rank()
             limit = budget_of(config, {plan.phases[0].kind})
+            check_room_for_windows(plan, self.cost().flops, limit)
             self.windows = Windows(trigger, plan, limit, lambda extended: self._cost_of(extended).flops)
         for pattern in config.rank_pattern or {}:
             if not any(re.search(pattern, name) for name in self.targets):
@@ -171,58 +171,6 @@ class DynamicRank:
         return {
             name: resolve_form(phase.kind, shape, self.config, name, phase.rank) for name, shape in self.targets.items()
         }
-
-    def _check_phases(self) -> None:
-        for index, phase in enumerate(self.plan.phases):
-            if phase.kind == "dense":
-                continue
-            forms = self.forms(index)
-            if self.config.frobenius_decay and any(getattr(f, "decomposition", "svd") != "svd" for f in forms.values()):
-                raise ValueError(
-                    f"frobenius_decay is the decay of a product U V, and decomposition='{self.config.decomposition}' "
-                    "has more factors. Use decomposition='svd', or leave frobenius_decay out."
-                )
-            dense = [name for name, form in forms.items() if form == Dense()]
-            kept = [name for name in dense if stays_dense(phase.kind, name, self.config)]
-            if len(kept) == len(self.targets):
-                raise ValueError(
-                    f"phase '{phase}' leaves all {len(kept)} layers dense: they are query and key projections, which "
-                    "dense_query_key keeps. Set dense_query_key to False, or include more layers."
-                )
-            if len(dense) == len(self.targets):
-                name, shape = next((name, shape) for name, shape in self.targets.items() if name not in kept)
-                limit = break_even_of(shape, self.config.decomposition)
-                raise ValueError(
-                    f"phase '{phase}' leaves all {len(dense)} layers dense: their ranks reach break-even, e.g. "
-                    f"{limit:.4g} for {name} of shape (out, in) = {shape}, from where factors cost "
-                    "more than W. Lower the rank (in the schedule, rank_pattern, rank or rank_ratio), or rank_multiple "
-                    "for small layers."
-                )
-            if kept:
-                logger.info(
-                    "phase '%s': %d of %d layers, query and key projections, stay dense (dense_query_key).",
-                    phase, len(kept), len(self.targets),
-                )  # fmt: skip
-            if forced := [name for name in dense if name not in kept]:
-                logger.warning(
-                    "phase '%s': %d of %d layers stay dense, since their rank would reach break-even: %s",
-                    phase, len(forced), len(self.targets), ", ".join(forced),
-                )  # fmt: skip
-
-    def _check_low_rank(self) -> None:
-        """Whether the plan leaves room for windows."""
-        if len(self.plan) > 1 or self.plan.phases[0].kind == "dense":
-            raise ValueError(
-                f"a trigger adds full-rank windows to a plan of one low-rank phase, got the plan '{self.plan}'. Leave "
-                "the trigger out, or give a plan such as 'factored@0'."
-            )
-        limit, cost = budget_of(self.config, {self.plan.phases[0].kind}), self.cost().flops
-        if cost >= limit:
-            raise ValueError(
-                f"'{self.plan}' alone takes {cost:.3f} of the dense training FLOPs, and the budget is {limit:g}: no "
-                "full-rank window could begin. Lower the rank (rank_ratio, rank, rank_pattern; rank_multiple in small "
-                "layers), or raise the budget."
-            )
 
     # ---- the verbs
 
