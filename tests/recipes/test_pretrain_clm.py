@@ -22,10 +22,10 @@ def run(folder, *flags):
 def test_it_ends_with_a_table_and_a_model_that_loads(tmp_path, capsys):
     trainer = run(tmp_path)
     out = capsys.readouterr().out
-    for word in ("factored@0 dense@4 adapter@8", "trainable", "eval loss", "eff. rank", "seconds"):
+    for word in ("factored:0.125@0 dense@9", "trainable", "eval loss", "eff. rank", "seconds"):
         assert word in out
     rows = [line for line in out.splitlines() if line.startswith("│")]
-    assert [row.split("│")[2].strip() for row in rows] == ["factored", "dense", "adapter"]
+    assert [row.split("│")[2].strip() for row in rows] == ["factored", "dense"]
     assert not any(cell.strip() == "-" for row in rows for cell in row.split("│"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -36,14 +36,15 @@ def test_it_ends_with_a_table_and_a_model_that_loads(tmp_path, capsys):
 
 
 def test_it_resumes_from_the_last_checkpoint(tmp_path):
-    expected = run(tmp_path / "a")
-    run(tmp_path / "b", "--save_total_limit", "10")
+    paper = ("--drt_schedule", "paper")
+    expected = run(tmp_path / "a", *paper)
+    run(tmp_path / "b", *paper, "--save_total_limit", "10")
     for folder in (tmp_path / "b" / "out").glob("checkpoint-*"):
         if int(folder.name.split("-")[1]) > 6:
             for file in folder.iterdir():
                 file.unlink()
             folder.rmdir()
-    resumed = run(tmp_path / "b", "--resume_from_checkpoint", "last")
+    resumed = run(tmp_path / "b", *paper, "--resume_from_checkpoint", "last")
     assert all(torch.equal(p, q) for p, q in zip(expected.model.parameters(), resumed.model.parameters(), strict=True))
 
 
@@ -59,7 +60,8 @@ def test_it_takes_a_model_and_texts_of_ones_own(tmp_path):
     texts.mkdir()
     for i in range(4):
         (texts / f"{i}.txt").write_text(f"This is text number {i}. " * 60)
-    trainer = run(tmp_path / "second", "--model_name_or_path", str(tmp_path / "first" / "out"), "--dataset", str(texts))
+    flags = ("--model_name_or_path", str(tmp_path / "first" / "out"), "--dataset", str(texts))
+    trainer = run(tmp_path / "second", *flags, "--drt_schedule", "paper")
     assert str(trainer.drt.plan) == "adapter@0 dense@4 adapter@8"  # pretrained weights are not truncated
     assert math.isfinite(trainer.evaluate()["eval_loss"])
 
