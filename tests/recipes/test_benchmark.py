@@ -20,6 +20,7 @@ from tables import print_table, rows
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from hf_drt import DRTConfig
 from hf_drt.schedule import Run, Schedule
 
 BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
@@ -195,9 +196,6 @@ def test_a_grid_lacks_nothing_and_names_nothing_twice(folder):
         store.task_file("made_up")
 
 
-NEEDS_CONVOLUTIONS = "fashion_resnet20"
-
-
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "tasks").glob("*.json")), ids=lambda path: path.stem)
 def test_every_task_file_has_settings_and_plans(path, tmp_path):
     results = Store(tmp_path, path.stem)
@@ -206,9 +204,12 @@ def test_every_task_file_has_settings_and_plans(path, tmp_path):
             assert change["as_long_as"] in store.task_file(path.stem)["methods"]
             continue
         training = settings_of(path.stem, method, 1, results)["training"]
-        if "drt_schedule" in training and path.stem != NEEDS_CONVOLUTIONS:
-            schedule = Schedule.parse(training["drt_schedule"])
-            if not schedule.uses_budget:
+        config = DRTConfig(**{name[4:]: value for name, value in training.items() if name.startswith("drt_")})
+        if config.schedule is not None:
+            schedule = Schedule.parse(config.schedule)
+            if schedule.uses_budget:
+                assert config.rank is None or all(entry.rank != "budget" for entry in schedule.entries), method
+            else:
                 assert schedule.resolve(Run(training["max_steps"])).max_steps == training["max_steps"]
 
 
