@@ -59,7 +59,8 @@ class DRTConfig:
         "Share of the dense training FLOPs of the selected layers that the run may take, in (0, 1]. It decides rank "
         "and boundary of 'auto', or just the boundary at 'budget' of a schedule such as 'factored@0 dense@budget', and "
         "limits the windows of 'adaptive'. "
-        "Unset: 0.4, or 0.9 where low rank means adapters.",
+        "Unset: 0.9 where low rank means adapters, 0.3 where the budget chooses the rank (in narrow models the least "
+        "that a rank allows), else 0.4.",
     )
     dense_query_key: bool | None = _option(
         None,
@@ -167,6 +168,11 @@ class DRTConfig:
         """``dense_query_key``, or what it stands for where it is unset."""
         if self.dense_query_key is not None:
             return self.dense_query_key
+        return self.budget_chooses_rank
+
+    @property
+    def budget_chooses_rank(self) -> bool:
+        """Whether the schedule leaves a rank to the budget, as the preset ``auto`` does."""
         return self.schedule is not None and _RANK_BY_BUDGET.search(self.schedule) is not None
 
     @classmethod

@@ -10,7 +10,7 @@ from hf_drt.config import DRTConfig
 from hf_drt.cost import relative_flops
 from hf_drt.experts import copies
 from hf_drt.forms import AdapterLinear, FactoredLinear, resolve_form, weight_shape
-from hf_drt.schedule import Plan, Run, Schedule
+from hf_drt.schedule import Plan, Run, Schedule, least_budget
 from hf_drt.selection import find_targets
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,8 @@ def resolved_plan(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Mod
             "write its phases with this rank: 'lowrank@0 dense@budget'."
         )
     run = replace(run, budget=budget_of(config, kinds), cost=_cost_of_forms(model, config))
+    if config.budget is None and config.budget_chooses_rank and lowrank == "factored":
+        run = replace(run, budget=max(run.budget, least_budget(lowrank, run)))
     plan = schedule.resolve(run, lowrank)
     factored = next((phase for phase in plan.phases if phase.kind == "factored"), None)
     if pretrained and factored is not None and not any(isinstance(m, FactoredLinear) for m in model.modules()):
@@ -61,8 +63,13 @@ def resolved_plan(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Mod
 
 
 def budget_of(config: DRTConfig, kinds: set[str]) -> float:
-    """The budget in force for phases of these kinds: an adapter alone takes more than 2/3 of the dense FLOPs."""
-    return config.budget if config.budget is not None else 0.9 if "adapter" in kinds else 0.4
+    """The budget in force for phases of these kinds: an adapter alone takes more than 2/3 of the dense FLOPs, and where
+    the rank is free 0.3 was as good as more (``recipes/benchmarks/RESULTS.md``)."""
+    if config.budget is not None:
+        return config.budget
+    if "adapter" in kinds:
+        return 0.9
+    return 0.3 if config.budget_chooses_rank else 0.4
 
 
 def _cost_of_forms(model: nn.Module, config: DRTConfig) -> Callable[[str, int | float | None], float]:

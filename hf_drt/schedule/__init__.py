@@ -1,9 +1,22 @@
 """From one line of text to integer phases: Schedule (as written) -> Plan (update steps)."""
 
 from hf_drt.schedule.boundary import Boundary, Run, lr_drops
+from hf_drt.schedule.budget_step import least_budget
 from hf_drt.schedule.plan import Phase, Plan
 from hf_drt.schedule.presets import PRESETS
 from hf_drt.schedule.schedule import Entry, Schedule
 from hf_drt.schedule.trigger import Check, Trigger
 
-__all__ = ["PRESETS", "Boundary", "Check", "Entry", "Phase", "Plan", "Run", "Schedule", "Trigger", "lr_drops"]
+__all__ = [
+    "PRESETS",
+    "Boundary",
+    "Check",
+    "Entry",
+    "Phase",
+    "Plan",
+    "Run",
+    "Schedule",
+    "Trigger",
+    "least_budget",
+    "lr_drops",
+]

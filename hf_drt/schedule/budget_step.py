@@ -21,16 +21,23 @@ def budget_rank(kind: str, run: Run) -> float:
         ValueError: There is no budget, or even the smallest of these ranks costs too much.
     """
     _check_budget(run)
-    costs = {rank: run.cost(kind, rank) for rank in RANKS}
-    for rank, cost in costs.items():
-        if cost * (1 - FULL_RANK_SHARE) + FULL_RANK_SHARE <= run.budget:
+    for rank in RANKS:
+        if _with_full_rank(run.cost(kind, rank)) <= run.budget:
             return rank
-    least = costs[RANKS[-1]] * (1 - FULL_RANK_SHARE) + FULL_RANK_SHARE
     raise ValueError(
         f"no rank meets a budget of {run.budget:g}: of the dense training FLOPs the {kind} form takes at least "
-        f"{least:.3f}, with {FULL_RANK_SHARE:.0%} of the run in full rank. Raise the budget, lower "
+        f"{least_budget(kind, run):.3f}, with {FULL_RANK_SHARE:.0%} of the run in full rank. Raise the budget, lower "
         "rank_multiple or rank_pattern, or write the schedule and its ranks by hand."
     )
+
+
+def least_budget(kind: str, run: Run) -> float:
+    """The smallest budget for which :func:`budget_rank` finds a rank."""
+    return _with_full_rank(run.cost(kind, RANKS[-1]))
+
+
+def _with_full_rank(cost: float) -> float:
+    return cost * (1 - FULL_RANK_SHARE) + FULL_RANK_SHARE
 
 
 def budget_step(index: int, starts: list[int | None], forms: list[Form], run: Run) -> int:

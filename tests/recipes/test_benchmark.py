@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_drt import DRTConfig
+from hf_drt.pretrained import budget_of
 from hf_drt.schedule import Run, Schedule
 
 BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
@@ -211,6 +212,13 @@ def test_every_task_file_has_settings_and_plans(path, tmp_path):
                 assert config.rank is None or all(entry.rank != "budget" for entry in schedule.entries), method
             else:
                 assert schedule.resolve(Run(training["max_steps"])).max_steps == training["max_steps"]
+
+
+@pytest.mark.parametrize("name", ["fashion_vit", "brown_lm", "brown_bert"])
+def test_the_default_of_the_tables_is_that_of_the_package(name):
+    training = store.task_file(name)["methods"]["default"]["training"]
+    unset = DRTConfig(schedule=training["drt_schedule"])
+    assert training == {"drt_schedule": "auto", "drt_budget": budget_of(unset, {"factored", "dense"})}
 
 
 # ---- pictures

@@ -139,7 +139,8 @@ def test_options_are_checked(text, message):
 @pytest.mark.parametrize(
     ("schedule", "settings", "share"),
     [
-        ("auto", {}, 0.4),
+        ("auto", {"dense_query_key": False}, 0.3),
+        ("lowrank:budget@0 dense@budget", {"dense_query_key": False}, 0.3),
         ("factored@0 dense@budget", {"start": "pretrained"}, 0.4),  # by what is written, not by the model
         ("adapter@0 dense@budget", {}, 0.9),
         ("auto", {"start": "pretrained"}, 0.9),
@@ -149,6 +150,15 @@ def test_options_are_checked(text, message):
 def test_a_budget_that_is_not_given_follows_the_form(schedule, settings, share):
     config = DRTConfig(schedule=schedule, rank_ratio=0.0625, rank_multiple=1, **settings)
     assert DynamicRank(tiny.llama(), config, max_steps=1000).cost().flops == pytest.approx(share, abs=2e-3)
+
+
+def test_in_a_narrow_model_auto_takes_the_least_that_a_rank_allows():
+    # Rank 8, the least, of the layers of test_a_low_rank_phase_that_leaves_no_budget_for_windows_is_refused, with query
+    # and key dense: (2048 + 2 * 8 * 64 + 3 * 8 * 96) / (4 * 1024 + 3 * 2048) = 0.525, and a tenth in full rank.
+    cost = DynamicRank(tiny.llama(), DRTConfig(schedule="auto"), max_steps=1000).cost().flops
+    assert cost == pytest.approx(0.9 * 0.525 + 0.1, abs=1e-3)
+    with pytest.raises(ValueError, match=r"no rank meets a budget of 0.3: .* takes at least 0.573"):
+        DynamicRank(tiny.llama(), DRTConfig(schedule="auto", budget=0.3), max_steps=1000)
 
 
 def test_a_rank_that_is_given_twice_is_refused():
