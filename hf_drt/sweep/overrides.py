@@ -95,7 +95,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "lilt": {"hidden_size": 96},  # six coordinates share it
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "markuplm": {"max_xpath_tag_unit_embeddings": 256, "max_xpath_subs_unit_embeddings": 1024},
+    "minicpm_ocr": {"image_token_id": 120, "insert_layer_id": 0, "downsample_mode": "16x"},
     "minicpm_ocr_vision": {"insert_layer_id": 0},
+    "minicpmv4_6": {"image_token_id": 120, "insert_layer_id": 0},
+    "minicpmv4_7": {"image_token_id": 120, "insert_layer_id": 0},
     "minicpmv4_7_vision": {"insert_layer_id": 0},
     "ministral": _HEAD,
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
@@ -229,6 +232,13 @@ def _packed(build: Any) -> dict[str, Any]:
     return {"pixel_values": torch.randn(1, 3, side, 32 * side), "target_sizes": torch.tensor([[4, 4]] * 2)}
 
 
+def _packed_and_text(build: Any) -> dict[str, Any]:
+    """Each row has an image of one token, behind a token of text."""
+    build.counts = {"image": 2}
+    names = {"input_ids", "attention_mask", "mm_token_type_ids"} & build.parameters
+    return _packed(build) | {name: getattr(build, name)().roll(1, dims=1) for name in sorted(names)}
+
+
 def _image_and_sound(build: Any) -> dict[str, Any]:
     """Images of four tokens, and sounds of 32 frames that become four."""
     build.counts = {"image": 8, "audio": 8}
@@ -270,7 +280,10 @@ INPUTS: dict[str, Any] = {
     "jev": _marked,
     "kimi_k25_vision": _square_patches,
     "kosmos-2": _latent_queried,
+    "minicpm_ocr": _packed_and_text,
     "minicpm_ocr_vision": _packed,
+    "minicpmv4_6": _packed_and_text,
+    "minicpmv4_7": _packed_and_text,
     "minicpmv4_7_vision": _packed,
     "oneformer": _task,
     "pix2struct": _flattened,
