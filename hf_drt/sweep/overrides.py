@@ -90,6 +90,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "instructblip": {"image_token_index": 120},
     "instructblipvideo": {"video_token_index": 120},
     "kosmos-2": {"latent_query_num": 4},
+    "kosmos-2.5": {"latent_query_num": 4},
     "led": {"attention_window": 16, "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "lilt": {"hidden_size": 96},  # six coordinates share it
@@ -168,10 +169,13 @@ def _prompted(build: Any) -> dict[str, Any]:
     return {name: torch.randn(2, 3, 32, 32) for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")}
 
 
-def _flattened(build: Any) -> dict[str, Any]:
+def _rows_and_columns(length: int) -> torch.Tensor:
     """Patches, each behind its row and column."""
-    patches = torch.cat([torch.ones(2, 16, 2), torch.randn(2, 16, 768)], dim=-1)
-    return {"flattened_patches": patches, "decoder_input_ids": build.decoder_input_ids()}
+    return torch.cat([torch.ones(2, 16, 2), torch.randn(2, 16, length)], dim=-1)
+
+
+def _flattened(build: Any) -> dict[str, Any]:
+    return {"flattened_patches": _rows_and_columns(768), "decoder_input_ids": build.decoder_input_ids()}
 
 
 def _series(build: Any) -> dict[str, Any]:
@@ -217,7 +221,11 @@ def _latent_queried(build: Any) -> dict[str, Any]:
     """The first tokens are the places of an image."""
     places = torch.arange(8).expand(2, -1) < build.config.latent_query_num
     mask = {"image_embeds_position_mask": places.long()}
-    return mask | {name: getattr(build, name)() for name in ("pixel_values", "input_ids", "attention_mask")}
+    if "flattened_patches" in build.parameters:
+        image = {"flattened_patches": _rows_and_columns(build.config.vision_config.patch_embed_hidden_size)}
+    else:
+        image = {"pixel_values": build.pixel_values()}
+    return mask | image | {name: getattr(build, name)() for name in ("input_ids", "attention_mask")}
 
 
 def _marked(build: Any) -> dict[str, Any]:
@@ -280,6 +288,7 @@ INPUTS: dict[str, Any] = {
     "jev": _marked,
     "kimi_k25_vision": _square_patches,
     "kosmos-2": _latent_queried,
+    "kosmos-2.5": _latent_queried,
     "minicpm_ocr": _packed_and_text,
     "minicpm_ocr_vision": _packed,
     "minicpmv4_6": _packed_and_text,
