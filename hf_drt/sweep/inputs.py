@@ -97,6 +97,7 @@ class Builder:
         "mm_token_type_ids", "image_sizes", "pixel_attention_mask", "attention_mask", "input_points", "past_values",
         "audio_values", "visual_feats", "visual_pos", "actions", "states", "returns_to_go", "timesteps", "use_cache",
         "image_position_ids", "input_features_mask", "feature_attention_mask", "spatial_shapes",
+        "moe_mm_token_type_ids",
     )  # fmt: skip
 
     text = ("input_ids", "use_cache", "decoder_input_ids", "attention_mask", "bbox", "mm_token_type_ids")
@@ -133,6 +134,9 @@ class Builder:
         for kind, count in self._placeholders():
             types = torch.cat([torch.full((ROWS, count // ROWS), kinds[kind]), types], dim=1)
         return types
+
+    def moe_mm_token_type_ids(self) -> Tensor:
+        return self.mm_token_type_ids()
 
     def bbox(self) -> Tensor:
         return torch.tensor([1, 2, 5, 9]).expand(ROWS, TOKENS, 4).clone()

@@ -12,6 +12,7 @@ from hf_drt.sweep.attempt import FAILED, NOTHING, PASSED, UNBUILT, Result, attem
 from hf_drt.sweep.catalog import model_types
 from hf_drt.sweep.cycle import TOLERANCE, Fault, _compare
 from hf_drt.sweep.inputs import learned
+from hf_drt.sweep.overrides import CONFIGS, INPUTS
 from hf_drt.sweep.shrink import Variant, tiny_config
 from hf_drt.sweep.table import short, summary
 
@@ -102,6 +103,20 @@ def test_a_type_goes_through_all_forms(model_type):
     result = attempt(model_type, model_types()[model_type])
     assert (result.outcome, result.cause) == (PASSED, "")
     assert result.facts["reached"] > 0
+
+
+@pytest.mark.parametrize("model_type", ["clap", "granite4_vision", "idefics", "kosmos-2", "minicpm_ocr"])
+def test_images_and_sounds_reach_every_layer_of_a_whole_model(model_type):
+    result = attempt(model_type, model_types()[model_type])
+    assert (result.outcome, result.cause) == (PASSED, "")
+    assert result.facts["reached"] == result.facts["targets"]
+    assert not result.facts["variant"]["text_only"]
+
+
+def test_overrides_are_in_alphabetical_order_and_inputs_are_those_of_types_that_are_swept():
+    assert list(CONFIGS) == sorted(CONFIGS)
+    assert list(INPUTS) == sorted(INPUTS)
+    assert set(INPUTS) <= set(model_types())
 
 
 @pytest.mark.parametrize("model_type", ["bert", "mixtral"])
