@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from hf_drt.sweep.overrides import INPUTS, NEVER
+from hf_drt.sweep.own_inputs import INPUTS, NEVER
 
 ROWS, TOKENS, FRAMES, SAMPLES = 2, 8, 64, 4000
 

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_drt.sweep.overrides import CONFIGS
+from hf_drt.sweep.own_sizes import CONFIGS
 
 WIDTH, HEADS, VOCAB = 64, 4, 128
 

@@ -12,7 +12,8 @@ from hf_drt.sweep.attempt import FAILED, NOTHING, PASSED, UNBUILT, Result, attem
 from hf_drt.sweep.catalog import model_types
 from hf_drt.sweep.cycle import TOLERANCE, Fault, _compare
 from hf_drt.sweep.inputs import learned
-from hf_drt.sweep.overrides import CONFIGS, INPUTS
+from hf_drt.sweep.own_inputs import INPUTS
+from hf_drt.sweep.own_sizes import CONFIGS
 from hf_drt.sweep.shrink import Variant, tiny_config
 from hf_drt.sweep.table import short, summary
 
