@@ -18,6 +18,7 @@ from hf_drt.sweep.shrink import VARIANTS, Variant, tiny_config
 PASSED, NOTHING, UNBUILT, FAILED = "passed", "nothing to select", "not built", "failed"
 OUTCOMES = (PASSED, NOTHING, UNBUILT, FAILED)
 LIMIT = 60_000_000  # parameters
+TRAINING = {"reformer"}  # its backward pass refuses evaluation mode; its tiny configuration has no dropout
 
 
 @dataclass
@@ -112,7 +113,7 @@ def _variant(model_type: str, name: str, variant: Variant) -> tuple[nn.Module, d
     if size > LIMIT:
         raise ValueError(f"{size:,} parameters after shrinking, more than {LIMIT:,}")
     torch.manual_seed(0)
-    model, hints = cls(tiny_config(model_type, variant)).eval(), {}
+    model, hints = cls(tiny_config(model_type, variant)).train(model_type in TRAINING), {}
     for _ in range(5):
         inputs = make_inputs(model, hints, variant.text_only)
         try:

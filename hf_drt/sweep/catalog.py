@@ -2,6 +2,7 @@
 
 import transformers
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 
 def model_types() -> dict[str, str]:
@@ -32,3 +33,8 @@ def model_class(name: str) -> type:
         AttributeError: transformers has no such class.
     """
     return getattr(transformers, name)
+
+
+def module_of(model_type: str) -> str:
+    """The module of ``transformers.models`` that a type is part of: 'clip' for ``clip_vision_model``."""
+    return model_type_to_module_name(model_type)

@@ -31,7 +31,7 @@ def run_cycle(model: nn.Module, inputs: dict[str, Any], load: Callable[[Path], n
     """Take a model through all forms, and save and load it in the last.
 
     Args:
-        model: Dense, in evaluation mode.
+        model: Dense, without dropout.
         inputs: Keyword arguments of its forward pass.
         load: Loads what ``save_pretrained`` wrote.
 
@@ -57,7 +57,7 @@ def run_cycle(model: nn.Module, inputs: dict[str, Any], load: Callable[[Path], n
     for step, found in enumerate(gradients):
         if lost := sorted(reached - found):
             raise Fault(f"phase {step} gives no gradient to {lost[0]} and {len(lost) - 1} more, phase 1 (dense) does")
-    loaded = _saved_and_loaded(model, load).to(dtype).eval()
+    loaded = _saved_and_loaded(model, load).to(dtype).train(model.training)
     saved = forward(model, inputs)
     worst = max(worst, _compare(saved, forward(loaded, inputs), dtype, "the loaded model differs from the saved"))
     stayed = Counter(reason for reason in drt.skipped.values() if reason != "outside of the blocks")

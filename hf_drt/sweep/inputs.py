@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from hf_drt.sweep.own_inputs import INPUTS, NEVER
+from hf_drt.sweep.own_inputs import INPUTS
 
 ROWS, TOKENS, FRAMES, SAMPLES = 2, 8, 64, 4000
 
@@ -42,7 +42,7 @@ def make_inputs(model: nn.Module, counts: dict[str, int] | None = None, text_onl
     inputs = own(build) if own is not None else {}
     for name, parameter in parameters.items():
         required = parameter.default is parameter.empty
-        if name in inputs or (own is not None and not required) or (name in NEVER.get(config.model_type, ())):
+        if name in inputs or (own is not None and not required):
             continue
         make = getattr(build, name, None)
         if make is not None and (required or name in (build.text if text_only else build.usual)):

@@ -1,6 +1,6 @@
 """What the rules of inputs do not reach: a function that makes the inputs of a model type.
 
-It is given the :class:`hf_drt.sweep.inputs.Builder`; ``NEVER`` names optional parameters that get no value.
+It is given the :class:`hf_drt.sweep.inputs.Builder`.
 """
 
 from typing import Any
@@ -193,4 +193,3 @@ INPUTS: dict[str, Any] = {
     "videomt": _video,
     "videoprism_vision_model": _video,
 }
-NEVER: dict[str, tuple[str, ...]] = {}

@@ -100,7 +100,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "minicpmv4_7_vision": {"insert_layer_id": 0},
     "ministral": _HEAD,
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
-    "reformer": {"axial_pos_embds_dim": [32, 32]},
+    "reformer": {
+        "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [2, 4], "local_attn_chunk_length": 4, "hash_seed": 0,
+        "lsh_attn_chunk_length": 4, "num_buckets": 2, "attn_layers": ["local", "lsh"], "hidden_dropout_prob": 0.0,
+        "local_attention_probs_dropout_prob": 0.0,
+    },
     "sam2_hiera_det_model": {
         "hidden_size": 32, "embed_dim_per_stage": [32, 64, 128, 256], "blocks_per_stage": [1, 2, 2, 2],
         "num_attention_heads_per_stage": [1, 2, 4, 8], "window_size_per_stage": [8, 4, 8, 4],
