@@ -4,6 +4,12 @@ import transformers
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
+# Types for which AutoModel names the class of a part, which does not take the configuration of the whole.
+WHOLE = {
+    "musicgen": "MusicgenForConditionalGeneration",
+    "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
+}
+
 
 def model_types() -> dict[str, str]:
     """Model types of all Auto mappings, in alphabetical order, with the name of the class that stands for each.
@@ -15,7 +21,7 @@ def model_types() -> dict[str, str]:
     for name in _mappings():
         for model_type, classes in getattr(modeling_auto, name).items():
             found.setdefault(model_type, classes if isinstance(classes, str) else classes[0])
-    return dict(sorted(found.items()))
+    return dict(sorted((found | WHOLE).items()))
 
 
 def _mappings() -> list[str]:

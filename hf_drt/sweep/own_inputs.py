@@ -3,6 +3,8 @@
 It is given the :class:`hf_drt.sweep.inputs.Builder`.
 """
 
+import math
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -159,7 +161,150 @@ def _tiled(build: Any) -> dict[str, Any]:
     return {name: getattr(build, name)() for name in ("pixel_values", "input_ids", "attention_mask", "image_sizes")}
 
 
+def _shared_states(build: Any) -> dict[str, Any]:
+    """Hidden states of the model that is assisted, and its keys and values in each kind of layer."""
+    text, states = build.config.text_config, {}
+    for kind in ("full_attention", "sliding_attention"):
+        layer = text.per_layer_config[text.layer_types.index(kind)]
+        shape = (2, layer.num_key_value_heads, 8, layer.head_dim)
+        states[kind] = (torch.randn(shape), torch.randn(shape))
+    embeds = torch.randn(2, 4, 2 * build.config.backbone_hidden_size)
+    return {"inputs_embeds": embeds, "shared_kv_states": states, "position_ids": torch.arange(8, 12)[None]}
+
+
+def _noise(build: Any) -> dict[str, Any]:
+    """A block to denoise, behind the context that the other model gives."""
+    config = build.config
+    context = torch.randn(2, 8, config.hidden_size * len(config.target_layer_ids))
+    return {"noise_embeds": torch.randn(2, config.block_size, config.hidden_size), "context_hidden_states": context}
+
+
+def _robot(build: Any) -> dict[str, Any]:
+    """Images of two cameras, a question, and embedded actions."""
+    vision = build.config.vlm_config.vision_config
+    build.counts = {"image": 4 * (vision.image_size // vision.patch_size) ** 2}
+    token = build.config.vlm_config.image_token_id
+    ids = torch.cat([torch.full((2, build.counts["image"] // 2), token), build._tokens()], dim=1)
+    return {
+        "action_embeds": torch.randn(2, 8, build.config.dit_config.hidden_size),
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(2, 2, 3, vision.image_size, vision.image_size),
+        "pixel_attention_mask": torch.ones(2, 2, dtype=torch.bool),
+    }
+
+
+def _prompt_and_canvas(build: Any) -> dict[str, Any]:
+    return {"input_ids": build.input_ids(), "decoder_input_ids": build.decoder_input_ids()}
+
+
+def _codes(build: Any) -> dict[str, Any]:
+    """A text, and one token of each channel a step."""
+    channels = build.config.decoder_config.num_channels
+    return {"input_ids": build.input_ids(), "decoder_input_ids": torch.randint(3, 100, (2, 8, channels))}
+
+
+def _text_and_codes(build: Any) -> dict[str, Any]:
+    """A token of text and one of each codebook a step."""
+    return {"input_ids": torch.randint(3, 100, (2, 8, build.config.num_codebooks + 1))}
+
+
+def _codebooks(build: Any) -> dict[str, Any]:
+    """A text, perhaps a melody, and a row of tokens for each codebook."""
+    inputs = {"input_ids": build.input_ids(), "decoder_input_ids": torch.randint(3, 100, (2 * build.config.decoder.num_codebooks, 8))}
+    if "input_features" in build.parameters:
+        inputs["input_features"] = torch.randn(2, 16, build.config.num_chroma)
+    return inputs
+
+
+def _stacked(build: Any) -> dict[str, Any]:
+    """Frames of a spectrum, several of them stacked, and text where the model takes it."""
+    audio = getattr(build.config, "audio_config", build.config)
+    features = torch.randn(2, 16, audio.num_mel_bins * audio.num_stacked_frames)
+    inputs = {"input_features": features, "input_features_mask": torch.ones(2, 16, dtype=torch.long)}
+    return inputs | ({"input_ids": build.input_ids()} if "input_ids" in build.parameters else {})
+
+
+def _wave_and_spectrum(build: Any) -> dict[str, Any]:
+    """Twelve frames, as a wave and as a spectrum."""
+    frame = math.prod(build.config.downsampling_ratios)
+    bins = build.config.semantic_model_config.feature_projection_input_dim
+    return {"input_values": torch.randn(2, 1, 12 * frame), "input_features": torch.randn(2, 12, bins)}
+
+
+def _clip(build: Any) -> dict[str, Any]:
+    """Two frames of a video at the size of the prompt, and a text."""
+    side = build.config.max_img_size
+    return {"pixel_values": torch.randn(2, 2, 3, side, side)} | {n: getattr(build, n)() for n in ("input_ids", "attention_mask")}
+
+
+def _features(build: Any) -> dict[str, Any]:
+    return {"inputs": torch.randn(2, 8, build.config.d_model)}
+
+
+def _line(build: Any) -> dict[str, Any]:
+    """Images of a line of text."""
+    return {"pixel_values": torch.randn(2, 3, 48, 320)}
+
+
+def _film(build: Any) -> dict[str, Any]:
+    """Two frames, and the sound and the text that the model takes."""
+    inputs = {"pixel_values_videos": torch.randn(2, 2, 3, 56, 56)}
+    if "input_values" in build.parameters:
+        inputs["input_values"] = torch.randn(2, 1, 16000)
+    return inputs | ({"input_ids": build.input_ids()} if "input_ids" in build.parameters else {})
+
+
+def _session(build: Any) -> dict[str, Any]:
+    """A film of two frames with a point on the first, in the session that the model's own module has for it."""
+    module = import_module(type(build.config).__module__.replace("configuration_", "modeling_"))
+    session_class = next(getattr(module, name) for name in dir(module) if name.endswith("InferenceSession"))
+    side = build.image_side()[0]
+    session = session_class(video=torch.randn(2, 3, side, side), video_height=side, video_width=side)
+    if hasattr(session, "add_prompt"):
+        prompt = session.add_prompt("a word")
+        session.prompt_input_ids[prompt] = torch.randint(3, 100, (1, 8))
+        session.prompt_attention_masks[prompt] = torch.ones(1, 8, dtype=torch.long)
+    else:
+        point = {"point_coords": torch.full((1, 1, 1, 2), side / 2.0), "point_labels": torch.ones(1, 1, 1, dtype=torch.int32)}
+        session.add_point_inputs(session.obj_id_to_idx(1), 0, point)
+        session.obj_with_new_inputs = [1]
+    return {"inference_session": session, "frame_idx": 0}
+
+
+def _classes(build: Any) -> dict[str, Any]:
+    """Two images, for each a task and two classes to look for."""
+    texts = {"classes_input_ids": torch.randint(3, 100, (4, 8)), "tasks_input_ids": torch.randint(3, 100, (2, 8))}
+    masks = {name.replace("input_ids", "attention_mask"): torch.ones_like(ids) for name, ids in texts.items()}
+    return texts | masks | {"pixel_values": build.pixel_values(), "classes_structure": torch.tensor([2, 2])}
+
+
 INPUTS: dict[str, Any] = {
+    "dia": _codes,
+    "edgetam_video": _session,
+    "fun_asr_nano": _stacked,
+    "fun_asr_nano_encoder": _stacked,
+    "kyutai_speech_to_text": _text_and_codes,
+    "musicgen": _codebooks,
+    "musicgen_melody": _codebooks,
+    "neucodec": _wave_and_spectrum,
+    "omdet-turbo": _classes,
+    "pe_audio_video": _film,
+    "pe_audio_video_encoder": _film,
+    "pe_video": _film,
+    "pe_video_encoder": _film,
+    "perceiver": _features,
+    "pp_ocrv5_mobile_rec": _line,
+    "sam2_video": _session,
+    "sam3_tracker_video": _session,
+    "sam3_video": _session,
+    "tvp": _clip,
+    "xcodec2": _wave_and_spectrum,
+    "diffusion_gemma": _prompt_and_canvas,
+    "gemma4_assistant": _shared_states,
+    "gemma4_unified_assistant": _shared_states,
+    "muse_glimmer_assistant": _noise,
+    "pi0": _robot,
     "audio-spectrogram-transformer": _spectrum,
     "blip-2": _queried,
     "blip_2_qformer": _encoded,

@@ -20,7 +20,80 @@ _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _SERIES = {"prediction_length": 4, "context_length": 16, "lags_sequence": [1, 2, 3]}
 _TINY_VIT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
+_TIMM_EVA = {
+    "model_type": "timm_wrapper", "architecture": "vit_pe_core_large_patch14_336", "do_pooling": True,
+    "model_args": {
+        "embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_ratio": 2, "img_size": [56, 56], "global_pool": "",
+        "use_post_transformer_norm": False, "init_values": 0.1, "ref_feat_shape": [4, 4],
+    },
+}  # fmt: skip
+
+_SHORT_CODEC = {"num_filters": 8, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]}
+_SPANS = {"longratio": 7, "midratio": 5, "shortratio": 3}
+_INTRACLASS = {  # kernel, stride, padding
+    "intraclass_block_config": {"reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0]}
+    | {f"vertical_long_to_small_conv_{span}": [[k, 1], 1, [k // 2, 0]] for span, k in _SPANS.items()}
+    | {f"horizontal_small_to_long_conv_{span}": [[1, k], 1, [0, k // 2]] for span, k in _SPANS.items()}
+    | {f"symmetric_conv_long_{span}": [k, 1, k // 2] for span, k in _SPANS.items()},
+    "scale_factor_list": [1, 2, 4, 8],
+    "kernel_list": [3, 2, 2],
+}
+
 CONFIGS: dict[str, dict[str, Any]] = {
+    "edgetam_vision_model": {
+        "backbone_config": {
+            "model_type": "timm_wrapper", "architecture": "repvit_m1",
+            "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]},
+        },
+        "backbone_channel_list": [384, 192, 96, 48], "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    },
+    "fast_vlm": {
+        "vision_config": {
+            "model_type": "timm_wrapper", "architecture": "resnet10t", "hidden_size": 512, "do_pooling": True,
+        },
+    },
+    "fun_asr_nano": {
+        "adaptor_config": {
+            "hidden_size": 64, "intermediate_size": 16, "num_attention_heads": 4, "projector_hidden_size": 64,
+        },
+    },
+    "llama4_vision_model": {"image_size": 56},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "neucodec": {"quantization_dim": 128},
+    "omdet-turbo": {
+        "backbone_config": {
+            "model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32, 64, 64], "depths": [1, 1, 1, 1],
+            "layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"],
+        },
+        "encoder_in_channels": [32, 64, 64], "image_size": 64,
+    },
+    "pe_video_encoder": {"vision_config": _TIMM_EVA},
+    "perceiver": {"d_latents": 64, "num_self_attends_per_block": 2},
+    "pp_doclayout_v2": {"class_thresholds": [0.0] * 20, "class_order": list(range(20))},
+    "pp_lcnet_v4": {"stem_channels": [3, 48, 96]},
+    "pp_ocrv5_server_det": _INTRACLASS,
+    "pp_ocrv6_medium_det": _INTRACLASS,
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 100},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 100},
+    "tvp": {"visual_prompt_size": 8, "max_img_size": 64, "num_frames": 2},
+    "vibevoice_acoustic_tokenizer": _SHORT_CODEC,
+    "vibevoice_acoustic_tokenizer_decoder": _SHORT_CODEC,
+    "vibevoice_acoustic_tokenizer_encoder": _SHORT_CODEC,
+    "xcodec2": {"quantization_dim": 128},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64},
+    "gemma4_assistant": {
+        "base": {
+            "text_config": {
+                "model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
+                "num_hidden_layers": 6, "num_kv_shared_layers": 6,
+            },
+        },
+    },
+    "muse_glimmer_assistant": {"target_layer_ids": [1, 2]},
+    "perception_lm": {"base": {"vision_config": _TIMM_EVA}},
+    "shieldgemma2": {"mm_tokens_per_image": 4, "yes_token_index": 3, "no_token_index": 4},
+    "step3p7": {"base": {"text_config": {"model_type": "step3p5", "sliding_window": 64}}},
+    "timm_backbone": {"backbone": "resnet10t", "out_indices": [-1]},
     "align": {"projection_dim": 128},  # the width that ends the image network
     "align_vision_model": {"depth_coefficient": 1.0, "initializer_range": 0.5},
     "autoformer": _SERIES,
