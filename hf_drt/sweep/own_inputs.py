@@ -168,8 +168,8 @@ def _shared_states(build: Any) -> dict[str, Any]:
         layer = text.per_layer_config[text.layer_types.index(kind)]
         shape = (2, layer.num_key_value_heads, 8, layer.head_dim)
         states[kind] = (torch.randn(shape), torch.randn(shape))
-    embeds = torch.randn(2, 4, 2 * build.config.backbone_hidden_size)
-    return {"inputs_embeds": embeds, "shared_kv_states": states, "position_ids": torch.arange(8, 12)[None]}
+    embeds = torch.randn(2, 1, 2 * build.config.backbone_hidden_size)
+    return {"inputs_embeds": embeds, "shared_kv_states": states, "position_ids": torch.tensor([[8]])}
 
 
 def _noise(build: Any) -> dict[str, Any]:
@@ -211,7 +211,8 @@ def _text_and_codes(build: Any) -> dict[str, Any]:
 
 def _codebooks(build: Any) -> dict[str, Any]:
     """A text, perhaps a melody, and a row of tokens for each codebook."""
-    inputs = {"input_ids": build.input_ids(), "decoder_input_ids": torch.randint(3, 100, (2 * build.config.decoder.num_codebooks, 8))}
+    codes = torch.randint(3, 100, (2 * build.config.decoder.num_codebooks, 8))
+    inputs = {"input_ids": build.input_ids(), "decoder_input_ids": codes}
     if "input_features" in build.parameters:
         inputs["input_features"] = torch.randn(2, 16, build.config.num_chroma)
     return inputs
@@ -233,9 +234,10 @@ def _wave_and_spectrum(build: Any) -> dict[str, Any]:
 
 
 def _clip(build: Any) -> dict[str, Any]:
-    """Two frames of a video at the size of the prompt, and a text."""
+    """Two frames of one video at the size of the prompt, and a text; the model's grids take one row only."""
     side = build.config.max_img_size
-    return {"pixel_values": torch.randn(2, 2, 3, side, side)} | {n: getattr(build, n)() for n in ("input_ids", "attention_mask")}
+    texts = {name: getattr(build, name)()[:1] for name in ("input_ids", "attention_mask")}
+    return texts | {"pixel_values": torch.randn(1, 2, 3, side, side)}
 
 
 def _features(build: Any) -> dict[str, Any]:
@@ -244,7 +246,7 @@ def _features(build: Any) -> dict[str, Any]:
 
 def _line(build: Any) -> dict[str, Any]:
     """Images of a line of text."""
-    return {"pixel_values": torch.randn(2, 3, 48, 320)}
+    return {"pixel_values": torch.randn(2, 3, 96, 320)}
 
 
 def _film(build: Any) -> dict[str, Any]:
@@ -260,13 +262,14 @@ def _session(build: Any) -> dict[str, Any]:
     module = import_module(type(build.config).__module__.replace("configuration_", "modeling_"))
     session_class = next(getattr(module, name) for name in dir(module) if name.endswith("InferenceSession"))
     side = build.image_side()[0]
-    session = session_class(video=torch.randn(2, 3, side, side), video_height=side, video_width=side)
+    session = session_class(video=torch.randn(2, 3, side, side), video_height=side, video_width=side, dtype=torch.float32)
     if hasattr(session, "add_prompt"):
         prompt = session.add_prompt("a word")
         session.prompt_input_ids[prompt] = torch.randint(3, 100, (1, 8))
         session.prompt_attention_masks[prompt] = torch.ones(1, 8, dtype=torch.long)
     else:
-        point = {"point_coords": torch.full((1, 1, 1, 2), side / 2.0), "point_labels": torch.ones(1, 1, 1, dtype=torch.int32)}
+        labels = torch.ones(1, 1, 1, dtype=torch.int32)
+        point = {"point_coords": torch.full((1, 1, 1, 2), side / 2.0), "point_labels": labels}
         session.add_point_inputs(session.obj_id_to_idx(1), 0, point)
         session.obj_with_new_inputs = [1]
     return {"inference_session": session, "frame_idx": 0}

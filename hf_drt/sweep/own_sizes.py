@@ -39,11 +39,21 @@ _INTRACLASS = {  # kernel, stride, padding
     "kernel_list": [3, 2, 2],
 }
 
+_LCNET = {  # each block: kernel, channels in and out, stride, squeeze and excitation
+    "model_type": "pp_lcnet_v4", "stem_channels": [3, 16, 32], "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    "block_configs": [
+        [[3, 32, 32, 1, True]],
+        [[3, 32, 32, 2, False], [3, 32, 32, 1, False]],
+        [[3, 32, 64, 2, False], [3, 64, 64, 1, True]],
+        [[3, 64, 64, 2, False], [3, 64, 64, 1, True]],
+    ],
+}  # fmt: skip
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "edgetam_vision_model": {
         "backbone_config": {
             "model_type": "timm_wrapper", "architecture": "repvit_m1",
-            "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]},
+            "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]}, "num_classes": 2,
         },
         "backbone_channel_list": [384, 192, 96, 48], "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
     },
@@ -57,7 +67,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "hidden_size": 64, "intermediate_size": 16, "num_attention_heads": 4, "projector_hidden_size": 64,
         },
     },
-    "llama4_vision_model": {"image_size": 56},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "neucodec": {"quantization_dim": 128},
     "omdet-turbo": {
@@ -65,14 +74,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32, 64, 64], "depths": [1, 1, 1, 1],
             "layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"],
         },
-        "encoder_in_channels": [32, 64, 64], "image_size": 64,
+        "encoder_in_channels": [32, 64, 64], "image_size": 64, "apply_layernorm_after_vision_backbone": False,
     },
-    "pe_video_encoder": {"vision_config": _TIMM_EVA},
+    "pe_video_encoder": {
+        "vision_config": _TIMM_EVA | {"num_classes": 32, "model_args": _TIMM_EVA["model_args"] | {"global_pool": "map"}},
+    },
     "perceiver": {"d_latents": 64, "num_self_attends_per_block": 2},
-    "pp_doclayout_v2": {"class_thresholds": [0.0] * 20, "class_order": list(range(20))},
-    "pp_lcnet_v4": {"stem_channels": [3, 48, 96]},
+    "pp_doclayout_v2": {
+        "class_thresholds": [0.0] * 20, "class_order": list(range(20)),
+        "reading_order_config": _TINY_VIT | {"coordinate_size": 16, "shape_size": 16},
+    },
     "pp_ocrv5_server_det": _INTRACLASS,
-    "pp_ocrv6_medium_det": _INTRACLASS,
+    "pp_ocrv6_medium_det": _INTRACLASS | {"backbone_config": _LCNET},
+    "pp_ocrv6_small_det": {"backbone_config": _LCNET, "layer_list_out_channels": [32, 32, 64, 64]},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 100},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 100},
     "tvp": {"visual_prompt_size": 8, "max_img_size": 64, "num_frames": 2},
