@@ -169,7 +169,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"],
         },
         "encoder_in_channels": [32, 64, 64], "image_size": 64, "apply_layernorm_after_vision_backbone": False,
-        "cache_size": 0,  # its cache would give what older weights made of a text
     },
     "pe_video_encoder": {
         "vision_config": _TIMM_EVA
