@@ -76,7 +76,7 @@ def forward(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
 
 
 def _forget(model: nn.Module) -> None:
-    """Empty the caches that a model keeps between calls: they hold what older weights made of an input (OmDet-Turbo)."""
+    """Empty the caches that a model keeps between calls (OmDet-Turbo): they hold what older weights made of a text."""
     for value in vars(model).values():
         if isinstance(kept := getattr(value, "cache", None), OrderedDict):
             kept.clear()

@@ -8,9 +8,9 @@ from transformers import PretrainedConfig
 
 from hf_drt.sweep import pool
 from hf_drt.sweep.__main__ import main
-from hf_drt.sweep.attempt import FAILED, NOTHING, PASSED, UNBUILT, Result, attempt
+from hf_drt.sweep.attempt import FAILED, NOTHING, PASSED, UNBUILT, Result, attempt, built
 from hf_drt.sweep.catalog import model_types
-from hf_drt.sweep.cycle import TOLERANCE, Fault, _compare
+from hf_drt.sweep.cycle import TOLERANCE, Fault, _compare, forward
 from hf_drt.sweep.inputs import learned
 from hf_drt.sweep.own_inputs import INPUTS
 from hf_drt.sweep.own_sizes import CONFIGS
@@ -75,6 +75,8 @@ def test_a_cause_is_one_short_line():
     text = "ImportError: M requires the timm library but it was not found in your environment. (import_utils.py:1)"
     assert short(text) == "needs timm, which is not installed"
     assert short("ValueError: 172,277,121 parameters after shrinking, more than 60") == "too large after shrinking"
+    text = "E: Validation error for field 'backbone': TypeError: Field 'backbone' with value PosixPath('/x') does not match"
+    assert short(text) == "its from_pretrained takes a name of timm, not a folder"
     assert short("KeyError: 'x' (modeling_y.py:7)") == "KeyError: 'x' (modeling_y.py:7)"
     assert short("E: " + "a" * 200 + " (modeling_y.py:7)") == "E: " + "a" * 94 + "... (modeling_y.py:7)"
 
@@ -114,7 +116,9 @@ def test_a_type_goes_through_all_forms(model_type):
     assert result.facts["reached"] > 0
 
 
-@pytest.mark.parametrize("model_type", ["clap", "granite4_vision", "idefics", "kosmos-2", "minicpm_ocr"])
+@pytest.mark.parametrize(
+    "model_type", ["clap", "dia", "granite4_vision", "idefics", "kosmos-2", "minicpm_ocr", "omdet-turbo", "tvp"]
+)
 def test_images_and_sounds_reach_every_layer_of_a_whole_model(model_type):
     result = attempt(model_type, model_types()[model_type])
     assert (result.outcome, result.cause) == (PASSED, "")
@@ -126,6 +130,21 @@ def test_overrides_are_in_alphabetical_order_and_inputs_are_those_of_types_that_
     assert list(CONFIGS) == sorted(CONFIGS)
     assert list(INPUTS) == sorted(INPUTS)
     assert set(INPUTS) <= set(model_types())
+
+
+def test_a_model_that_takes_a_session_with_the_frames_of_a_film_goes_through_all_forms():
+    result = attempt("sam2_video", "Sam2VideoModel")
+    assert (result.outcome, result.cause) == (PASSED, "")
+    assert result.facts["reached"] == 0  # its forward pass runs in inference mode
+
+
+def test_what_older_weights_made_of_a_text_is_forgotten():
+    model, inputs, _ = built("omdet-turbo", "OmDetTurboForObjectDetection")
+    before = forward(model, inputs)
+    with torch.no_grad():
+        for parameter in model.language_backbone.parameters():
+            parameter.mul_(1.5)
+    assert any(not torch.equal(a, b) for a, b in zip(before, forward(model, inputs), strict=True))
 
 
 @pytest.mark.parametrize("model_type", ["bert", "mixtral"])
