@@ -75,7 +75,7 @@ def test_a_cause_is_one_short_line():
     text = "ImportError: M requires the timm library but it was not found in your environment. (import_utils.py:1)"
     assert short(text) == "needs timm, which is not installed"
     assert short("ValueError: 172,277,121 parameters after shrinking, more than 60") == "too large after shrinking"
-    text = "E: Validation error for field 'backbone': TypeError: Field 'backbone' with value PosixPath('/x') does not match"
+    text = "E: Validation error for field 'backbone': TypeError: Field 'backbone' with value PosixPath('/x') does not"
     assert short(text) == "its from_pretrained takes a name of timm, not a folder"
     assert short("KeyError: 'x' (modeling_y.py:7)") == "KeyError: 'x' (modeling_y.py:7)"
     assert short("E: " + "a" * 200 + " (modeling_y.py:7)") == "E: " + "a" * 94 + "... (modeling_y.py:7)"
@@ -179,6 +179,6 @@ def test_as_many_types_pass_as_the_documentation_says(tmp_path):
     assert main(["--output", str(output)]) == 0
     results = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(results) == len(model_types())
-    assert sum(r["outcome"] == PASSED for r in results) >= 575
+    assert sum(r["outcome"] == PASSED for r in results) >= 625
     failed = {r["model_type"] for r in results if r["outcome"] == FAILED}
     assert failed <= {"timm_backbone"}  # with timm installed; from_pretrained takes a name of timm, not a folder
