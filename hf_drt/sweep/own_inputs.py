@@ -233,6 +233,14 @@ def _wave_and_spectrum(build: Any) -> dict[str, Any]:
     return {"input_values": torch.randn(2, 1, 12 * frame), "input_features": torch.randn(2, 12, bins)}
 
 
+def _wave(build: Any) -> dict[str, Any]:
+    return {"hidden_states": torch.randn(2, build.config.channels, 64)}
+
+
+def _latents(build: Any) -> dict[str, Any]:
+    return {"hidden_states": torch.randn(2, build.config.hidden_size, 16)}
+
+
 def _clip(build: Any) -> dict[str, Any]:
     """Two frames of one video at the size of the prompt, and a text; the model's grids take one row only."""
     side = build.config.max_img_size
@@ -339,6 +347,8 @@ INPUTS: dict[str, Any] = {
     "timesfm": _series,
     "timesfm2_5": _series,
     "tvp": _clip,
+    "vibevoice_acoustic_tokenizer_decoder": _latents,
+    "vibevoice_acoustic_tokenizer_encoder": _wave,
     "videomt": _video,
     "videoprism_vision_model": _video,
     "xcodec2": _wave_and_spectrum,

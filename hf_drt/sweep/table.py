@@ -89,7 +89,9 @@ def _stayed_dense(passed: Sequence[Result]) -> list[str]:
             types[reason].append(result.model_type)
     rows = sorted(types.items(), key=lambda row: (-len(row[1]), row[0]))
     head = "Layers inside blocks that stay dense, by reason, in types that have passed:"
-    shown = [(reason, ", ".join(names) if len(names) <= MOST else f"{len(names)} types") for reason, names in rows]
+    shown = [
+        (reason, ", ".join(sorted(names)) if len(names) <= MOST else f"{len(names)} types") for reason, names in rows
+    ]
     return [head, "", "| reason | model types |", "|---|---|", *(f"| {reason} | {names} |" for reason, names in shown)]
 
 
