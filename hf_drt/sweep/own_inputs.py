@@ -241,6 +241,49 @@ def _latents(build: Any) -> dict[str, Any]:
     return {"hidden_states": torch.randn(2, build.config.hidden_size, 16)}
 
 
+def _image_codes(build: Any) -> dict[str, Any]:
+    """Each image becomes a code for every 16 x 16 pixels."""
+    build.counts = {"image": 32}
+    images = {"pixel_values": torch.randn(2, 3, 64, 64), "image_sizes": torch.tensor([[64, 64]] * 2)}
+    return images | {name: getattr(build, name)() for name in ("input_ids", "attention_mask")}
+
+
+def _masked_mel(build: Any) -> dict[str, Any]:
+    """A spectrum of which the mask is true at padding."""
+    mel = torch.randn(2, 64, build.config.input_feat_size)
+    return {"audio_mel": mel, "audio_mel_mask": torch.zeros(2, 64, dtype=torch.bool)}
+
+
+def _mel_128(build: Any) -> dict[str, Any]:
+    mask = torch.ones(2, 64, dtype=torch.bool)
+    return {"input_features": torch.randn(2, 64, 128), "input_features_mask": mask}
+
+
+def _windowed_mel(build: Any) -> dict[str, Any]:
+    """A spectrum of one window, time last."""
+    frames = 2 * build.config.n_window
+    mask = torch.ones(2, frames, dtype=torch.long)
+    return {"input_features": torch.randn(2, build.config.num_mel_bins, frames), "input_features_mask": mask}
+
+
+def _whole_tokens(build: Any) -> dict[str, Any]:
+    return {"input_values": torch.randn(2, 2 * build.config.samples_per_token)}
+
+
+def _unsampled(build: Any) -> dict[str, Any]:
+    return {"input_values": torch.randn(2, 1, 2 * build.config.hop_length), "sample": False}
+
+
+def _unsampled_and_text(build: Any) -> dict[str, Any]:
+    """Sounds of two tokens each, to which no noise is added."""
+    build.counts = {"audio": 4}
+    config = build.config
+    length = 2 * (getattr(config, "audio_config", None) or config.acoustic_tokenizer_encoder_config).hop_length
+    text = {name: getattr(build, name)() for name in {"input_ids", "attention_mask"} & build.parameters}
+    sound = {"input_values": torch.randn(2, 1, length), "padding_mask": torch.ones(2, length, dtype=torch.bool)}
+    return text | sound | {"sample": False}
+
+
 def _clip(build: Any) -> dict[str, Any]:
     """Two frames of one video at the size of the prompt, and a text; the model's grids take one row only."""
     side = build.config.max_img_size
@@ -293,6 +336,7 @@ def _classes(build: Any) -> dict[str, Any]:
 
 
 INPUTS: dict[str, Any] = {
+    "apertus1p5": _image_codes,
     "audio-spectrogram-transformer": _spectrum,
     "blip-2": _queried,
     "blip_2_qformer": _encoded,
@@ -304,7 +348,9 @@ INPUTS: dict[str, Any] = {
     "edgetam_video": _session,
     "fun_asr_nano": _stacked,
     "fun_asr_nano_encoder": _stacked,
+    "gemma3n_audio": _masked_mel,
     "gemma4_assistant": _shared_states,
+    "gemma4_audio": _mel_128,
     "gemma4_unified_assistant": _shared_states,
     "gemma4_vision": _placed,
     "granite4_vision": _tiled,
@@ -323,6 +369,7 @@ INPUTS: dict[str, Any] = {
     "minicpmv4_7": _packed_and_text,
     "minicpmv4_7_vision": _packed,
     "muse_glimmer_assistant": _noise,
+    "muse_spark_audio": _whole_tokens,
     "musicgen": _codebooks,
     "musicgen_melody": _codebooks,
     "neucodec": _wave_and_spectrum,
@@ -336,6 +383,7 @@ INPUTS: dict[str, Any] = {
     "pi0": _robot,
     "pix2struct": _flattened,
     "pp_ocrv5_mobile_rec": _line,
+    "qwen3_asr_encoder": _windowed_mel,
     "sam2_video": _session,
     "sam3_tracker_video": _session,
     "sam3_video": _session,
@@ -347,8 +395,11 @@ INPUTS: dict[str, Any] = {
     "timesfm": _series,
     "timesfm2_5": _series,
     "tvp": _clip,
+    "vibevoice": _unsampled_and_text,
+    "vibevoice_acoustic_tokenizer": _unsampled,
     "vibevoice_acoustic_tokenizer_decoder": _latents,
     "vibevoice_acoustic_tokenizer_encoder": _wave,
+    "vibevoice_asr": _unsampled_and_text,
     "videomt": _video,
     "videoprism_vision_model": _video,
     "xcodec2": _wave_and_spectrum,

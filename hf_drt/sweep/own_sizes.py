@@ -37,7 +37,9 @@ _RESNET = {
 }  # fmt: skip
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _SERIES = {"prediction_length": 4, "context_length": 16, "lags_sequence": [1, 2, 3]}
-_SHORT_CODEC = {"num_filters": 8, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]}
+_SHORT_CODEC = {
+    "num_filters": 8, "downsampling_ratios": [2, 2], "depths": [1, 1, 1], "layer_scale_init_value": 1.0,
+}  # fmt: skip
 _TIMM_EVA = {
     "model_type": "timm_wrapper", "architecture": "vit_pe_core_large_patch14_336", "do_pooling": True,
     "model_args": {
@@ -50,6 +52,10 @@ _TINY_VIT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2
 CONFIGS: dict[str, dict[str, Any]] = {
     "align": {"projection_dim": 128},  # the width that ends the image network
     "align_vision_model": {"depth_coefficient": 1.0, "initializer_range": 0.5},
+    "apertus1p5": {
+        "image_token_id": 120, "audio_token_id": 121, "image_token_offset": 128, "audio_token_offset": 256,
+    },
+    "apertus1p5_text": {"vocab_size": 384},
     "autoformer": _SERIES,
     "blip-2": {"image_token_index": 120},
     "chameleon": {"vocab_size": 256, "vocabulary_map": _CHAMELEON},
@@ -151,6 +157,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "led": {"attention_window": 16, "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "lilt": {"hidden_size": 96},  # six coordinates share it
+    "llama4_vision_model": {"image_size": 56, "intermediate_size": 256},
+    "lw_detr_vit": {"image_size": 64},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "markuplm": {"max_xpath_tag_unit_embeddings": 256, "max_xpath_subs_unit_embeddings": 1024},
     "minicpm_ocr": {"image_token_id": 120, "insert_layer_id": 0, "downsample_mode": "16x"},
@@ -161,6 +169,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ministral": _HEAD,
     "moonshine_streaming": {"num_key_value_heads": 4},
     "muse_glimmer_assistant": {"target_layer_ids": [1, 2]},
+    "muse_spark_audio": {"num_hidden_layers": 4},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "neucodec": {"quantization_dim": 128},
     "omdet-turbo": {
@@ -190,6 +199,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "lsh_attn_chunk_length": 4, "num_buckets": 2, "attn_layers": ["local", "lsh"], "hidden_dropout_prob": 0.0,
         "local_attention_probs_dropout_prob": 0.0,
     },
+    "rf_detr_dinov2": {"image_size": 56},
     "sam2_hiera_det_model": {
         "hidden_size": 32, "embed_dim_per_stage": [32, 64, 128, 256], "blocks_per_stage": [1, 2, 2, 2],
         "num_attention_heads_per_stage": [1, 2, 4, 8], "window_size_per_stage": [8, 4, 8, 4],
