@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_drt.selection import find_targets
 from hf_drt.sweep.catalog import model_class
-from hf_drt.sweep.cycle import Fault, forward, run_cycle
+from hf_drt.sweep.cycle import Blind, Fault, forward, run_cycle
 from hf_drt.sweep.inputs import NoInput, learned, make_inputs
 from hf_drt.sweep.shrink import VARIANTS, Variant, tiny_config
 
@@ -26,9 +26,11 @@ class Result:
     """What came of one model type.
 
     Attributes:
-        outcome: One of :data:`OUTCOMES`; 'not built' means that no tiny model of it could be made to run at all.
+        outcome: One of :data:`OUTCOMES`; 'not built' means that no tiny model of it could be made to run, or none
+            whose outputs depend on its target layers.
         cause: Why it is not 'passed'.
-        facts: As :func:`hf_drt.sweep.cycle.run_cycle`; and ``parameters``, ``inputs`` (names), ``dtype``.
+        facts: As :func:`hf_drt.sweep.cycle.run_cycle`; and ``parameters``, ``inputs`` (names), ``dtype``,
+            ``enlivened`` (whether by :func:`enlivened`).
     """
 
     model_type: str
@@ -53,7 +55,14 @@ def attempt(model_type: str, name: str) -> Result:
             "inputs": sorted(inputs),
         }
         result.outcome = FAILED
-        _cycle(result, model_type, name, model, inputs)
+        try:
+            _cycle(result, model_type, name, model, inputs)
+        except Blind:
+            model, inputs, _ = built(model_type, name)
+            result.facts["enlivened"] = True
+            _cycle(result, model_type, name, enlivened(model), inputs)
+    except Blind as error:
+        result.outcome, result.cause = UNBUILT, str(error)
     except Exception as error:
         result.cause = _cause(error)
     result.seconds = round(time.perf_counter() - started, 2)
@@ -72,6 +81,7 @@ def _cycle(result: Result, model_type: str, name: str, model: nn.Module, inputs:
     except Fault:
         # A choice by the largest score turns a rounding error into another output: only double precision tells.
         model, inputs, _ = built(model_type, name)
+        model = enlivened(model) if result.facts.get("enlivened") else model
         model, inputs = model.double(), {n: _double(value) for n, value in inputs.items()}
         options = {"experts_implementation": "eager"} if model._can_set_experts_implementation() else {}
         if options:  # grouped products on a CPU take no float64
@@ -83,6 +93,24 @@ def _cycle(result: Result, model_type: str, name: str, model: nn.Module, inputs:
         result.facts["dtype"] = "float64"
         result.facts |= run_cycle(model, inputs, partial(type(model).from_pretrained, **options))
     result.outcome = PASSED
+
+
+def enlivened(model: nn.Module) -> nn.Module:
+    """The model with weights at unit gain.
+
+    Default initial values as small as SAM's (1e-10), or those of a deep network without normalisation, let no signal of
+    a layer come through to the outputs. Scales of one number a channel that begin near zero become 1.
+    """
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.is_floating_point():
+                continue
+            if parameter.ndim >= 2:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+            elif 0 < parameter.abs().max() < 1e-2:
+                parameter.fill_(1.0)
+    return model
 
 
 def _double(value: Any) -> Any:

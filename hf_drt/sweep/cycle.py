@@ -27,6 +27,10 @@ class Fault(Exception):
     """A check has failed; the message says where and by how much."""
 
 
+class Blind(Exception):
+    """The outputs do not depend on the target layers, so that nothing can be said of them."""
+
+
 def run_cycle(model: nn.Module, inputs: dict[str, Any], load: Callable[[Path], nn.Module]) -> dict[str, Any]:
     """Take a model through all forms, and save and load it in the last.
 
@@ -40,9 +44,11 @@ def run_cycle(model: nn.Module, inputs: dict[str, Any], load: Callable[[Path], n
         stayed as they were, counted by reason) and ``error`` (largest relative difference of outputs).
 
     Raises:
+        Blind: The first truncation alters no output.
         Fault: Outputs differ, a gradient is missing or not finite, or the loaded model differs.
         ValueError: No target layer, as :class:`hf_drt.DynamicRank`.
     """
+    dense = forward(model, inputs)
     drt = DynamicRank(model, DRTConfig(schedule=SCHEDULE, rank_multiple=1), max_steps=4, seed=0)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     reference: list[Tensor] = []
@@ -50,7 +56,7 @@ def run_cycle(model: nn.Module, inputs: dict[str, Any], load: Callable[[Path], n
     for step, phase in enumerate(drt.plan.phases):
         drt.apply(step)
         outputs = forward(model, inputs)
-        reference = reference or [tensor.detach() for tensor in outputs]
+        reference = reference or _altered(dense, outputs)
         worst = max(worst, _compare(reference, outputs, dtype, f"phase {step} ({phase.kind}) differs from phase 0"))
         gradients.append(_gradients(model, outputs, list(drt.targets), f"phase {step} ({phase.kind})"))
     reached = gradients[1]
@@ -73,6 +79,14 @@ def forward(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
     if not outputs:
         raise Fault("the forward pass gives no tensor of floating point")
     return outputs
+
+
+def _altered(before: list[Tensor], after: list[Tensor]) -> list[Tensor]:
+    """The outputs after the first truncation, which must have altered some of them."""
+    pairs = [(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, after, strict=True)]
+    if all(torch.equal(a, b) for a, b in pairs):
+        raise Blind("no output depends on the target layers")
+    return [tensor.detach() for tensor in after]
 
 
 def _forget(model: nn.Module) -> None:
