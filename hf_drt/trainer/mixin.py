@@ -1,4 +1,4 @@
-"""DRTTrainerMixin: the only file that overrides methods of ``transformers.Trainer``.
+"""DRTTrainerMixin: overrides of methods of ``transformers.Trainer``; nothing else but trainer/publishing.py has any.
 
 What each override is for:
 
@@ -12,8 +12,6 @@ What each override is for:
 - ``_save_rng_state``: every process has written its own before ``trainer_state.json`` says that the checkpoint is
   whole, and before older ones are deleted.
 - ``train``: resume_from_checkpoint=True means the last complete checkpoint.
-- ``_push_from_checkpoint``, ``_finish_current_push``, ``create_model_card``, ``push_to_hub``: what is published
-  loads, is pushed again where that failed, and says what it is.
 - ``save_model``, ``_save_optimizer_and_scheduler``: what FSDP's sharded checkpoints leave out.
 - ``_load_from_checkpoint``, ``_load_best_model``: structure before weights, since the Trainer loads non-strictly.
 - ``_issue_warnings_after_load``: a missing key of ours is an error, no warning.
@@ -21,8 +19,6 @@ What each override is for:
 
 import contextlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +26,12 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
-from transformers.utils import PushInProgress
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.ddp import renewed_reducer
 from hf_drt.export import marked_state_dict
-from hf_drt.hub.card import complete_card, renew_card
 from hf_drt.optim import form_group_options, remembered
 from hf_drt.pretrained import resolved_plan
 from hf_drt.schedule import Run, Schedule
@@ -58,10 +52,10 @@ from hf_drt.trainer.jit import save_at_step_end
 from hf_drt.trainer.lr import existing_curve, simulated_curve
 from hf_drt.trainer.meter import PhaseMeter
 from hf_drt.trainer.probe import Probe
-from hf_drt.trainer.push import Publisher, phase_tag
+from hf_drt.trainer.publishing import PublishingMixin
+from hf_drt.trainer.push import Publisher
 from hf_drt.trainer.refusals import refuse_unsupported
 from hf_drt.trainer.saving import recover, written_whole
-from hf_drt.trainer.summary import run_summary
 
 # The seams and their parameters; tests/unit/test_seams.py fails first if transformers moves one.
 # fmt: off
@@ -95,7 +89,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
 # fmt: on
 
 
-class DRTTrainerMixin:
+class DRTTrainerMixin(PublishingMixin):
     """Dynamic-rank training for any subclass of ``Trainer``: ``class MyTrainer(DRTTrainerMixin, SomeTrainer)``.
 
     Settings come from ``drt=`` (a :class:`hf_drt.DRTConfig` or a schedule's text), else from ``drt_*`` fields of the
@@ -326,65 +320,6 @@ class DRTTrainerMixin:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.drt is not None and self._drt_saves_shards() and self.args.should_save:  # _save is not called for them
             self._drt_callback.write_state(output_dir, self.state.global_step, self.args)
-
-    # ---- publishing
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._drt_callback is None:
-            return super()._push_from_checkpoint(checkpoint_folder)
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        step = self.state.global_step
-        tag = phase_tag(self.drt.plan, step) if self._drt_callback.config.tag_phases else None
-        last = self.control.should_training_stop
-        if self.push_in_progress is not None and not self.push_in_progress.is_done():
-            if tag is None and not last and not self.args.hub_always_push:
-                return
-            self.push_in_progress.wait_until_done()  # what it uploads is about to be written anew
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.push_in_progress = self._drt_publisher.push(self.hub_model_id, checkpoint_folder, step, tag)
-
-    def _drt_publish(self, folder: str) -> None:
-        """The model as it is published, with its card, from inside the writing of a checkpoint."""
-        with self._drt_saving(False):
-            self._save(folder)
-        self.create_model_card(model_name=self.hub_model_id.rpartition("/")[2])
-
-    def _finish_current_push(self) -> None:
-        super()._finish_current_push()
-        if self._drt_callback is not None and getattr(self, "hub_model_id", None) and self.is_world_process_zero():
-            self._drt_publisher.finish(self.hub_model_id)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The base's card, with how the model was trained in changing rank and how to load it."""
-        ours = self.drt is not None and self.is_world_process_zero()
-        if ours:
-            renew_card(self.args.output_dir)
-        super().create_model_card(*args, **kwargs)
-        if ours:
-            repository = getattr(self, "hub_model_id", None) or self.args.output_dir
-            export = self._drt_config().export
-            complete_card(self.args.output_dir, run_summary(self.drt, self.state.log_history, export, repository))
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """The base's; a model that an earlier push has left there in another form is deleted afterwards."""
-        commit = super().push_to_hub(commit_message, blocking, token, revision, *args, **kwargs)
-        if self._drt_callback is not None and self.is_world_process_zero():
-            clear = partial(self._drt_publisher.clear, self.hub_model_id, revision or self.args.hub_revision, token)
-            if isinstance(commit, Future):
-                self.push_in_progress = PushInProgress([commit])
-                commit.add_done_callback(lambda upload: upload.exception() or clear())
-            else:
-                clear()
-        return commit
 
     # ---- loading
 

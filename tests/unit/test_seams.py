@@ -8,6 +8,9 @@ from transformers import Seq2SeqTrainer, Trainer
 from hf_drt import DRTTrainerMixin
 from hf_drt.trainer import probe
 from hf_drt.trainer.mixin import SEAMS
+from hf_drt.trainer.publishing import PublishingMixin
+
+CLASSES = (DRTTrainerMixin, PublishingMixin)
 
 
 def parameters(method) -> tuple[str, ...]:
@@ -24,16 +27,17 @@ def test_the_trainer_has_the_method_with_these_parameters(base, name, expected):
 
 
 def test_every_method_that_the_mixin_overrides_is_listed():
-    overridden = {name for name, value in vars(DRTTrainerMixin).items() if callable(value) and hasattr(Trainer, name)}
+    own = {name: value for cls in CLASSES for name, value in vars(cls).items()}
+    overridden = {name for name, value in own.items() if callable(value) and hasattr(Trainer, name)}
     assert overridden - {"__init__"} <= set(SEAMS)
 
 
 def test_every_seam_is_overridden_or_called():
-    source = inspect.getsource(DRTTrainerMixin) + inspect.getsource(probe)
+    source = "".join(map(inspect.getsource, (*CLASSES, probe)))
     assert [name for name in SEAMS if f"def {name}(" not in source and f".{name}(" not in source] == []
 
 
-@pytest.mark.parametrize("name", [name for name in SEAMS if name in vars(DRTTrainerMixin)])
+@pytest.mark.parametrize("name", [name for name in SEAMS if any(name in vars(cls) for cls in CLASSES)])
 def test_an_override_takes_what_the_trainer_passes(name):
     override = inspect.signature(getattr(DRTTrainerMixin, name))
     original = inspect.signature(getattr(Trainer, name)).parameters

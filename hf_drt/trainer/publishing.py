@@ -1,0 +1,80 @@
+"""Publishing: the overrides of ``transformers.Trainer`` that send a model to the Hub.
+
+- ``_push_from_checkpoint``, ``_finish_current_push``: what is published loads, and is pushed again where that failed.
+- ``create_model_card``: the card says how the model was trained and how to load it.
+- ``push_to_hub``: a model that an earlier push has left there in another form goes.
+"""
+
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
+
+from hf_drt.hub.card import complete_card, renew_card
+from hf_drt.trainer.push import Publisher, phase_tag
+from hf_drt.trainer.summary import run_summary
+
+
+class PublishingMixin:
+    """The part of :class:`hf_drt.DRTTrainerMixin` that publishes; without DRT everything is the base's."""
+
+    _drt_publisher: Publisher
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._drt_callback is None:
+            return super()._push_from_checkpoint(checkpoint_folder)
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        step = self.state.global_step
+        tag = phase_tag(self.drt.plan, step) if self._drt_callback.config.tag_phases else None
+        last = self.control.should_training_stop
+        if self.push_in_progress is not None and not self.push_in_progress.is_done():
+            if tag is None and not last and not self.args.hub_always_push:
+                return
+            self.push_in_progress.wait_until_done()  # what it uploads is about to be written anew
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.push_in_progress = self._drt_publisher.push(self.hub_model_id, checkpoint_folder, step, tag)
+
+    def _drt_publish(self, folder: str) -> None:
+        """The model as it is published, with its card, from inside the writing of a checkpoint."""
+        with self._drt_saving(False):
+            self._save(folder)
+        self.create_model_card(model_name=self.hub_model_id.rpartition("/")[2])
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        if self._drt_callback is not None and getattr(self, "hub_model_id", None) and self.is_world_process_zero():
+            self._drt_publisher.finish(self.hub_model_id)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The base's card, with how the model was trained in changing rank and how to load it."""
+        ours = self.drt is not None and self.is_world_process_zero()
+        if ours:
+            renew_card(self.args.output_dir)
+        super().create_model_card(*args, **kwargs)
+        if ours:
+            repository = getattr(self, "hub_model_id", None) or self.args.output_dir
+            export = self._drt_config().export
+            complete_card(self.args.output_dir, run_summary(self.drt, self.state.log_history, export, repository))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The base's; a model that an earlier push has left there in another form is deleted afterwards."""
+        commit = super().push_to_hub(commit_message, blocking, token, revision, *args, **kwargs)
+        if self._drt_callback is not None and self.is_world_process_zero():
+            clear = partial(self._drt_publisher.clear, self.hub_model_id, revision or self.args.hub_revision, token)
+            if isinstance(commit, Future):
+                self.push_in_progress = PushInProgress([commit])
+                commit.add_done_callback(lambda upload: upload.exception() or clear())
+            else:
+                clear()
+        return commit
