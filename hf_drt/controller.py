@@ -30,7 +30,7 @@ from hf_drt.forms import (
     trainable_weights,
     weight_shape,
 )
-from hf_drt.forms.modules import FactoredLinear
+from hf_drt.forms.modules import AdapterLinear, FactoredLinear
 from hf_drt.optim import (
     StepRules,
     add_form_groups,
@@ -364,6 +364,33 @@ class DynamicRank:
         self._step = self.plan.phases[self.phase].start
         return swaps
 
+    def remembered(self) -> Callable[[], None]:
+        """The returned function brings the model back to the layers that it has now, bit for bit, and to this phase.
+
+        They live as long as it does. Of weights that a change of form writes to (W under an adapter that takes its
+        principal directions, an adapter's base where it is merged) it keeps a copy.
+        """
+        phase, step = self.phase, self._step
+        layers = {name: self._layer(name) for name in self.targets}
+        parameters = [p for layer in layers.values() for p in layer.parameters()]
+        flags = [p.requires_grad for p in parameters]
+        principal = self.config.adapter_init == "principal" and any(p.kind == "adapter" for p in self.plan.phases)
+        written = [p for m in layers.values() if principal or isinstance(m, AdapterLinear) for p in m.parameters()]
+        values = [p.detach().clone() for p in written]
+
+        def restore() -> None:
+            now = {name: self._layer(name) for name in layers}
+            replace(self.model, [Swap(name, now[name], old) for name, old in layers.items() if now[name] is not old])
+            for parameter, flag in zip(parameters, flags, strict=True):
+                parameter.requires_grad_(flag)
+            with torch.no_grad():
+                for parameter, value in zip(written, values, strict=True):
+                    parameter.copy_(value)
+            declare(self.model)
+            self.phase, self._step = phase, step
+
+        return restore
+
     def undo_load(self, swaps: list[Swap], phase: int | None) -> None:
         """Take back what :meth:`load_state_dict` has done to the model: the old layers, their weights, the phase."""
         replace(self.model, [Swap(swap.name, swap.new, swap.old) for swap in swaps])
@@ -437,10 +464,14 @@ class DynamicRank:
         Collective under FSDP2."""
         return {name: _effective_rank(gathered(self._layer(name))) for name in self.targets}
 
-    def to_dense(self) -> None:
-        """Bring every target layer back to its dense form: a plain model, that loads anywhere."""
+    def to_dense(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Bring every target layer back to its dense form: a plain model, that loads anywhere.
+
+        Args:
+            optimizer: Where it is to go on with this model; the new weights take the old ones' places in it.
+        """
         low_rank = {name: Dense() for name in self.targets if form_of(self._layer(name)) != Dense()}
-        change_forms(self.model, low_rank, None, "reset", lambda name: self._generator(0, name))
+        change_forms(self.model, low_rank, optimizer, "reset", lambda name: self._generator(0, name))
         declare(self.model)
         self.phase = None
 

@@ -5,6 +5,7 @@ nothing here imports it.
 """
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 METHOD = "hf_drt"
 FORMAT_VERSION = 1
 _KEPT = "_drt_weight_conversions"
+_OWN = "_drt_own_config"
 
 
 def declaration(model: nn.Module) -> dict[str, Any] | None:
@@ -40,16 +42,25 @@ def declare(model: nn.Module) -> None:
     Call it after changing forms by hand, before ``save_pretrained``; DynamicRank does so by itself. With low-rank
     layers the configuration gets the block ``quantization_config``, and weights are saved under the names that they
     have at run time: the mapping to an architecture's published names does not know U and V. Without any, all is as it
-    was before. A model without a configuration of transformers is left alone.
+    was before.
+
+    A configuration object may be shared with other models, and be the caller's: the model gets a copy of its own before
+    the block is first written. Of a container, such as a ``SentenceTransformer`` or an own module around a model of
+    transformers, each model inside is declared, under its own names. A model without a configuration of transformers
+    is left alone.
     """
-    model = _unwrapped(model)
-    if not _is_of_transformers(model):
-        return
-    config, block = model.config, declaration(model)
+    for root in transformers_models(model):
+        _declare(root)
+
+
+def _declare(model: nn.Module) -> None:
+    block = declaration(model)
     if block is None:
         _withdraw(model)
-    elif _method(config) in (None, METHOD):
-        config.quantization_config = block
+        model.__dict__.pop(_OWN, None)
+    elif _method(model.config) in (None, METHOD):
+        _own_configuration(model)
+        model.config.quantization_config = block
         for submodel in _submodels(model):
             _keep_runtime_names(submodel)
             # transformers takes the dtype of attention from the first nn.Linear it finds, unless it reads this mark.
@@ -58,20 +69,43 @@ def declare(model: nn.Module) -> None:
         logger.warning(
             "the model is quantized by '%s', and its configuration has no room for a second method: with low-rank "
             "layers, what save_pretrained writes will not load.",
-            _method(config),
+            _method(model.config),
         )
 
 
 @contextlib.contextmanager
 def undeclared(model: nn.Module) -> Iterator[None]:
     """For saving a dense state dict of a model in any form: the configuration and names of a dense model."""
-    model = _unwrapped(model)
-    if _is_of_transformers(model):
-        _withdraw(model)
+    for root in transformers_models(model):
+        _withdraw(root)
     try:
         yield
     finally:
         declare(model)
+
+
+def transformers_models(model: nn.Module) -> list[nn.Module]:
+    """The outermost models of transformers in a model: itself, or those that a container holds."""
+    found: dict[str, nn.Module] = {}
+    for name, module in _unwrapped(model).named_modules():
+        if _is_of_transformers(module) and not any(not other or name.startswith(f"{other}.") for other in found):
+            found[name] = module
+    return list(found.values())
+
+
+def _own_configuration(model: nn.Module) -> None:
+    """A copy of the configuration, in every module of the model that holds it or a part of it: the layers must go on
+    seeing what is set on ``model.config``, such as the implementation of attention."""
+    if model.__dict__.get(_OWN) is model.config:
+        return
+    copies: dict[int, Any] = {}
+    for submodel in _submodels(model):
+        copy.deepcopy(submodel.config, copies)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if hasattr(value, "to_diff_dict") and id(value) in copies:
+                vars(module)[name] = copies[id(value)]
+    model.__dict__[_OWN] = model.config
 
 
 def _withdraw(model: nn.Module) -> None:

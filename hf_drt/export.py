@@ -1,13 +1,16 @@
 """A model in any mix of forms as an ordinary dense one."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from hf_drt.declaration import undeclared
 from hf_drt.forms import LowRankLinear, merged
 from hf_drt.forms.conversion import rounding
 from hf_drt.spectral import working_dtype
+from hf_drt.surgery import Swap, replace
 
 
 def dense_state_dict(model: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -28,6 +31,37 @@ def dense_state_dict(model: nn.Module, state: dict[str, Tensor] | None = None) -
             dtype = next(iter(tensors.values())).dtype
             merged[layer.dense_key(name)] = layer.layout.stored(_merged(layer, tensors)).to(dtype).contiguous()
     return merged
+
+
+def dense_weight(layer: LowRankLinear) -> Tensor:
+    """The effective W of a layer in the dense layout, merged in float32 or better and cast once."""
+    tensors = {key: layer.get_parameter(key) for key in layer.tensors}
+    dtype = next(iter(tensors.values())).dtype
+    return layer.layout.stored(_merged(layer, tensors)).to(dtype).contiguous()
+
+
+@contextlib.contextmanager
+def presented(model: nn.Module, weight: Callable[[LowRankLinear], Tensor] = dense_weight) -> Iterator[None]:
+    """In the block the model is an ordinary dense one, so that whatever saves it, in whatever way, writes that.
+
+    The low-rank layers themselves come back afterwards, untouched; the optimizer never sees the dense ones. It takes
+    the memory of all dense weights, as :func:`dense_state_dict` does. Not for a sharded model.
+
+    Args:
+        model: Unwrapped, in any mix of forms; a container of transformers' models as well.
+        weight: Gives the dense weight of a layer; by default what it computes with.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    swaps = [
+        Swap(name, layer, layer.dense_with(nn.Parameter(weight(layer).detach(), requires_grad=False)))
+        for name, layer in layers.items()
+    ]
+    with undeclared(model):
+        replace(model, swaps)
+        try:
+            yield
+        finally:
+            replace(model, [Swap(swap.name, swap.new, swap.old) for swap in swaps])
 
 
 def merge_errors(model: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, float]:

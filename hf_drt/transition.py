@@ -80,7 +80,7 @@ def _no_way_back() -> Iterator[None]:
 
 
 def empty_forms(model: nn.Module, forms: dict[str, Form], optimizer: torch.optim.Optimizer | None = None) -> list[Swap]:
-    """Give layers a form whose values are unset, for loading; the optimizer, if any, gets the new parameters.
+    """Give layers a form whose values are nan until they are loaded; the optimizer, if any, gets the new parameters.
 
     Returns:
         The swaps made; they keep the old weights alive. Collective for a sharded model.
@@ -89,7 +89,7 @@ def empty_forms(model: nn.Module, forms: dict[str, Form], optimizer: torch.optim
     for name, form in forms.items():
         old = layer_of(model, name)
         plain = gathered(old)
-        swaps.append(Swap(name, old, empty_like(plain, form)))
+        swaps.append(Swap(name, old, _unset(empty_like(plain, form))))
         if plain is not old:
             splice(model, old, plain, swaps[-1].new)
     place = carry_groups(optimizer, model, swaps) if optimizer is not None and swaps else None
@@ -99,6 +99,15 @@ def empty_forms(model: nn.Module, forms: dict[str, Form], optimizer: torch.optim
         for swap in swaps:
             carry_moments(optimizer, swap.old, swap.new, "reset")
     return swaps
+
+
+def _unset(layer: nn.Module) -> nn.Module:
+    """What is not loaded shall not pass for weights. The bias is the old layer's."""
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if name != "bias":
+                parameter.fill_(torch.nan)
+    return layer
 
 
 def _change(

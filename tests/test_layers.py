@@ -28,7 +28,7 @@ ALLOWED = {
     "sharding":   set(),
     "ddp":        set(),
     "distributed": {"spectral", "forms", "sharding"},
-    "export":     {"spectral", "forms"},
+    "export":     {"spectral", "forms", "surgery", "declaration"},
     "structure":  {"schedule", "forms", "wording"},
     "pretrained": {"config", "schedule", "forms", "cost", "experts", "selection"},
     "declaration": {"forms"},

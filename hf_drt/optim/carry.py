@@ -93,14 +93,16 @@ def put_states(optimizer: torch.optim.Optimizer, new: nn.Module, states: list[St
 
 
 def remembered(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """The returned function gives the optimizer back the parameters and state that it has now."""
+    """The returned function gives the optimizer back the groups, parameters and state that it has now."""
     optimizer = unwrap(optimizer)
-    lists = [group["params"] for group in optimizer.param_groups]
+    groups = [(group, dict(group)) for group in optimizer.param_groups]
     states = dict(optimizer.state)
 
     def restore() -> None:
-        for group, params in zip(optimizer.param_groups, lists, strict=True):
-            group["params"] = params
+        optimizer.param_groups[:] = [group for group, _ in groups]
+        for group, options in groups:
+            group.clear()
+            group.update(options)
         optimizer.state.clear()
         optimizer.state.update(states)
 

@@ -1,9 +1,9 @@
 """What the mixin sets aside around a method of the Trainer, and puts back."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import torch
 from torch import nn
 from transformers import Trainer
 
@@ -38,13 +38,13 @@ def runtime_names(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def untouched_rng() -> Iterator[None]:
-    """Leave torch's global generator as it was."""
-    state = torch.get_rng_state()
+def hidden_token(args: Any) -> Iterator[None]:
+    """``training_args.bin`` is published: it must not hold ``hub_token``."""
+    token, args.hub_token = args.hub_token, None
     try:
         yield
     finally:
-        torch.set_rng_state(state)
+        args.hub_token = token
 
 
 @contextlib.contextmanager
@@ -60,3 +60,14 @@ def metrics_set_aside(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer._metrics = gathered
+
+
+def kept_attributes(holder: Any, *names: str) -> Callable[[], None]:
+    """The returned function gives an object the attributes that it has now."""
+    values = {name: getattr(holder, name) for name in names}
+
+    def restore() -> None:
+        for name, value in values.items():
+            setattr(holder, name, value)
+
+    return restore

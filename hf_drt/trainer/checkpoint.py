@@ -30,31 +30,45 @@ _OTHER = "Resume from another checkpoint."
 _BROKEN_JSON = (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError)
 
 
-def checked_state(folder: str | Path, controller: DynamicRank, for_resume: bool, fsdp: bool = False) -> dict[str, Any]:
-    """The structure state of a checkpoint, after the whole folder has been compared with the run.
+def readable_state(folder: str | Path, for_resume: bool, fsdp: bool = False) -> dict[str, Any]:
+    """The structure state of a checkpoint whose files are there and whole, be it of this run or another.
 
     Args:
         folder: ``checkpoint-N``.
-        controller: The run's plan and model.
         for_resume: Also require the optimizer's, scheduler's and trainer's files; False to load weights only.
         fsdp: Whether the run is under FSDP, whose checkpoints are of their own kind.
 
     Raises:
-        CheckpointError: A file is missing, cut short or edited, or belongs to another run; the message names it.
+        CheckpointError: A file is missing, cut short or edited; the message names it.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder. Give the path of a checkpoint-N folder.")
     state = read_state(folder)
-    try:
-        controller.check_state(state)
-    except ValueError as error:
-        raise CheckpointError(f"{folder} does not fit this run: {error}") from None
     if not isinstance(state.get("meter", {}), dict):
         raise CheckpointError(f"{folder / STATE_NAME} is damaged: its 'meter' is {state['meter']!r}. {_OTHER}")
     check_engine(folder, fsdp)
     if for_resume:
         _check_trainer_files(folder, state)
+    return state
+
+
+def checked_state(folder: str | Path, controller: DynamicRank, for_resume: bool, fsdp: bool = False) -> dict[str, Any]:
+    """:func:`readable_state`, after the whole folder has been compared with the run.
+
+    Args:
+        folder, for_resume, fsdp: As there.
+        controller: The run's plan and model.
+
+    Raises:
+        CheckpointError: As there, or it belongs to another run.
+    """
+    folder = Path(folder)
+    state = readable_state(folder, for_resume, fsdp)
+    try:
+        controller.check_state(state)
+    except ValueError as error:
+        raise CheckpointError(f"{folder} does not fit this run: {error}") from None
     if not fsdp or weight_files(folder, _OTHER)[0].is_file():  # in shards, they are compared as they are loaded
         _check_weights(folder, controller, state)
     return state
@@ -105,14 +119,6 @@ def random_state_files(args: TrainingArguments) -> list[str]:
 
 def _random_state_file(process: int, processes: int) -> str:
     return f"rng_state_{process}.pth" if processes > 1 else "rng_state.pth"
-
-
-def stored_batch_size(folder: str | Path) -> int | None:
-    """The batch size that ``auto_find_batch_size`` had found, or None if the trainer's state does not tell."""
-    try:
-        return json.loads((Path(folder) / TRAINER_STATE_NAME).read_text())["train_batch_size"]
-    except (OSError, *_BROKEN_JSON):
-        return None
 
 
 def check_optimizer(folder: str | Path, optimizer: torch.optim.Optimizer) -> None:

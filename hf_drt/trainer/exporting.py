@@ -1,8 +1,7 @@
 """The model as the user gets it, from ``save_model()`` and on the Hub: dense, native, or a PEFT adapter."""
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 
 from hf_drt.config import Export
 from hf_drt.declaration import undeclared
-from hf_drt.export import dense_state_dict, marked_state_dict, merge_errors
+from hf_drt.export import dense_state_dict, marked_state_dict, merge_errors, presented
 from hf_drt.forms import AdapterLinear
 from hf_drt.hub.peft import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from hf_drt.hub.peft import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
-from hf_drt.hub.peft import base_state_dict, check_adapters, write_adapter
+from hf_drt.hub.peft import check_adapters, write_adapter
 from hf_drt.schedule import Plan
 
 logger = logging.getLogger(__name__)
@@ -37,19 +36,23 @@ def save_export(
     model: nn.Module,
     folder: str,
     export: Export,
-    save: Callable[[str, dict[str, Tensor] | None], None],
+    save: Callable[[str, dict[str, Tensor] | None], Any],
     state: dict[str, Tensor] | None = None,
     repository: str | None = None,
-) -> None:
+) -> Export:
     """Save a model in any mix of forms.
 
     Args:
         model: Unwrapped.
         folder: Where to; an adapter's base goes into its :data:`BASE_FOLDER`.
         export: 'dense' merges, 'native' keeps the forms, 'adapter' writes a LoRA checkpoint of PEFT and its base.
-        save: The trainer's ``_save(folder, state_dict)``.
+        save: Takes a folder, and the state dict that is to be written there or None. Without one it writes the model
+            as it finds it, which is presented in the right form.
         state: The model's state dict where it has been gathered already.
         repository: ``user/name`` on the Hub, which an adapter names as the place of its base.
+
+    Returns:
+        The form that was written: 'dense' in place of 'adapter' where no layer is in adapter form.
 
     Raises:
         ValueError: 'adapter', and PEFT has no way to express the model. Nothing is written then.
@@ -61,19 +64,29 @@ def save_export(
         )
         export = "dense"
     match export:
-        case "dense":
-            report_merge(merge_errors(model, state))
+        case "dense" if state is not None:
             with undeclared(model):
-                save(folder, dense_state_dict(model, state))
+                save(folder, dense_tensors(model, state))
+        case "dense":
+            report_merge(merge_errors(model))
+            with presented(model):
+                save(folder, None)
         case "native":
             save(folder, state and marked_state_dict(model, state))
         case "adapter":
             base = Path(folder, BASE_FOLDER)
             check_adapters(model)
-            with undeclared(model):
-                save(str(base), base_state_dict(model))
+            with presented(model, lambda layer: layer.base):
+                save(str(base), None)
             write_adapter(model, folder, repository or str(base))
     _clear(Path(folder), keep_adapter=export == "adapter")
+    return export
+
+
+def dense_tensors(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A gathered state dict as that of the dense model, with what rounding costs in the log."""
+    report_merge(merge_errors(model, state))
+    return dense_state_dict(model, state)
 
 
 def _clear(folder: Path, keep_adapter: bool) -> None:
@@ -135,13 +148,3 @@ def check_export(export: Export, plan: Plan, args: Any, fsdp: bool, grows: bool 
             f"under FSDP no process holds the model to push it during training (hub_strategy={args.hub_strategy.value})"
             " or to save it with export=adapter. Use hub_strategy=end, and export=dense or native."
         )
-
-
-@contextlib.contextmanager
-def hidden_token(args: Any) -> Iterator[None]:
-    """``training_args.bin`` is published: it must not hold ``hub_token``."""
-    token, args.hub_token = args.hub_token, None
-    try:
-        yield
-    finally:
-        args.hub_token = token

@@ -7,18 +7,20 @@ What each override is for:
 - ``create_optimizer``: form groups and step hooks, before the scheduler is made.
 - ``get_batch_samples``: sees the batches; counts them, and keeps one as the probe of a switch.
 - ``training_step``: sees the losses, for full-rank windows that a trigger begins.
-- ``_save_checkpoint``, ``_save``: checkpoints keep their form and get ``drt_state.json``; models saved by the user
-  are what drt_export says. A save that fails leaves no unfinished files, and a checkpoint that it was to replace.
+- ``_save_checkpoint``, ``save_model``, ``_save``: checkpoints keep their form and get ``drt_state.json``; models saved
+  by the user are what drt_export says. A save that fails leaves no unfinished files, and a checkpoint that it was to
+  replace.
 - ``_save_rng_state``: every process has written its own before ``trainer_state.json`` says that the checkpoint is
   whole, and before older ones are deleted.
-- ``train``: resume_from_checkpoint=True means the last complete checkpoint.
-- ``save_model``, ``_save_optimizer_and_scheduler``: what FSDP's sharded checkpoints leave out.
+- ``train``: resume_from_checkpoint=True means the last complete checkpoint. What ``_load_from_checkpoint`` does in it
+  waits for ``_prepare_for_training``.
 - ``_load_from_checkpoint``, ``_load_best_model``: structure before weights, since the Trainer loads non-strictly.
 - ``_issue_warnings_after_load``: a missing key of ours is an error, no warning.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.ddp import renewed_reducer
-from hf_drt.export import marked_state_dict
 from hf_drt.optim import form_group_options, remembered
 from hf_drt.pretrained import resolved_plan
 from hf_drt.schedule import Run, Schedule
@@ -39,23 +40,26 @@ from hf_drt.selection import find_targets
 from hf_drt.sharding import is_sharded
 from hf_drt.state import STATE_NAME, CheckpointError, read_state
 from hf_drt.trainer.arguments import PREFIX
-from hf_drt.trainer.aside import metrics_set_aside, runtime_names, untouched_rng, upcast_bases
+from hf_drt.trainer.aside import metrics_set_aside, upcast_bases
 from hf_drt.trainer.callback import DRTCallback, updates_per_epoch
 from hf_drt.trainer.checkpoint import (
     check_optimizer,
     checked_state,
     last_complete_checkpoint,
-    stored_batch_size,
+    readable_state,
 )
-from hf_drt.trainer.exporting import check_export, hidden_token, save_export
+from hf_drt.trainer.exporting import check_export
 from hf_drt.trainer.jit import save_at_step_end
 from hf_drt.trainer.lr import existing_curve, simulated_curve
 from hf_drt.trainer.meter import PhaseMeter
+from hf_drt.trainer.outermost import call_with, wrap_overrides
 from hf_drt.trainer.probe import Probe
 from hf_drt.trainer.publishing import PublishingMixin
 from hf_drt.trainer.push import Publisher
 from hf_drt.trainer.refusals import refuse_unsupported
 from hf_drt.trainer.saving import recover, written_whole
+from hf_drt.trainer.undo import as_it_was_on_failure, loaded_in_full
+from hf_drt.trainer.writer import ModelWriter
 
 # The seams and their parameters; tests/unit/test_seams.py fails first if transformers moves one.
 # fmt: off
@@ -68,7 +72,6 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "_save_checkpoint": ("model", "trial"),
     "_save": ("output_dir", "state_dict"),
     "save_model": ("output_dir", "_internal_call"),
-    "_save_optimizer_and_scheduler": ("output_dir",),
     "_push_from_checkpoint": ("checkpoint_folder",),
     "_finish_current_push": (),
     "push_to_hub": ("commit_message", "blocking", "token", "revision", "private", "kwargs"),
@@ -81,7 +84,6 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_best_model": (),
     "_issue_warnings_after_load": ("load_result",),
-    "set_initial_training_values": ("args", "dataloader"),
     "create_scheduler": ("num_training_steps", "optimizer"),
     "_prepare_inputs": ("inputs",),  # used by probe.py
     "compute_loss_context_manager": (),  # used by probe.py
@@ -109,8 +111,9 @@ class DRTTrainerMixin(PublishingMixin):
     _drt_default: Callable[[], DRTConfig] | None = None
     _drt_callback: DRTCallback | None = None
     _drt_given: DRTConfig | str | None = None
-    _drt_in_checkpoint = False
     _drt_losses: torch.Tensor | float = 0.0
+    _drt_starting = False
+    _drt_load: Callable[[], Any] | None = None
 
     def __init__(self, *args: Any, drt: DRTConfig | str | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -127,12 +130,17 @@ class DRTTrainerMixin(PublishingMixin):
         callback.probe = self._drt_probe
         callback.around_switch = self._drt_around_switch
         callback.step_loss = self._drt_step_loss
+        self._drt_writer = ModelWriter(self, lambda: self._drt_config().export, self._drt_write_state)
         self._drt_publisher = Publisher(self.args, self._drt_publish)
         if self.args.push_to_hub and self.is_world_process_zero():
             self._drt_publisher.make_branch(self.hub_model_id)
         self.add_callback(callback)
         self._drt_callback = callback
         save_at_step_end(self)
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        wrap_overrides(cls)
 
     def _drt_refuse_callbacks(self) -> None:
         others = (callback for callback in self.callback_handler.callbacks if callback is not self._drt_callback)
@@ -170,18 +178,27 @@ class DRTTrainerMixin(PublishingMixin):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         self._drt_refuse_callbacks()
-        if self._drt_callback is not None:
-            self._drt_losses = 0.0  # of an update that an interrupted run has not finished
-            controller = self._drt_controller(max_steps, train_dataloader, resume_from_checkpoint is not None)
-            if resume_from_checkpoint is not None and self.is_fsdp_enabled:
-                self._drt_restore_before_sharding(resume_from_checkpoint, controller)
-            elif resume_from_checkpoint is None:
-                with self._drt_around_switch():  # a second train() finds its model wrapped
-                    self._drt_callback.first_transition = controller.apply(self.state.global_step, self.optimizer)
-                self._drt_callback.meter = PhaseMeter()
-            if self.is_fsdp_enabled and self.args.mixed_precision != "no" and not is_sharded(self.model):
-                upcast_bases(self.model)
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self._drt_callback is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._drt_losses = 0.0  # of an update that an interrupted run has not finished
+        self._drt_starting = False
+        controller = self._drt_controller(max_steps, train_dataloader, resume_from_checkpoint is not None)
+        with as_it_was_on_failure(self, controller):
+            self._drt_begin(controller, resume_from_checkpoint)
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _drt_begin(self, controller: DynamicRank, folder: str | None) -> None:
+        """The model in its first phase, or as a checkpoint has it; before the optimizer is made."""
+        if folder is None:
+            with self._drt_around_switch():  # a second train() finds its model wrapped
+                self._drt_callback.first_transition = controller.apply(self.state.global_step, self.optimizer)
+            self._drt_callback.meter = PhaseMeter()
+        elif self.is_fsdp_enabled:
+            self._drt_restore_before_sharding(folder, controller)
+        else:
+            self._drt_restore(folder, controller)
+        if self.is_fsdp_enabled and self.args.mixed_precision != "no" and not is_sharded(self.model):
+            upcast_bases(self.model)
 
     def _drt_restore_before_sharding(self, folder: str, controller: DynamicRank) -> None:
         """FSDP loads weights and optimizer after both have been sharded, and so after the structure has to be there."""
@@ -271,86 +288,91 @@ class DRTTrainerMixin(PublishingMixin):
             return super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         own, limit = self.args.should_save, self.args.save_total_limit
-        with self._drt_saving(True), written_whole(folder, own, limit, self.accelerator.wait_for_everyone):
+        with self._drt_writer.writing(True), written_whole(folder, own, limit, self.accelerator.wait_for_everyone):
             super()._save_checkpoint(model, trial)
-
-    @contextlib.contextmanager
-    def _drt_saving(self, checkpoint: bool) -> Iterator[None]:
-        """What ``_save`` is to write in the block: a checkpoint, or the model for its user."""
-        outer, self._drt_in_checkpoint = self._drt_in_checkpoint, checkpoint
-        try:
-            yield
-        finally:
-            self._drt_in_checkpoint = outer
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self._drt_callback is not None:
             self.accelerator.wait_for_everyone()
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def _drt_around_saving(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Around ``save_model(output_dir, ...)`` and ``_save(output_dir, state_dict)``, whoever overrides them."""
         if self._drt_callback is None:
-            return super()._save(output_dir, state_dict=state_dict)
-        if not self._drt_in_checkpoint:
-            super()._finish_current_push()  # it may still read what is about to be written over
-        with hidden_token(self.args):
-            if self._drt_in_checkpoint:
-                self._drt_save_in_form(output_dir, state_dict)
-            else:
-                folder = output_dir if output_dir is not None else self.args.output_dir
-                repository = getattr(self, "hub_model_id", None)
-                save_export(self.model, folder, self._drt_config().export, super()._save, state_dict, repository)
+            return write(*args, **kwargs)
+        if not self._drt_writer.checkpoint:
+            self._drt_wait_for_push()
+        state = kwargs.get("state_dict", args[1] if len(args) > 1 and isinstance(args[1], dict) else None)
 
-    def _drt_save_in_form(self, output_dir: str, state_dict: dict | None) -> None:
-        with runtime_names(self.model):
-            super()._save(output_dir, state_dict=state_dict and marked_state_dict(self.model, state_dict))
-        if self.args.should_save:
-            self._drt_callback.write_state(output_dir, self.state.global_step, self.args)
+        def save(folder: str, state: dict | None) -> None:
+            changed = {"output_dir": (0, folder)} | ({"state_dict": (1, state)} if state is not None else {})
+            call_with(write, args, kwargs, changed)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._drt_writer.write(save, kwargs.get("output_dir", args[0] if args else None), state)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """The base's, in the form of ``drt_export``."""
+        self._drt_around_saving(self._drt_save_whole, *args, **kwargs)
+
+    def _drt_save_whole(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The base's, which writes nothing for a model that FSDP saves in shards; here the user gets a whole one."""
         super().save_model(output_dir, _internal_call)
-        if self.drt is not None and self._drt_saves_shards() and not self._drt_in_checkpoint:
+        if self._drt_callback is not None and self._drt_saves_shards() and not self._drt_writer.checkpoint:
             self._save(output_dir or self.args.output_dir, state_dict=self.accelerator.get_state_dict(self.model))
 
     def _drt_saves_shards(self) -> bool:
         return self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.drt is not None and self._drt_saves_shards() and self.args.should_save:  # _save is not called for them
-            self._drt_callback.write_state(output_dir, self.state.global_step, self.args)
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        self._drt_around_saving(super()._save, *args, **kwargs)
+
+    def _drt_write_state(self, folder: str) -> None:
+        self._drt_callback.write_state(folder, self.state.global_step, self.args)
 
     # ---- loading
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """The base's training; ``resume_from_checkpoint=True`` passes over checkpoints that were cut short."""
-        if resume_from_checkpoint and self._drt_callback is not None:
+        if self._drt_callback is None:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        if resume_from_checkpoint:
             last = resume_from_checkpoint is True
             if self.args.should_save:
                 recover(self.args.output_dir if last else Path(resume_from_checkpoint).parent)
             self.accelerator.wait_for_everyone()
             if last:
                 resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._drt_starting = True
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._drt_starting, self._drt_load = False, None
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _drt_around_loading(self, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around ``_load_from_checkpoint(folder, ...)``, whoever overrides it.
+
+        train() calls it before there is a data loader, and so before the plan is known; but the structure has to be
+        there before the weights are. So it waits until the Trainer has made its loader: making one here would shuffle
+        the data once more wherever their order comes from a global generator.
+        """
+        folder = args[0] if args else kwargs.get("resume_from_checkpoint")
         if self._drt_callback is None:
-            _refuse_low_rank(resume_from_checkpoint)
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.args.auto_find_batch_size:  # the base restores it only after the weights, but the plan depends on it
-            self._train_batch_size = stored_batch_size(resume_from_checkpoint) or self._train_batch_size
-        with untouched_rng():
-            dataloader = self.get_train_dataloader()
-        max_steps = self.set_initial_training_values(self.args, dataloader)[-1]
-        controller = self._drt_controller(max_steps, dataloader, resumed=True)
-        state = checked_state(resume_from_checkpoint, controller, for_resume=True)
-        with self._drt_around_switch():
-            self._drt_restore_structure(resume_from_checkpoint, controller, state)
+            _refuse_low_rank(folder)
+        elif self._drt_starting and self._drt_load is None and not self.is_fsdp_enabled:
+            readable_state(folder, for_resume=True)
+            self._drt_load = partial(load, *args, **kwargs)
+            return None
+        return load(*args, **kwargs)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        return self._drt_around_loading(super()._load_from_checkpoint, *args, **kwargs)
+
+    def _drt_restore(self, folder: str, controller: DynamicRank) -> None:
+        state = checked_state(folder, controller, for_resume=True)
+        with self._drt_around_switch(), loaded_in_full(controller, folder):
+            self._drt_restore_structure(folder, controller, state)
             self._drt_callback.meter.load_state_dict(state.get("meter", {}))
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self._drt_load()
 
     def _drt_restore_structure(self, folder: str, controller: DynamicRank, state: dict[str, Any]) -> None:
         """The checkpoint's structure, and an optimizer over it that the checkpoint's fits; or all as it was."""
@@ -365,14 +387,18 @@ class DRTTrainerMixin(PublishingMixin):
             restore()
             raise
 
-    def _load_best_model(self) -> None:
+    def _drt_around_best_model(self, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around ``_load_best_model``, whoever overrides it."""
         if self.drt is None:
-            return super()._load_best_model()
-        with self._drt_around_switch():
-            folder = self.state.best_model_checkpoint
-            state = checked_state(folder, self.drt, for_resume=False, fsdp=self.is_fsdp_enabled)
+            return load(*args, **kwargs)
+        folder = self.state.best_model_checkpoint
+        state = checked_state(folder, self.drt, for_resume=False, fsdp=self.is_fsdp_enabled)
+        with as_it_was_on_failure(self, self.drt), self._drt_around_switch(), loaded_in_full(self.drt, folder):
             self.drt.load_state_dict(state, self.optimizer, history=False)
-            super()._load_best_model()
+            return load(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        return self._drt_around_best_model(super()._load_best_model)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         if self.drt is not None:

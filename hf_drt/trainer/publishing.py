@@ -39,7 +39,7 @@ class PublishingMixin:
 
     def _drt_publish(self, folder: str) -> None:
         """The model as it is published, with its card, from inside the writing of a checkpoint."""
-        with self._drt_saving(False):
+        with self._drt_writer.writing(False):
             self._save(folder)
         self.create_model_card(model_name=self.hub_model_id.rpartition("/")[2])
 
@@ -47,6 +47,10 @@ class PublishingMixin:
         super()._finish_current_push()
         if self._drt_callback is not None and getattr(self, "hub_model_id", None) and self.is_world_process_zero():
             self._drt_publisher.finish(self.hub_model_id)
+
+    def _drt_wait_for_push(self) -> None:
+        """A push in progress may still read what is about to be written over."""
+        super()._finish_current_push()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The base's card, with how the model was trained in changing rank and how to load it."""

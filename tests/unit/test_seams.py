@@ -47,12 +47,13 @@ def test_an_override_takes_what_the_trainer_passes(name):
     assert parameters(getattr(DRTTrainerMixin, name)) == parameters(getattr(Trainer, name))
 
 
-def test_the_trainer_loads_weights_before_it_makes_the_optimizer():
-    # Structure and weights are restored in the former, so that the latter finds the parameters of the checkpoint.
+def test_the_trainer_makes_its_loader_and_then_its_optimizer():
+    # Structure and weights are restored between the two: the plan is known, and the optimizer finds their parameters.
     train = inspect.getsource(Trainer.train)
     assert "self._load_from_checkpoint(resume_from_checkpoint)" in train
     assert train.index("self._load_from_checkpoint(") < train.index("return inner_training_loop(")
     loop = inspect.getsource(Trainer._inner_training_loop)
+    assert loop.index("self.get_train_dataloader()") < loop.index("self._prepare_for_training(")
     assert loop.index("self._init_training_state(") < loop.index("self._prepare_for_training(")
     prepare = inspect.getsource(Trainer._prepare_for_training)
     assert prepare.index("self.create_optimizer()") < prepare.index("self.create_scheduler(")
@@ -61,7 +62,3 @@ def test_the_trainer_loads_weights_before_it_makes_the_optimizer():
 
 def test_the_trainer_says_whether_it_made_the_scheduler_itself():
     assert "self._created_lr_scheduler = True" in inspect.getsource(Trainer.create_scheduler)
-
-
-def test_max_steps_is_the_last_of_the_initial_values():
-    assert inspect.getsource(Trainer.set_initial_training_values).rstrip().endswith("max_steps,\n        )")
