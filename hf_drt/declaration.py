@@ -1,6 +1,6 @@
 """What ``config.json`` says of a model's low-rank layers, so that ``save_pretrained`` writes what loads as it was.
 
-:class:`hf_drt.DynamicRank` keeps it up to date. transformers' objects are recognised by what they can do, so that
+:class:`hf_drt.DynamicRank` keeps it up to date. transformers' objects are recognised by their class' name, so that
 nothing here imports it.
 """
 
@@ -21,6 +21,7 @@ METHOD = "hf_drt"
 FORMAT_VERSION = 1
 _KEPT = "_drt_weight_conversions"
 _OWN = "_drt_own_config"
+_MODEL = "transformers.modeling_utils.PreTrainedModel"
 
 
 def declaration(model: nn.Module) -> dict[str, Any] | None:
@@ -138,7 +139,8 @@ def _submodels(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_of_transformers(model: nn.Module) -> bool:
-    return hasattr(model, "save_pretrained") and hasattr(getattr(model, "config", None), "to_diff_dict")
+    # By its class: containers such as SentenceTransformer and GLiNER have save_pretrained and a configuration too.
+    return any(f"{cls.__module__}.{cls.__qualname__}" == _MODEL for cls in type(model).__mro__)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

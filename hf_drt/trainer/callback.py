@@ -20,6 +20,7 @@ from hf_drt.schedule import Run, Schedule
 from hf_drt.selection import find_targets
 from hf_drt.state import write_state
 from hf_drt.trainer.checkpoint import random_state_files
+from hf_drt.trainer.delivery import deliver
 from hf_drt.trainer.lr import existing_curve
 from hf_drt.trainer.meter import PhaseMeter
 
@@ -194,6 +195,8 @@ class DRTCallback(TrainerCallback):
     ) -> None:
         if state.global_step != self.controller.plan.end_of(self.meter.phase):  # stopped early, within a phase
             self._log(state, self.meter.row())
+        if not self.in_drt_trainer and self.config.export == "dense":
+            deliver(self.controller, kwargs["optimizer"])
 
     def write_state(self, folder: str, step: int, args: TrainingArguments) -> None:
         """Write ``drt_state.json`` into a checkpoint folder."""

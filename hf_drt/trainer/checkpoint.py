@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from transformers import TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, WEIGHTS_NAME
 
 from hf_drt.controller import DynamicRank
+from hf_drt.declaration import transformers_models
 from hf_drt.forms import dense_key, form_from_dict, layer_of, layout_of, tensor_shapes
 from hf_drt.optim import unwrap
 from hf_drt.state import STATE_NAME, CheckpointError, read_state
@@ -211,6 +213,12 @@ def _check_random_states(folder: Path, state: dict[str, Any]) -> None:
 
 def _check_weights(folder: Path, controller: DynamicRank, state: dict[str, Any]) -> None:
     stored, expected = _stored_shapes(folder), _expected_shapes(controller.model, state["layers"])
+    prefix = _container_prefix(next(n for n in expected if n.startswith(f"{next(iter(state['layers']))}")), stored)
+    if prefix is None and transformers_models(controller.model) != [controller.model]:
+        logger.info("%s: the weights lie in a library's own layout; they are looked at once they are loaded.", folder)
+        return
+    stored = {f"{prefix or ''}{name}": shape for name, shape in stored.items()}
+    expected = {name: shape for name, shape in expected.items() if name.startswith(prefix or "")}
     own = set(controller.model.state_dict())
     for name, shape in expected.items():
         if name not in stored:
@@ -255,5 +263,28 @@ def _is_tied(model: nn.Module, name: str, stored: Shapes) -> bool:
     )
 
 
+def _container_prefix(name: str, stored: Shapes) -> str | None:
+    """What a tensor's name in the model has before its name in the file: nothing, or where a library saves the model
+    inside a container of its own, the way to that. None where the file does not have it under any such name."""
+    parts = name.split(".")
+    found = (start for start in range(len(parts) - 1) if ".".join(parts[start:]) in stored)
+    start = next(found, None)
+    return None if start is None else "".join(f"{part}." for part in parts[:start])
+
+
 def _stored_shapes(folder: Path) -> Shapes:
-    return stored_shapes(weight_files(folder, _OTHER), _OTHER)
+    """Of all tensors; none where a library has put them into folders inside this one."""
+    files = weight_files(folder, _OTHER)
+    if files[0].is_file() or len(files) > 1:
+        return stored_shapes(files, _OTHER)
+    if (folder / WEIGHTS_NAME).is_file():
+        return _pickled_shapes(folder / WEIGHTS_NAME)
+    return {} if any(folder.glob("*/*.safetensors")) else stored_shapes(files, _OTHER)
+
+
+def _pickled_shapes(path: Path) -> Shapes:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
+        raise CheckpointError(f"{path} is cut short or damaged ({error}). {_OTHER}") from None

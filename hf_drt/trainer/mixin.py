@@ -48,6 +48,7 @@ from hf_drt.trainer.checkpoint import (
     last_complete_checkpoint,
     readable_state,
 )
+from hf_drt.trainer.delivery import Delivery, deliver
 from hf_drt.trainer.exporting import check_export
 from hf_drt.trainer.jit import save_at_step_end
 from hf_drt.trainer.lr import existing_curve, simulated_curve
@@ -135,6 +136,7 @@ class DRTTrainerMixin(PublishingMixin):
         if self.args.push_to_hub and self.is_world_process_zero():
             self._drt_publisher.make_branch(self.hub_model_id)
         self.add_callback(callback)
+        self.callback_handler.callbacks.insert(0, Delivery(self))
         self._drt_callback = callback
         save_at_step_end(self)
 
@@ -183,7 +185,8 @@ class DRTTrainerMixin(PublishingMixin):
         self._drt_losses = 0.0  # of an update that an interrupted run has not finished
         self._drt_starting = False
         controller = self._drt_controller(max_steps, train_dataloader, resume_from_checkpoint is not None)
-        with as_it_was_on_failure(self, controller):
+        fresh = resume_from_checkpoint is None
+        with as_it_was_on_failure(self, controller) if fresh else contextlib.nullcontext():
             self._drt_begin(controller, resume_from_checkpoint)
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
@@ -314,11 +317,12 @@ class DRTTrainerMixin(PublishingMixin):
         """The base's, in the form of ``drt_export``."""
         self._drt_around_saving(self._drt_save_whole, *args, **kwargs)
 
-    def _drt_save_whole(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def _drt_save_whole(self, *args: Any, **kwargs: Any) -> None:
         """The base's, which writes nothing for a model that FSDP saves in shards; here the user gets a whole one."""
-        super().save_model(output_dir, _internal_call)
+        super().save_model(*args, **kwargs)
         if self._drt_callback is not None and self._drt_saves_shards() and not self._drt_writer.checkpoint:
-            self._save(output_dir or self.args.output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            folder = kwargs.get("output_dir", args[0] if args else None) or self.args.output_dir
+            self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
 
     def _drt_saves_shards(self) -> bool:
         return self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
@@ -328,6 +332,12 @@ class DRTTrainerMixin(PublishingMixin):
 
     def _drt_write_state(self, folder: str) -> None:
         self._drt_callback.write_state(folder, self.state.global_step, self.args)
+
+    def _drt_deliver(self) -> None:
+        """At the end of training: the model itself in the form of ``drt_export``, if that is dense."""
+        if self._drt_config().export == "dense":
+            with self._drt_around_switch():
+                deliver(self.drt, self.optimizer)
 
     # ---- loading
 
@@ -369,7 +379,8 @@ class DRTTrainerMixin(PublishingMixin):
 
     def _drt_restore(self, folder: str, controller: DynamicRank) -> None:
         state = checked_state(folder, controller, for_resume=True)
-        with self._drt_around_switch(), loaded_in_full(controller, folder):
+        undone = as_it_was_on_failure(self, controller)
+        with undone, self._drt_around_switch(), loaded_in_full(controller, folder):
             self._drt_restore_structure(folder, controller, state)
             self._drt_callback.meter.load_state_dict(state.get("meter", {}))
             self._drt_load()

@@ -19,12 +19,17 @@ AROUND = {
 """The method of :class:`hf_drt.DRTTrainerMixin` that is called in place of each; it gets the method, then what the
 caller gave."""
 
+_WRAPPED = "_drt_wrapped"
+
 
 def wrap_overrides(cls: type) -> None:
-    """Let a class' own overrides of these methods be called by way of the mixin's."""
+    """Let the overrides of these methods that a class has, or gets from a class before the mixin, be called by way of
+    the mixin's."""
     for name, around in AROUND.items():
-        if name in vars(cls):
-            setattr(cls, name, _within(vars(cls)[name], around))
+        owner = next(base for base in cls.__mro__ if name in vars(base))
+        method = vars(owner)[name]
+        if around not in vars(owner) and not getattr(method, _WRAPPED, False):  # else the mixin's own, or wrapped
+            setattr(cls, name, _within(method, around))
 
 
 def _within(method: Callable[..., Any], around: str) -> Callable[..., Any]:
@@ -32,6 +37,7 @@ def _within(method: Callable[..., Any], around: str) -> Callable[..., Any]:
     def called(self: Any, *args: Any, **kwargs: Any) -> Any:
         return getattr(self, around)(functools.partial(method, self), *args, **kwargs)
 
+    setattr(called, _WRAPPED, True)
     return called
 
 

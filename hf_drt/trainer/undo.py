@@ -1,4 +1,7 @@
-"""A train() that fails before its first update step leaves model, optimizer and trainer as they were."""
+"""A train() that fails before its loop begins leaves model, optimizer and trainer as they were.
+
+One that resumes and fails later leaves the model that the checkpoint holds.
+"""
 
 import contextlib
 from collections.abc import Iterator

@@ -45,9 +45,7 @@ def check_written(folder: Path, model: nn.Module, export: Export, since: float) 
         return
     tensors = _stored(folder, since)
     if not tensors:
-        logger.warning(
-            "%s: no weights were found there, so that it was not checked whether they are %s.", folder, export
-        )
+        logger.warning("%s: no weights were found there, so it was not checked whether they are %s.", folder, export)
     elif export == "native":
         _check_native(folder, tensors, layers)
     else:
