@@ -149,3 +149,107 @@ def test_another_methods_declaration_is_not_overwritten(caplog):
         assert "has no room for a second method" in caplog.text
         make_dense(model)
         assert model.config.quantization_config is block
+
+
+# ---- a configuration that is shared, and containers
+
+
+def test_a_configuration_shared_with_a_teacher_stays_as_it_is(tmp_path):
+    config = tiny.llama().config
+    torch.manual_seed(0)
+    teacher, student = T.LlamaForCausalLM(config), T.LlamaForCausalLM(config)
+    before = config.to_json_string(use_diff=False)
+    DynamicRank(student, DRTConfig(schedule="factored@0", rank_multiple=4), max_steps=1).apply(0)
+    assert config.to_json_string(use_diff=False) == before
+    assert teacher.config is config
+    assert not hasattr(config, "_is_quantized")
+    for model, name in ((teacher, "teacher"), (student, "student")):
+        model.save_pretrained(tmp_path / name)
+        again = T.AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert torch.equal(tiny.logits(again, tiny.batch()), tiny.logits(model, tiny.batch()))
+
+
+def test_two_models_of_one_configuration_may_end_in_different_forms(tmp_path):
+    config = tiny.llama().config
+    models = {name: T.LlamaForCausalLM(config) for name in ("factored", "dense")}
+    drt = {
+        name: DynamicRank(model, DRTConfig(schedule="factored@0", rank_multiple=4), max_steps=1)
+        for name, model in models.items()
+    }
+    for controller in drt.values():
+        controller.apply(0)
+    drt["dense"].to_dense()
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        again = T.AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert torch.equal(tiny.logits(again, tiny.batch()), tiny.logits(model, tiny.batch()))
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5", "vit"])
+def test_the_layers_go_on_seeing_what_is_set_on_the_models_configuration(kind):
+    model = tiny.MODELS[kind]()
+    given = model.config
+    held = [(m, key) for m in model.modules() for key, value in vars(m).items() if value is given]
+    mixed(model=model)
+    declare(model)
+    assert model.config is not given
+    assert held
+    assert all(vars(module)[key] is model.config for module, key in held)
+    model.set_attn_implementation("eager")
+    assert all(vars(module)[key]._attn_implementation == "eager" for module, key in held)
+
+
+def test_a_part_of_a_configuration_that_a_submodel_holds_is_the_copys_part():
+    config = T.CLIPConfig(
+        text_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 8, "patch_size": 4,
+        },
+    )  # fmt: skip
+    model = T.CLIPModel(config)
+    before = config.to_json_string(use_diff=False)
+    DynamicRank(model, DRTConfig(schedule="factored@0", rank_multiple=4), max_steps=1).apply(0)
+    assert config.to_json_string(use_diff=False) == before
+    assert model.text_model.config is model.config.text_config is not config.text_config
+    assert model.vision_model.config is model.config.vision_config is not config.vision_config
+
+
+class Container(nn.Module):
+    """With what a container of another library may have: a way to save, and the configuration of what is inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = tiny.llama(), tiny.bert()
+
+    @property
+    def config(self):
+        return self.first.config
+
+    def save_pretrained(self, folder):
+        self.first.save_pretrained(folder / "first")
+        self.second.save_pretrained(folder / "second")
+
+
+def test_every_model_inside_a_container_is_declared_under_its_own_names(tmp_path):
+    model = Container()
+    controller = DynamicRank(model, DRTConfig(schedule="factored@0", rank_multiple=4), max_steps=1)
+    controller.apply(0)
+    model.save_pretrained(tmp_path)
+    for name, cls in (("first", T.AutoModelForCausalLM), ("second", T.AutoModelForMaskedLM)):
+        inner = getattr(model, name)
+        assert declared(inner) == low_rank(inner) != set()
+        again = cls.from_pretrained(tmp_path / name)
+        assert forms(again) == forms(inner)
+        assert torch.equal(tiny.logits(again, tiny.batch()), tiny.logits(inner, tiny.batch()))
+    controller.to_dense()
+    assert declared(model.first) == declared(model.second) == set()
+
+
+def test_undeclared_is_of_every_model_inside_a_container():
+    model = Container()
+    DynamicRank(model, DRTConfig(schedule="factored@0", rank_multiple=4), max_steps=1).apply(0)
+    with undeclared(model):
+        assert declared(model.first) == declared(model.second) == set()
+    assert declared(model.first)
+    assert declared(model.second)
