@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import os
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,24 +14,13 @@ from torch import Tensor, nn
 from hf_drt.declaration import declare
 from hf_drt.forms import Adapter, Conversion, LowRankLinear, form_of, layout_of, prepare, weight_shape
 from hf_drt.hub.peft.files import CONFIG_NAME, WEIGHTS_NAME, grouped, local_folder, read_weights
+from hf_drt.hub.peft.patterns import broken_by_sorting, layer_alpha, layer_rank
+from hf_drt.hub.peft.variants import MERGE, VARIANTS, check_variants, without_unused
 from hf_drt.selection import find_targets
 from hf_drt.surgery import Swap, replace
 from hf_drt.wording import some
 
 logger = logging.getLogger(__name__)
-
-# Fields of adapter_config.json that are read, or that leave what the weights compute as it is. Any other that is set
-# names a variant of LoRA.
-_PLAIN_FIELDS = {
-    "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
-    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "lora_dropout",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "modules_to_save",
-    "init_lora_weights", "eva_config", "corda_config", "loftq_config", "lora_ga_config", "megatron_core",
-    "qalora_group_size", "ensure_weight_tying", "runtime_config",
-}  # fmt: skip
-# Starts that leave the base as published; the others (pissa, olora, corda, loftq, lora_ga) subtract B A from it.
-_PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
-_MERGE = "Merge it in PEFT (merge_and_unload), and start from the dense model."
 
 
 @torch.no_grad()
@@ -73,10 +61,11 @@ def load_peft_adapter(
             f"{some(low_rank)} is in form {form_of(model.get_submodule(low_rank[0]))} already. Load the adapter into "
             "the dense model that it was trained on."
         )
-    pairs, others = grouped(folder / WEIGHTS_NAME, read_weights(folder))
+    pairs, others = grouped(folder / WEIGHTS_NAME, without_unused(config, read_weights(folder)))
     _check_others(folder / WEIGHTS_NAME, others, model)
+    _check_parameters(folder / CONFIG_NAME, config, model, pairs)
     layers = _layers(model, pairs)
-    forms = {name: _form(name, *pairs[name], layer, config) for name, layer in layers.items()}
+    forms = _forms(folder / CONFIG_NAME, layers, pairs, config)
     swaps, conversions = [], []
     for name, layer in layers.items():
         conversions.append(_conversion(layer, forms[name], *pairs[name]))
@@ -102,16 +91,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged ({error}). Save the adapter again.") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else config
-        raise ValueError(f"{path} describes an adapter of type {kind!r}; only LORA is W + s B A. {_MERGE}")
-    for field, value in config.items():
-        if value and field not in _PLAIN_FIELDS:
-            raise ValueError(f"{path} sets {field}={value!r}, which is more than W + s B A. {_MERGE}")
-    if config.get("init_lora_weights") not in _PLAIN_STARTS:
-        raise ValueError(
-            f"{path} has init_lora_weights={config['init_lora_weights']!r}, which changes W before training, so that "
-            "the adapter does not fit the published base. Convert it in PEFT (save_pretrained with "
-            "path_initial_model_for_weight_conversion), or merge it (merge_and_unload)."
-        )
+        raise ValueError(f"{path} describes an adapter of type {kind!r}; only LORA is W + s B A. {MERGE}")
+    check_variants(path, config)
     if config.get("lora_dropout"):
         logger.warning("%s: lora_dropout=%s is left behind; adapter form has none.", path, config["lora_dropout"])
     return config
@@ -124,7 +105,7 @@ def _check_others(path: Path, others: dict[str, Tensor], model: nn.Module) -> No
         raise ValueError(
             f"{path} holds {some(strange)}, which is no LoRA weight of a linear layer, and no tensor of "
             f"{type(model).__name__}. Load the adapter into the class that it was trained on; if it has LoRA on "
-            f"embeddings or convolutions, that cannot be loaded. {_MERGE}"
+            f"embeddings or convolutions, that cannot be loaded. {MERGE}"
         )
     for name, tensor in others.items():
         if tuple(tensor.shape) != own[name]:
@@ -164,22 +145,62 @@ def _layers(model: nn.Module, pairs: dict[str, Any]) -> dict[str, nn.Module]:
         if name not in selection.targets:
             reason = selection.skipped.get(name) or f"a {type(modules[name]).__name__}, no linear layer"
             raise ValueError(
-                f"the adapter has weights for {name}, which cannot take adapter form here ({reason}). {_MERGE}"
+                f"the adapter has weights for {name}, which cannot take adapter form here ({reason}). {MERGE}"
             )
     counts = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     if shared := [name for name in pairs if counts[id(modules[name])] > 1]:
         raise ValueError(
-            f"{some(shared)} is one layer under several names, of which PEFT has adapted only the first. {_MERGE}"
+            f"{some(shared)} is one layer under several names, of which PEFT has adapted only the first. {MERGE}"
         )
     return {name: layer for name, layer in selection.targets.items() if name in pairs}
 
 
-def _form(name: str, A: Tensor, B: Tensor, layer: nn.Module, config: dict[str, Any]) -> Adapter:
-    """The form of one layer, checked against its shape."""
+def _check_parameters(path: Path, config: dict[str, Any], model: nn.Module, pairs: dict[str, Any]) -> None:
+    """What ``target_parameters`` has adapted must be matrices of shape (out, in), such as a linear layer's."""
+    modules = dict(model.named_modules())
+    matrices = [name for name in pairs if name in modules and isinstance(modules[name], nn.Linear)]
+    others = [name for name in pairs if _is_parameter(name, config) and name not in matrices]
+    if strange := others or [name for name in pairs if config.get("target_parameters") and name not in modules]:
+        raise ValueError(
+            f"{path} sets target_parameters={config['target_parameters']!r}, and {some(strange)} is not the weight of "
+            f"an nn.Linear, of shape (out, in), so that its factors cannot be read. {MERGE}"
+        )
+
+
+def _is_parameter(name: str, config: dict[str, Any]) -> bool:
+    """Whether PEFT has adapted the layer's weight by the parameter's name, which ends in one of those given."""
+    targets = tuple(config.get("target_parameters") or ())
+    return f".{name}.weight".endswith(tuple(f".{target}" for target in targets))
+
+
+def _forms(
+    path: Path, layers: dict[str, nn.Module], pairs: dict[str, tuple[Tensor, Tensor]], config: dict[str, Any]
+) -> dict[str, Adapter]:
+    """The form of every layer; a warning where the file's ranks are not those of its tensors."""
+    keys = {name: f"{name}.weight" if _is_parameter(name, config) else name for name in layers}  # what patterns match
+    forms = {name: _form(name, keys[name], *pairs[name], layer, config) for name, layer in layers.items()}
+    if broken := [name for name, form in forms.items() if broken_by_sorting(keys[name], config, form.rank)]:
+        logger.warning(
+            "%s: for %s rank_pattern gives another rank than the tensors have. PEFT sorts the patterns as it saves, "
+            "and the first that matches decides, so that it cannot load this file itself. The ranks are read from the "
+            "tensors.",
+            path,
+            some(broken),
+        )
+    return forms
+
+
+def _form(name: str, key: str, A: Tensor, B: Tensor, layer: nn.Module, config: dict[str, Any]) -> Adapter:
+    """The form of one layer, whose patterns match ``key``, checked against its shape."""
     out, into = weight_shape(layer)
-    rank = _of_layer(name, config.get("rank_pattern"), config.get("r"))
+    rank = layer_rank(key, config, len(A))
     if layout_of(layer).kernel:
-        raise ValueError(f"{name} is a convolution: LoRA checkpoints of convolutions cannot be read. {_MERGE}")
+        raise ValueError(f"{name} is a convolution: LoRA checkpoints of convolutions cannot be read. {MERGE}")
+    if config.get("use_qalora") and A.shape[1] < into:
+        raise ValueError(
+            f"{name} has lora_A of shape {tuple(A.shape)} with use_qalora=True, in place of {(rank, into)}. "
+            f"{VARIANTS['use_qalora'].way_out}"
+        )
     if tuple(A.shape) != (rank, into) or tuple(B.shape) != (out, rank):
         raise ValueError(
             f"{name} of shape (out, in) = {(out, into)} with r={rank!r} needs lora_A {(rank, into)} and lora_B "
@@ -187,24 +208,11 @@ def _form(name: str, A: Tensor, B: Tensor, layer: nn.Module, config: dict[str, A
             "trained on."
         )
     if rank > min(out, into):
-        raise ValueError(f"{name}: r={rank} exceeds min(out, in) = {min(out, into)}. {_MERGE}")
-    alpha = _of_layer(name, config.get("alpha_pattern"), config.get("lora_alpha"))
+        raise ValueError(f"{name}: r={rank} exceeds min(out, in) = {min(out, into)}. {MERGE}")
+    alpha = layer_alpha(key, config)
     if not isinstance(alpha, (int, float)) or not (0 < alpha < math.inf):
-        raise ValueError(f"{name}: lora_alpha must be a number above 0, got {alpha!r}. {_MERGE}")
+        raise ValueError(f"{name}: lora_alpha must be a number above 0, got {alpha!r}. {MERGE}")
     return Adapter(rank, float(alpha) * math.sqrt(rank) if config.get("use_rslora") else float(alpha))
-
-
-def _of_layer(name: str, patterns: dict[str, Any] | None, default: Any) -> Any:
-    """The value of the first pattern that matches all of the name, or what follows one of its dots."""
-    for pattern, value in (patterns or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                return value
-        except re.error as error:
-            raise ValueError(
-                f"rank_pattern or alpha_pattern holds {pattern!r}, which is not a regular expression: {error}."
-            ) from None
-    return default
 
 
 def _conversion(layer: nn.Module, form: Adapter, A: Tensor, B: Tensor) -> Conversion:
