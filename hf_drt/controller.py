@@ -31,6 +31,7 @@ from hf_drt.forms import (
     weight_shape,
 )
 from hf_drt.forms.modules import AdapterLinear, FactoredLinear
+from hf_drt.function_error import FunctionError
 from hf_drt.optim import (
     StepRules,
     add_form_groups,
@@ -244,6 +245,7 @@ class DynamicRank:
             step: Update step that is about to be made, 0-based.
             optimizer: The optimizer over the model's trainable parameters, once there is one; Accelerate's wrapper too.
             probe: Gives the model's output on a fixed batch, or None; called before and after, for ``function_error``.
+                What it raises is logged, and stops nothing.
 
         Raises:
             ValueError: The optimizer is not supported or lacks a weight, a weight is not finite, or a layer is gone.
@@ -251,7 +253,7 @@ class DynamicRank:
         """
         started = time.perf_counter()
         index = self.plan.index_at(step)
-        before = probe() if probe is not None and self.match(step) else None
+        function = FunctionError(probe if self.match(step) else None)
         parameters = _trainable_parameters(self.model)
         forms = self._changes(index)
         outcome = change_forms(
@@ -267,8 +269,6 @@ class DynamicRank:
             )
         self.phase, self._step = index, step
         seconds = time.perf_counter() - started
-        after = probe() if before is not None else None
-        difference = None if after is None else (after - before).abs().max().item()
         return Transition(
             step=step,
             phase=index,
@@ -278,7 +278,7 @@ class DynamicRank:
             parameters=(parameters, _trainable_parameters(self.model)),
             errors=outcome.errors,
             merge_error=outcome.merge_error,
-            function_error=difference,
+            function_error=function.measure(),
         )
 
     def _changes(self, index: int) -> dict[str, Form]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from hf_drt.trainer.batches import samples_in, tokens_in
 from hf_drt.trainer.memory import read_peak, reset_peak
 
 
@@ -53,10 +54,8 @@ class PhaseMeter:
     def count(self, batches: list[Any], processes: int = 1) -> None:
         """Add the samples and tokens of the micro-batches of one update step, alike on all processes."""
         for batch in batches:
-            tensors = [v for v in batch.values() if torch.is_tensor(v) and v.ndim] if hasattr(batch, "values") else []
-            self.samples += processes * len(tensors[0]) if tensors else 0
-            ids = batch.get("input_ids") if tensors else None
-            self.tokens += processes * ids.numel() if torch.is_tensor(ids) else 0
+            self.samples += processes * samples_in(batch)
+            self.tokens += processes * tokens_in(batch)
 
     def row(self) -> dict[str, float]:
         """The phase so far, as log entries."""

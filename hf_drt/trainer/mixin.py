@@ -86,7 +86,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "_load_best_model": (),
     "_issue_warnings_after_load": ("load_result",),
     "create_scheduler": ("num_training_steps", "optimizer"),
-    "_prepare_inputs": ("inputs",),  # used by probe.py
+    "_prepare_input": ("data",),  # used by probe.py
     "compute_loss_context_manager": (),  # used by probe.py
 }
 # fmt: on
