@@ -80,6 +80,7 @@ def test_phases_are_measured_like_planned_ones(straight):
 def test_the_best_model_of_an_earlier_phase_is_loaded(tmp_path):
     trainer = adaptive(
         tmp_path, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
+        drt_export="native",
         metric_for_best_model="loss", greater_is_better=True,  # random labels: the loss is highest at first
     )  # fmt: skip
     trainer.train()

@@ -32,11 +32,11 @@ def same(a, b):
 
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, decomposition):
-    whole = trainer(tmp_path / "whole", decomposition, save_strategy="steps", save_steps=5)
+    whole = trainer(tmp_path / "whole", decomposition, save_strategy="steps", save_steps=5, drt_export="native")
     whole.train()
     forms = {form_of(m).decomposition for m in whole.model.modules() if isinstance(form_of(m), Factored)}
     assert forms == {decomposition}
-    resumed = trainer(tmp_path / "whole", decomposition, save_strategy="steps", save_steps=5)
+    resumed = trainer(tmp_path / "whole", decomposition, save_strategy="steps", save_steps=5, drt_export="native")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
     assert same(whole.model.state_dict(), resumed.model.state_dict()) == []
 

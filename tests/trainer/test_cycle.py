@@ -175,7 +175,7 @@ def test_rows_of_ours_leave_every_row_of_the_loss(tmp_path):
 
 
 def test_logged_numbers_are_right(tmp_path):
-    trainer = tiny.trainer(tmp_path, drt_log_rank_steps=5)
+    trainer = tiny.trainer(tmp_path, drt_log_rank_steps=5, drt_export="native")
     trainer.train()
     history = trainer.state.log_history
     ends = [row for row in history if "drt_phase_steps" in row]
@@ -240,7 +240,8 @@ def test_pretrained_models_start_in_adapter_form_and_new_ones_factored(tmp_path)
         (tiny.llama(), "pretrained", Adapter),
         (T.AutoModelForCausalLM.from_config(T.AutoConfig.from_pretrained(tmp_path / "model")), "auto", Factored),
     ):
-        trainer = tiny.trainer(tmp_path / "out", model=model, drt_schedule="fixed", drt_start=start, max_steps=1)
+        settings = {"drt_schedule": "fixed", "drt_start": start, "drt_export": "native", "max_steps": 1}
+        trainer = tiny.trainer(tmp_path / "out", model=model, **settings)
         trainer.train()
         assert {type(form_of(m)) for m in layers(trainer)} == {expected}
 
@@ -291,9 +292,8 @@ def test_drt_trainer_resumes_what_the_callback_has_saved(tmp_path):
 def test_settings_may_come_from_a_keyword_in_place_of_the_arguments(tmp_path):
     data = tiny.dataset()
     arguments = T.TrainingArguments(output_dir=str(tmp_path), max_steps=4, report_to=[], save_strategy="no")
-    trainer = DRTTrainer(
-        model=tiny.llama(), args=arguments, train_dataset=data, drt=DRTConfig(schedule="dense@0 factored@2", rank=4)
-    )
+    settings = DRTConfig(schedule="dense@0 factored@2", rank=4, export="native")
+    trainer = DRTTrainer(model=tiny.llama(), args=arguments, train_dataset=data, drt=settings)
     trainer.train()
     assert {form_of(m) for m in layers(trainer)} == {Factored(4)}
 

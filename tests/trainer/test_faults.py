@@ -142,7 +142,8 @@ def test_a_whole_cycle_under_autocast_or_checkpointing_resumes_bitwise(tmp_path,
 
 def test_adapters_learn_under_activation_checkpointing_with_everything_else_frozen(tmp_path):
     model = tiny.llama()
-    trainer = tiny.trainer(tmp_path, model=model, activation_checkpointing=True, drt_schedule="adapter@0", max_steps=4)
+    settings = {"drt_schedule": "adapter@0", "drt_export": "native", "max_steps": 4}
+    trainer = tiny.trainer(tmp_path, model=model, activation_checkpointing=True, **settings)
     for p in model.get_input_embeddings().parameters():
         p.requires_grad_(False)
     trainer.train()
