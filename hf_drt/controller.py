@@ -42,7 +42,7 @@ from hf_drt.optim import (
 )
 from hf_drt.pretrained import budget_of, resolved_plan
 from hf_drt.schedule import Phase, Plan, Run, Schedule, Trigger
-from hf_drt.selection import find_targets, has_hooks, is_layer
+from hf_drt.selection import find_targets, is_layer
 from hf_drt.sharding import gathered
 from hf_drt.spectral import effective_rank, factored_singular_values, gram_singular_values
 from hf_drt.structure import LASTING, check_structure, stored_plan, structure
@@ -291,13 +291,8 @@ class DynamicRank:
         )
         changes = {}
         for name, form in self.forms(index).items():
-            layer = self._layer(name)
-            if form_of(layer) != form or (restart and form != Dense()):
+            if form_of(self._layer(name)) != form or (restart and form != Dense()):
                 changes[name] = form
-                if has_hooks(layer):
-                    logger.warning(
-                        "%s has hooks, which are lost as it changes form; set them again, or exclude it.", name
-                    )
         return changes
 
     def _generator(self, phase: int, name: str) -> torch.Generator:
