@@ -70,8 +70,10 @@ def find_targets(model: nn.Module, include: list[str] | None = None, exclude: li
         exclude: Regular expressions; a layer must match none.
 
     Raises:
-        ValueError: No layer is left. The message counts what was found, by reason.
+        ValueError: PEFT has changed layers of the model; or no layer is left: the message counts what was found, by
+            reason.
     """
+    _refuse_peft(model)
     surroundings = _Surroundings.of(model)
     targets, skipped, fused = {}, {}, 0
     for name, module, weight in _layers(model):
@@ -91,6 +93,17 @@ def find_targets(model: nn.Module, include: list[str] | None = None, exclude: li
     _warn_of_idle_patterns("include", include, [*targets, *skipped])
     _warn_of_idle_patterns("exclude", exclude, [*targets, *skipped])
     return selection
+
+
+def _refuse_peft(model: nn.Module) -> None:
+    """A layer of PEFT's keeps matrices of its own beside the original one, which would change form instead of W."""
+    for name, module in model.named_modules():
+        if any(cls.__module__.startswith("peft.") for cls in type(module).__mro__):
+            raise ValueError(
+                "hf_drt does not support a PEFT model, which has changed the layers already: "
+                f"{name or 'the model'} is a {type(module).__name__} of PEFT. Use the original model, or merge first: "
+                "model = model.merge_and_unload(), which PEFT leaves frozen, and model.requires_grad_(True)."
+            )
 
 
 @dataclass(frozen=True)
