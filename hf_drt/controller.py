@@ -156,7 +156,7 @@ class DynamicRank:
         if trigger is not None:
             limit = budget_of(config, {plan.phases[0].kind})
             check_room_for_windows(plan, self.cost().flops, limit)
-            self.windows = Windows(trigger, plan, limit, lambda extended: self._cost_of(extended).flops)
+            self.windows = Windows(trigger, plan, limit, self._flops_of)
         for pattern in config.rank_pattern or {}:
             if not any(re.search(pattern, name) for name in self.targets):
                 logger.warning("rank_pattern: %r matches none of the %d layers.", pattern, len(self.targets))
@@ -439,6 +439,10 @@ class DynamicRank:
             StepRules(optimizer, self.lr_factor)
         self._installed = weakref.ref(optimizer)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, by pickle or deepcopy: its optimizer is another, which has no step rules before the next step."""
+        return vars(self) | {"_installed": None}
+
     def lr_factor(self) -> float:
         """Share of the scheduled LR in force at the present update step: the re-warm-up after a switch."""
         since = self._step - self.plan.phases[self.phase].start if self.phase else None
@@ -453,6 +457,9 @@ class DynamicRank:
     def _cost_of(self, plan: Plan) -> PlanCost:
         forms = [list(self._forms_of(phase).values()) for phase in plan.phases]
         return plan_cost(plan, list(self.targets.values()), forms, list(self.copies.values()))
+
+    def _flops_of(self, plan: Plan) -> float:
+        return self._cost_of(plan).flops
 
     def effective_ranks(self) -> dict[str, float]:
         """Effective rank of every target layer, of fused experts their mean; factored ones from r x r matrices only.
