@@ -133,6 +133,8 @@ def _own_attribute(module: nn.Module) -> str | None:
 
 def _shadows(module: nn.Module, name: str) -> bool:
     """Whether an attribute of the instance stands in front of a method or property of its class."""
+    if not hasattr(type(module), name):  # as nearly always, and a static look-up is slow
+        return False
     of_class = inspect.getattr_static(type(module), name, None)
     in_place_of_none = callable(vars(module)[name]) and hasattr(nn.Module, name)  # such as _compiled_call_impl
     return callable(of_class) or hasattr(of_class, "__get__") or in_place_of_none
