@@ -339,6 +339,7 @@ class Cosmetic(nn.Linear):
 
     def reset_parameters(self):
         nn.init.orthogonal_(self.weight)
+        nn.init.zeros_(self.bias)
 
     def extra_repr(self):
         return "cosmetic"
