@@ -1,6 +1,5 @@
 """A trained model's layers as factors, for a smaller and faster model: truncated where their spectrum allows it."""
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,11 +25,9 @@ from hf_drt.forms import (
     stack_count,
     weight_shape,
 )
-from hf_drt.selection import find_targets, has_hooks
+from hf_drt.selection import find_targets
 from hf_drt.spectral import factored_singular_values, singular_values, truncation_error
 from hf_drt.surgery import Swap, replace
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -175,8 +172,6 @@ def compress(
     before = _measured(model, evaluate)
     modules = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
     changes = {layer.name: layer.form for layer in plan.layers if form_of(modules[layer.name]) != layer.form}
-    if hooked := [name for name in changes if has_hooks(modules[name])]:
-        logger.warning("%s has hooks, which are lost as it changes form; set them again.", ", ".join(hooked))
     conversions = {name: prepare(modules[name], form) for name, form in changes.items()}
     replace(model, [Swap(name, modules[name], conversion.module) for name, conversion in conversions.items()])
     for conversion in conversions.values():

@@ -43,7 +43,7 @@ from hf_drt.optim import (
 )
 from hf_drt.pretrained import budget_of, resolved_plan
 from hf_drt.schedule import Phase, Plan, Run, Schedule, Trigger
-from hf_drt.selection import find_targets, has_hooks, is_layer
+from hf_drt.selection import find_targets, is_layer
 from hf_drt.sharding import gathered
 from hf_drt.spectral import effective_rank, factored_singular_values, gram_singular_values
 from hf_drt.structure import LASTING, check_structure, stored_plan, structure
@@ -157,7 +157,7 @@ class DynamicRank:
         if trigger is not None:
             limit = budget_of(config, {plan.phases[0].kind})
             check_room_for_windows(plan, self.cost().flops, limit)
-            self.windows = Windows(trigger, plan, limit, lambda extended: self._cost_of(extended).flops)
+            self.windows = Windows(trigger, plan, limit, self._flops_of)
         for pattern in config.rank_pattern or {}:
             if not any(re.search(pattern, name) for name in self.targets):
                 logger.warning("rank_pattern: %r matches none of the %d layers.", pattern, len(self.targets))
@@ -291,13 +291,8 @@ class DynamicRank:
         )
         changes = {}
         for name, form in self.forms(index).items():
-            layer = self._layer(name)
-            if form_of(layer) != form or (restart and form != Dense()):
+            if form_of(self._layer(name)) != form or (restart and form != Dense()):
                 changes[name] = form
-                if has_hooks(layer):
-                    logger.warning(
-                        "%s has hooks, which are lost as it changes form; set them again, or exclude it.", name
-                    )
         return changes
 
     def _generator(self, phase: int, name: str) -> torch.Generator:
@@ -444,6 +439,10 @@ class DynamicRank:
             StepRules(optimizer, self.lr_factor)
         self._installed = weakref.ref(optimizer)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, by pickle or deepcopy: its optimizer is another, which has no step rules before the next step."""
+        return vars(self) | {"_installed": None}
+
     def lr_factor(self) -> float:
         """Share of the scheduled LR in force at the present update step: the re-warm-up after a switch."""
         since = self._step - self.plan.phases[self.phase].start if self.phase else None
@@ -458,6 +457,9 @@ class DynamicRank:
     def _cost_of(self, plan: Plan) -> PlanCost:
         forms = [list(self._forms_of(phase).values()) for phase in plan.phases]
         return plan_cost(plan, list(self.targets.values()), forms, list(self.copies.values()))
+
+    def _flops_of(self, plan: Plan) -> float:
+        return self._cost_of(plan).flops
 
     def effective_ranks(self) -> dict[str, float]:
         """Effective rank of every target layer, of fused experts their mean; factored ones from r x r matrices only.

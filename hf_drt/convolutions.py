@@ -8,8 +8,6 @@ from torch import nn
 from hf_drt.forms import LowRankLinear, layout_of
 
 _SHORTCUT = re.compile(r"short_?cut|downsample|skip", re.IGNORECASE)
-_FORWARDS = {nn.Conv1d.forward, nn.Conv2d.forward}
-_PLAIN = {nn.Conv1d._conv_forward, nn.Conv2d._conv_forward}
 
 
 def is_convolution(module: nn.Module) -> bool:
@@ -34,8 +32,6 @@ def conv_unfit(name: str, module: nn.Module) -> str | None:
         return "depthwise convolution" if module.groups == module.in_channels else "grouped convolution"
     if all(size == 1 for size in module.kernel_size) and any(map(_SHORTCUT.search, name.split("."))):
         return "1x1 shortcut"
-    if type(module).forward not in _FORWARDS or type(module)._conv_forward not in _PLAIN:
-        return "computes more than a convolution"
     return None
 
 

@@ -13,13 +13,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 
 from hf_drt.convolutions import conv_inside, conv_unfit, has_conv_form, is_convolution
 from hf_drt.experts import FUSED, as_layer, fused_weights, unfit_experts
-from hf_drt.forms import ExpertStack, LowRankLinear, is_transposed
+from hf_drt.forms import ExpertStack, LowRankLinear, is_transposed, odd_tensors, own_behaviour
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +25,6 @@ _CHECKPOINTING_LAYER = "transformers.modeling_layers.GradientCheckpointingLayer"
 _ROUTER_LEAF = re.compile(r"router|gate|gating|classifier_router|switch", re.IGNORECASE)
 _EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _REGISTERED = ("_modules", "_parameters", "_buffers")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # What may be read of `self.<leaf>.weight` without the layer being used as anything else than a linear map.
 _HARMLESS_READS = {"dtype", "device", "shape", "size", "ndim"}
 
@@ -73,8 +70,10 @@ def find_targets(model: nn.Module, include: list[str] | None = None, exclude: li
         exclude: Regular expressions; a layer must match none.
 
     Raises:
-        ValueError: No layer is left. The message counts what was found, by reason.
+        ValueError: PEFT has changed layers of the model; or no layer is left: the message counts what was found, by
+            reason.
     """
+    _refuse_peft(model)
     surroundings = _Surroundings.of(model)
     targets, skipped, fused = {}, {}, 0
     for name, module, weight in _layers(model):
@@ -84,7 +83,7 @@ def find_targets(model: nn.Module, include: list[str] | None = None, exclude: li
             continue
         skipped[name] = reason
         fused += weight.numel() if weight is not None and reason.startswith(FUSED) else 0
-    selection = Selection(targets, skipped, fused / max(1, sum(p.numel() for p in model.parameters())))
+    selection = Selection(targets, skipped, fused / sum(p.numel() for p in model.parameters()) if fused else 0.0)
     if not targets:
         raise ValueError(
             f"no layer to train in changing rank: {type(model).__name__} has {surroundings.blocks} transformer blocks, "
@@ -94,6 +93,17 @@ def find_targets(model: nn.Module, include: list[str] | None = None, exclude: li
     _warn_of_idle_patterns("include", include, [*targets, *skipped])
     _warn_of_idle_patterns("exclude", exclude, [*targets, *skipped])
     return selection
+
+
+def _refuse_peft(model: nn.Module) -> None:
+    """A layer of PEFT's keeps matrices of its own beside the original one, which would change form instead of W."""
+    for name, module in model.named_modules():
+        if any(cls.__module__.startswith("peft.") for cls in type(module).__mro__):
+            raise ValueError(
+                "hf_drt does not support a PEFT model, which has changed the layers already: "
+                f"{name or 'the model'} is a {type(module).__name__} of PEFT. Use the original model, or merge first: "
+                "model = model.merge_and_unload(), which PEFT leaves frozen, and model.requires_grad_(True)."
+            )
 
 
 @dataclass(frozen=True)
@@ -139,6 +149,7 @@ def _reason(name: str, module: nn.Module, weight: nn.Parameter | None, around: _
     if weight is not None:
         tied = "tied or shared weight" if id(weight) in around.shared else None
         reason = tied or unfit_experts(module, name.rpartition(".")[2], weight)
+        reason = reason or own_behaviour(as_layer(module, weight))
     else:
         reason = conv_unfit(name, module) if is_convolution(module) else None
         reason = reason or _unfit(name, module, around.parents, around.shared, around.experts)
@@ -249,42 +260,26 @@ def _pattern_reason(name: str, include: list[str] | None, exclude: list[str] | N
 def _unfit(
     name: str, module: nn.Module, parents: dict[str, nn.Module], shared: set[int], experts: set[int]
 ) -> str | None:
-    """Why a linear layer inside a block cannot be replaced, or None."""
+    """Why a layer inside a block cannot be replaced, or None."""
     if isinstance(module, LowRankLinear):
-        return None
+        return own_behaviour(module)
     owner, leaf = parents.get(name), name.rpartition(".")[2]
-    weight = module._parameters.get("weight")
-    if weight is None or hasattr(module, "parametrizations"):
-        return "parametrized"
-    if (
-        not weight.is_floating_point()
-        or (weight.ndim != 2 and not is_convolution(module))
-        or not set(module._parameters) <= {"weight", "bias"}
-    ):
-        return "quantized or not a plain matrix"
+    if reason := odd_tensors(module):
+        return reason
+    weight = module._parameters["weight"]
     if not weight.requires_grad:
         return "frozen"
     if id(weight) in shared:
         return "tied or shared weight"
-    if has_hooks(module):
-        return "hooked"
     if owner is not None and type(owner).__module__.startswith("torch.nn.") and not _is_container(owner):
         return "owned by a torch.nn module"
-    if owner is not None and type(owner).__module__.startswith("peft."):
-        return "owned by a PEFT layer"
     if name and _is_router(name, module, parents, experts):
         return "router of a mixture of experts"
-    known = type(module).forward is nn.Linear.forward or is_transposed(module) or is_convolution(module)
-    if not known and not _computes_linear(module):
-        return "computes more than x W^T + b"
+    if reason := own_behaviour(module):
+        return reason
     if owner is not None and leaf in _weight_readers(type(owner)):
         return "weight read by its owner"
     return None
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether forward or backward hooks are registered on the module; a replacement would not have them."""
-    return any(getattr(module, hooks, None) for hooks in _HOOKS)
 
 
 def _is_container(module: nn.Module) -> bool:
@@ -306,19 +301,6 @@ def _is_router(name: str, module: nn.Module, parents: dict[str, nn.Module], expe
 
 def _has_experts(module: nn.Module | None) -> bool:
     return module is not None and any("expert" in name for name, _ in module.named_children())
-
-
-@torch.no_grad()
-def _computes_linear(module: nn.Module) -> bool:
-    """Whether a subclass of nn.Linear gives x W^T + b, tried on one deterministic input."""
-    if module.weight.is_meta:
-        return False
-    x = torch.linspace(-1, 1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)[None]
-    try:
-        y = module(x)
-    except Exception:
-        return False
-    return isinstance(y, torch.Tensor) and torch.equal(y, F.linear(x, module.weight, module.bias))
 
 
 @cache

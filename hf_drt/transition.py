@@ -7,6 +7,7 @@ this second part cannot be undone, since what the weights were made of is gone: 
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -14,10 +15,12 @@ import torch
 from torch import nn
 
 from hf_drt.distributed import Job, decompositions, raise_everywhere
-from hf_drt.forms import Conversion, Form, check, empty_like, layer_of, prepare
+from hf_drt.forms import Conversion, Form, check, empty_like, layer_of, odd_tensors, own_behaviour, prepare
 from hf_drt.optim import carry_groups, carry_moments, put_states, take_states
 from hf_drt.sharding import gathered, group_of, is_sharded, reshard, splice
 from hf_drt.surgery import Swap, replace
+
+logger = logging.getLogger(__name__)
 
 
 class HalfwayError(RuntimeError):
@@ -59,12 +62,32 @@ def change_forms(
         generator: Gives the random generator of a layer's new directions, by name.
 
     Raises:
-        ValueError: A rank or weight is not valid, or the optimizer is not supported or lacks a weight. Nothing has
-            changed then.
+        ValueError: A rank or weight is not valid, the optimizer is not supported or lacks a weight, or a layer's
+            parameters are not its own any more. Nothing has changed then.
         HalfwayError: Memory has run out, or another process has died, halfway.
     """
+    _look_at(model, forms)
     change = _change_sharded if is_sharded(model) else _change
     return change(model, forms, optimizer, moments, generator)
+
+
+def _look_at(model: nn.Module, forms: dict[str, Form]) -> None:
+    """What a layer did of its own when it was selected has kept it out; what it has got since is told of before it is
+    lost. Without its parameters it cannot change at all."""
+    for name in forms:
+        layer = layer_of(model, name)
+        if reason := odd_tensors(layer):
+            raise ValueError(
+                f"{name} has been changed since it was selected ({reason}), and cannot change form any more. Make all "
+                "other changes to the model before, or take this one back."
+            )
+        if reason := own_behaviour(layer):
+            logger.warning(
+                "%s has got behaviour of its own since it was selected (%s), which is lost as it changes form. Set it "
+                "again after the change, or exclude the layer.",
+                name,
+                reason,
+            )
 
 
 @contextlib.contextmanager
@@ -85,6 +108,7 @@ def empty_forms(model: nn.Module, forms: dict[str, Form], optimizer: torch.optim
     Returns:
         The swaps made; they keep the old weights alive. Collective for a sharded model.
     """
+    _look_at(model, forms)
     swaps = []
     for name, form in forms.items():
         old = layer_of(model, name)

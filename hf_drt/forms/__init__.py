@@ -1,7 +1,7 @@
 """One linear map, several parametrizations: Dense | Factored | Adapter."""
 
 from hf_drt.forms.conversion import Conversion
-from hf_drt.forms.convert import check, convert, decompose, decomposition_shapes, empty_like, prepare
+from hf_drt.forms.convert import check, check_rank, convert, decompose, decomposition_shapes, empty_like, prepare
 from hf_drt.forms.layout import ConvShape, Layout, is_transposed
 from hf_drt.forms.modules import (
     AdapterLinear,
@@ -13,6 +13,7 @@ from hf_drt.forms.modules import (
     trainable_weights,
     weight_shape,
 )
+from hf_drt.forms.plain import odd_tensors, own_behaviour
 from hf_drt.forms.resolve import (
     break_even_of,
     break_even_rank,
@@ -44,6 +45,7 @@ __all__ = [
     "break_even_of",
     "break_even_rank",
     "check",
+    "check_rank",
     "convert",
     "decompose",
     "decomposition_shapes",
@@ -59,6 +61,8 @@ __all__ = [
     "layer_of",
     "layout_of",
     "merged",
+    "odd_tensors",
+    "own_behaviour",
     "parameters_of",
     "place_of",
     "prepare",

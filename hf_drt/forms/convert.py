@@ -16,6 +16,7 @@ from hf_drt.forms.modules import (
     FactoredLinear,
     LowRankLinear,
     effective_weight,
+    form_of,
     kaiming_rows,
     layout_of,
     trainable_weights,
@@ -23,6 +24,7 @@ from hf_drt.forms.modules import (
     with_weight,
     working_tensors,
 )
+from hf_drt.forms.plain import own_behaviour
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form
 from hf_drt.forms.stack_math import of_each, random_rows, stacked_truncation
 from hf_drt.forms.stack_modules import AdapterStack, FactoredStack
@@ -32,7 +34,19 @@ from hf_drt.tucker import tucker2
 
 
 def convert(module: nn.Module, form: Form, generator: torch.Generator | None = None) -> Conversion:
-    """The layer in another form (:func:`prepare`), in force at once. The old module must not be used any more."""
+    """The layer in another form (:func:`prepare`), in force at once. The old module must not be used any more.
+
+    Raises:
+        ValueError: As there, or the layer does more than its class does (:mod:`hf_drt.forms.plain`), which its new form
+            would not.
+    """
+    check_rank(module, form)
+    reason = own_behaviour(module)
+    if reason is not None and not (form_of(module) == form == Dense()):
+        raise ValueError(
+            f"a {type(module).__name__} of shape (out, in) = {weight_shape(module)} cannot change form: {reason}. Its "
+            "new form would give x W^T + b alone. Take off what it does beside that, or leave the layer as it is."
+        )
     conversion = prepare(module, form, generator)
     conversion.commit()
     return conversion
@@ -99,7 +113,7 @@ def prepare(
         parts: Result of :func:`decompose` for the same arguments, where it is at hand already.
 
     Raises:
-        ValueError: The rank exceeds min(out, in), or the weight holds inf or nan.
+        ValueError: The rank exceeds :func:`rank_limit`, or the weight holds inf or nan.
     """
     check(module, form)
     if parts is None:
@@ -119,7 +133,7 @@ def prepare(
 
 def empty_like(module: nn.Module, form: Form) -> nn.Module:
     """A layer in ``form`` with the shapes, dtype, device and bias of ``module`` and with unset values, for loading."""
-    _check_rank(module, form)
+    check_rank(module, form)
     like = next(p for name, p in module.named_parameters() if name != "bias")
     dense = _dense_module(module)
     shapes = tensor_shapes(form, weight_shape(module), layout_of(module))
@@ -140,9 +154,9 @@ def check(module: nn.Module, form: Form) -> None:
 
     Raises:
         TypeError: ``form`` is none.
-        ValueError: The rank exceeds min(out, in), or the weight holds inf or nan.
+        ValueError: The rank exceeds :func:`rank_limit`, or the weight holds inf or nan.
     """
-    _check_rank(module, form)
+    check_rank(module, form)
     for name, parameter in module.named_parameters():
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         if name != "bias" and not torch.isfinite(local).all():
@@ -152,7 +166,14 @@ def check(module: nn.Module, form: Form) -> None:
             )
 
 
-def _check_rank(module: nn.Module, form: Form) -> None:
+def check_rank(module: nn.Module, form: Form) -> None:
+    """Whether the layer has this form.
+
+    Raises:
+        TypeError: ``form`` is none.
+        ValueError: The layer has no low-rank form, or not with this decomposition, or the rank exceeds
+            :func:`rank_limit`.
+    """
     if not isinstance(form, Form):
         raise TypeError(f"{form!r} is no form; allowed are Dense(), Factored(rank) and Adapter(rank, alpha, init).")
     shape, layout = weight_shape(module), layout_of(module)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_drt.forms.layout import ConvShape, Layout, dense_layout, is_transposed
 from hf_drt.forms.lazy import EffectiveWeight
+from hf_drt.forms.plain import strip
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form
 from hf_drt.forms.structures import NAMES, halves, merged
 from hf_drt.spectral import full_precision, working_dtype
@@ -46,8 +47,10 @@ def form_of(module: nn.Module) -> Form:
 
 
 def with_weight(shell: nn.Module, weight: nn.Parameter | None, bias: nn.Parameter | None, training: bool) -> nn.Module:
-    """A copy of a dense module that holds the given tensors: same class, same attributes."""
+    """A copy of a dense module that holds the given tensors: same class, same attributes, but no hooks of its, and no
+    functions that are set on it in place of its class's."""
     dense = copy.copy(shell)
+    strip(dense, shell)
     dense._parameters = dict.fromkeys(shell._parameters)
     dense._buffers, dense._modules = dict(shell._buffers), dict(shell._modules)
     dense._parameters["weight"] = weight

@@ -4,6 +4,7 @@ import math
 import re
 
 from hf_drt.config import DRTConfig
+from hf_drt.forms.convert import rank_limit
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form, parameters_of
 
 # Leaves such as q_proj, k_lin, query, key_proj, wq, to_k, q_a_proj; none that holds values too, as kv_proj or qkv.
@@ -98,7 +99,7 @@ def resolve_form(kind: str, shape: tuple[int, int], config: DRTConfig, name: str
     decomposition = config.decomposition if _has_structure(shape, config.decomposition) else "svd"
     rank_in = resolve_rank_in(shape, requested, config.rank_multiple) if decomposition == "tucker" else None
     factored = Factored(rank, decomposition, rank_in)
-    if parameters_of(factored, shape) >= math.prod(shape) or rank > shape[0]:
+    if parameters_of(factored, shape) >= math.prod(shape) or rank > rank_limit(factored, shape):
         return Dense()
     if kind == "factored":
         return factored

@@ -47,15 +47,27 @@ def _read_layer(name: str, entry: Any) -> DeclaredLayer:
         out, into = fields.pop("shape")
         form = form_from_dict(fields)
         fits = _is_whole(out) and _is_whole(into) and isinstance(form, (Factored, Adapter))
-        fits = fits and form.rank <= min(out, into)
+        fits = fits and _may_fit(form, out, into)
     except (TypeError, ValueError, KeyError):
         fits = False
     if not fits:
         raise CheckpointError(
             f"quantization_config describes {name} as {entry!r}; allowed are a shape [out, in], and a form 'factored' "
-            f"or 'adapter' of a rank in 1..min(out, in). config.json is damaged. {AGAIN}"
+            "or 'adapter' of a rank in 1..min(out, in), of a convolution up to what its decomposition allows. "
+            f"config.json is damaged. {AGAIN}"
         )
     return DeclaredLayer(name, (out, into), form)
+
+
+def _may_fit(form: Factored | Adapter, out: int, into: int) -> bool:
+    """Whether there is a layer of this shape that has the form: the block does not tell a convolution's kernel, by
+    which the model's own layer is compared (:mod:`hf_drt.hub.names`)."""
+    match form.decomposition:
+        case "tucker":
+            return form.rank <= out and form.rank_in <= into
+        case "cp":
+            return form.rank <= into
+    return form.rank <= min(out, into)
 
 
 def _is_whole(value: Any) -> bool:

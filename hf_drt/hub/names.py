@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from hf_drt.forms import LowRankLinear, layer_of, weight_shape
-from hf_drt.hub.block import DeclaredLayer
+from hf_drt.forms import LowRankLinear, check_rank, layer_of, weight_shape
+from hf_drt.hub.block import AGAIN, DeclaredLayer
 from hf_drt.selection import is_layer
 from hf_drt.state import CheckpointError
 from hf_drt.wording import some
@@ -30,7 +30,7 @@ def matched(model: nn.Module, declared: Sequence[DeclaredLayer]) -> dict[str, De
     class says so (a decoder, of an encoder).
 
     Raises:
-        CheckpointError: A layer is absent otherwise, all are, or it is no linear layer of that shape in the model.
+        CheckpointError: A layer is absent otherwise, all are, or it is no layer of that shape, or has not the form.
     """
     found, absent = {}, []
     for layer in declared:
@@ -66,6 +66,13 @@ def _check_layer(name: str, module: nn.Module, layer: DeclaredLayer) -> None:
         raise CheckpointError(
             f"{name} has shape (out, in) = {weight_shape(module)}, and {layer.shape} in the checkpoint. {_SAME}"
         )
+    try:
+        check_rank(module, layer.form)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{name} cannot have the form {layer.form} that config.json declares: {error} config.json is damaged. "
+            f"{AGAIN}"
+        ) from None
 
 
 def _lost(model: nn.Module, absent: list[str], names: list[str]) -> list[str]:

@@ -57,7 +57,6 @@ def _refuse_experts(trainer: Any, config: DRTConfig) -> None:
 
 
 _DISTRIBUTED = "Use FSDP2 (--fsdp with fsdp_config={'version': 2}), or DistributedDataParallel (torchrun alone)."
-_ORIGINAL = "Train the original model."
 
 
 def _engines(trainer: Any) -> dict[str, tuple[bool, str]]:
@@ -90,8 +89,7 @@ def _engines(trainer: Any) -> dict[str, tuple[bool, str]]:
             "Start one process per device with torchrun or accelerate launch, or show it one device with "
             "CUDA_VISIBLE_DEVICES=0.",
         ),
-        "a quantized model": (bool(getattr(model, "is_quantized", False)), _ORIGINAL),
-        "a PEFT model, which has changed the layers already": (hasattr(model, "peft_config"), _ORIGINAL),
+        "a quantized model": (bool(getattr(model, "is_quantized", False)), "Train the original model."),
     }
 
 

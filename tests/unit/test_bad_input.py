@@ -5,6 +5,7 @@ import math
 import re
 from types import SimpleNamespace
 
+import peft
 import pytest
 import tiny
 import torch
@@ -634,6 +635,10 @@ def with_attributes(**attributes) -> nn.Module:
     return model
 
 
+def with_lora() -> nn.Module:
+    return peft.get_peft_model(tiny.llama(), peft.LoraConfig(target_modules=["q_proj"]))
+
+
 # transformers itself refuses a quantized model, unless its quantizer says that it can be trained.
 TRAINABLE = SimpleNamespace(is_trainable=True, is_qat_trainable=True)
 
@@ -641,7 +646,11 @@ TRAINABLE = SimpleNamespace(is_trainable=True, is_qat_trainable=True)
 @pytest.mark.parametrize(
     ("model", "changes", "message"),
     [
-        (lambda: with_attributes(peft_config={}), {}, r"does not support a PEFT model, which has changed the layers"),
+        (
+            with_lora,
+            {},
+            r"does not support a PEFT model, which has changed .*: the model is a PeftModel",
+        ),
         (
             lambda: with_attributes(is_quantized=True, hf_quantizer=TRAINABLE),
             {},
