@@ -98,7 +98,10 @@ class DRTConfig:
         0, "Log the effective rank every so many update steps and at the end of every phase; 0 is off."
     )
     log_rank_per_layer: bool = _option(False, "Log the effective rank of every layer, not only mean and min.")
-    evaluate_at_switch: bool = _option(False, "Evaluate at the end of every phase but the last.")
+    evaluate_at_switch: bool = _option(
+        False,
+        "Evaluate at the end of every phase but the last (after eval_delay); with load_best_model_at_end save as well.",
+    )
     save_at_switch: bool = _option(False, "Save a checkpoint at the end of every phase but the last.")
     export: Export = _option(
         "dense",

@@ -15,15 +15,20 @@ class CheckpointError(ValueError):
 
 
 def write_state(folder: str | os.PathLike, state: dict[str, Any]) -> Path:
-    """Write the state atomically: under another name first, flushed to disk, then renamed."""
+    """Write the state atomically: under another name first, flushed to disk, then renamed. A write that fails leaves
+    an earlier state as it was, and nothing else."""
     path = Path(folder) / STATE_NAME
     text = json.dumps({"format_version": FORMAT_VERSION, **state}, indent=1)
     with tempfile.NamedTemporaryFile("w", dir=folder, prefix=f".{STATE_NAME}.", delete=False) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)  # made above, under a name that was free
+            raise
     return path
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, get_last_checkpoint
 
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank, Transition
@@ -23,6 +23,7 @@ from hf_drt.trainer.checkpoint import random_state_files
 from hf_drt.trainer.delivery import deliver
 from hf_drt.trainer.lr import existing_curve
 from hf_drt.trainer.meter import PhaseMeter
+from hf_drt.trainer.refusals import refuse_lone_process
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ class DRTCallback(TrainerCallback):
         self.step_loss: Callable[[], torch.Tensor | None] = lambda: None
         self.around_switch: Callable[[], AbstractContextManager] = contextlib.nullcontext
         self.in_drt_trainer = False
+        self.evaluates_at: int | None = None  # update step whose evaluation nothing but a switch has asked for
+        self.saves_at: int | None = None  # update step that a switch has asked to save
 
     # ---- on its own: what DRTTrainer does before the loop
 
@@ -77,12 +80,15 @@ class DRTCallback(TrainerCallback):
         """What a callback cannot do in a plain Trainer is refused, not done wrong."""
         if args.world_size > 1:
             raise ValueError(f"DRTCallback runs on one process, got {args.world_size}. Use DRTTrainer.")
+        refuse_lone_process(args)
         several = len(self.schedule.entries) > 1 or self.schedule.trigger is not None
         if args.load_best_model_at_end and several:
             raise ValueError(
                 "load_best_model_at_end loads weights of one phase into the structure of another in a plain Trainer. "
                 "Use DRTTrainer, or set load_best_model_at_end=False."
             )
+        if several:
+            self._check_switches_alone(args)
         if args.enable_jit_checkpoint:
             raise ValueError(
                 "enable_jit_checkpoint saves without an event in a plain Trainer, so that drt_state.json would be "
@@ -99,6 +105,21 @@ class DRTCallback(TrainerCallback):
                 "scheduler is made. Use DRTTrainer."
             )
         find_targets(model, self.config.include, self.config.exclude)
+
+    def _check_switches_alone(self, args: TrainingArguments) -> None:
+        """A plain Trainer drops a save at a step that is evaluated under save_strategy=best, and takes any score for
+        the best one, be its weights saved or not."""
+        saves, best = self.config.save_at_switch, args.save_strategy == SaveStrategy.BEST
+        if saves and best:
+            raise ValueError(
+                "save_at_switch is dropped by a plain Trainer under save_strategy=best, where the step is evaluated "
+                "too. Use DRTTrainer, or save_strategy=steps or epoch."
+            )
+        if self.config.evaluate_at_switch and args.metric_for_best_model is not None and not (saves or best):
+            raise ValueError(
+                "evaluate_at_switch with metric_for_best_model: in a plain Trainer the score at a switch could become "
+                "the best one, though no checkpoint has its weights. Use DRTTrainer, or turn save_at_switch on."
+            )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -166,10 +187,25 @@ class DRTCallback(TrainerCallback):
             due = control.should_log
             self._log(state, row)
             control.should_log = due  # Trainer.log takes its own row, of the loss, for logged
-        if phase_ends and step < plan.max_steps:
-            control.should_evaluate |= self.config.evaluate_at_switch
-            control.should_save |= self.config.save_at_switch
-        control.should_save |= phase_ends and self.config.tag_phases
+        self._ask(args, state, control, phase_ends)
+
+    def _ask(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, phase_ends: bool) -> None:
+        """Evaluate and save at the end of a phase. A score that may become the best one is saved with its weights,
+        which load_best_model_at_end looks for; under save_strategy=best the Trainer sees to that itself."""
+        switches = phase_ends and state.global_step < self.controller.plan.max_steps
+        evaluates = switches and self.config.evaluate_at_switch and not _is_delayed(args, state)
+        loads_best = args.load_best_model_at_end and args.save_strategy not in (SaveStrategy.NO, SaveStrategy.BEST)
+        saves = (switches and self.config.save_at_switch) or (phase_ends and self.config.tag_phases)
+        saves = saves or (evaluates and loads_best)
+        self.evaluates_at = state.global_step if evaluates and not control.should_evaluate else None
+        self.saves_at = state.global_step if saves else None
+        control.should_evaluate |= evaluates
+        control.should_save |= saves
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.evaluates_at = None  # an evaluation that follows is the Trainer's
 
     def _observe(self, step: int) -> dict[str, float]:
         """Let a trigger look, and report what it saw."""
@@ -221,6 +257,16 @@ class DRTCallback(TrainerCallback):
         if self.config.log_rank_per_layer:
             row |= {f"drt_effective_rank/{name}": rank for name, rank in ranks.items()}
         return row
+
+
+def _is_delayed(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether eval_delay, in the unit of eval_strategy, forbids an evaluation yet."""
+    match args.eval_strategy:
+        case IntervalStrategy.STEPS:
+            return state.global_step < args.eval_delay
+        case IntervalStrategy.EPOCH:
+            return state.epoch < args.eval_delay
+    return False
 
 
 def updates_per_epoch(dataloader: Any, accumulation: int) -> int | None:

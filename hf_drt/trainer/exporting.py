@@ -7,29 +7,16 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.trainer_utils import HubStrategy, SaveStrategy
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_drt.config import Export
 from hf_drt.declaration import undeclared
 from hf_drt.export import dense_state_dict, marked_state_dict, merge_errors, presented
 from hf_drt.forms import AdapterLinear
-from hf_drt.hub.peft import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from hf_drt.hub.peft import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from hf_drt.hub.peft import check_adapters, write_adapter
 from hf_drt.schedule import Plan
+from hf_drt.trainer.leftovers import BASE_FOLDER, ModelFiles
 
 logger = logging.getLogger(__name__)
-
-BASE_FOLDER = "base"  # of an adapter, inside its own folder
-_ADAPTER_FILES = (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME)
-_WHOLE_MODEL_FILES = (
-    CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "model-?????-of-?????.safetensors",
-)  # fmt: skip
-MODEL_FILES = (
-    *_ADAPTER_FILES,
-    *_WHOLE_MODEL_FILES,
-    *(f"{BASE_FOLDER}/{name}" for name in _WHOLE_MODEL_FILES),
-)  # of every form, as patterns of file names
 
 
 def save_export(
@@ -44,7 +31,8 @@ def save_export(
 
     Args:
         model: Unwrapped.
-        folder: Where to; an adapter's base goes into its :data:`BASE_FOLDER`.
+        folder: Where to; an adapter's base goes into its :data:`BASE_FOLDER`. Model files of another form go: those
+            of an earlier save are deleted, anybody else's are moved aside.
         export: 'dense' merges, 'native' keeps the forms, 'adapter' writes a LoRA checkpoint of PEFT and its base.
         save: Takes a folder, and the state dict that is to be written there or None. Without one it writes the model
             as it finds it, which is presented in the right form.
@@ -63,6 +51,7 @@ def save_export(
             "model is of another one. The model is saved in dense form."
         )
         export = "dense"
+    files = ModelFiles(Path(folder))
     match export:
         case "dense" if state is not None:
             with undeclared(model):
@@ -76,10 +65,11 @@ def save_export(
         case "adapter":
             base = Path(folder, BASE_FOLDER)
             check_adapters(model)
+            files.make_room()
             with presented(model, lambda layer: layer.base):
                 save(str(base), None)
             write_adapter(model, folder, repository or str(base))
-    _clear(Path(folder), keep_adapter=export == "adapter")
+    files.settle(adapter=export == "adapter")
     return export
 
 
@@ -87,18 +77,6 @@ def dense_tensors(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
     """A gathered state dict as that of the dense model, with what rounding costs in the log."""
     report_merge(merge_errors(model, state))
     return dense_state_dict(model, state)
-
-
-def _clear(folder: Path, keep_adapter: bool) -> None:
-    """An adapter's files beside those of a whole model would be loaded together with them."""
-    if keep_adapter:
-        stale = [(folder, _WHOLE_MODEL_FILES)]
-    else:
-        left = [(folder / BASE_FOLDER, _WHOLE_MODEL_FILES)] if (folder / ADAPTER_CONFIG_NAME).is_file() else []
-        stale = [*left, (folder, _ADAPTER_FILES)]
-    for place, patterns in stale:
-        for path in (path for pattern in patterns for path in place.glob(pattern)):
-            path.unlink(missing_ok=True)
 
 
 def report_merge(errors: dict[str, float]) -> None:

@@ -10,6 +10,7 @@ What each override is for:
 - ``_save_checkpoint``, ``save_model``, ``_save``: checkpoints keep their form and get ``drt_state.json``; models saved
   by the user are what drt_export says. A save that fails leaves no unfinished files, and a checkpoint that it was to
   replace.
+- ``_determine_best_metric``: the best score is one whose weights are saved, and a save that a switch asks for is made.
 - ``_save_rng_state``: every process has written its own before ``trainer_state.json`` says that the checkpoint is
   whole, and before older ones are deleted.
 - ``train``: resume_from_checkpoint=True means the last complete checkpoint. What ``_load_from_checkpoint`` does in it
@@ -28,7 +29,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
@@ -57,7 +58,7 @@ from hf_drt.trainer.outermost import call_with, wrap_overrides
 from hf_drt.trainer.probe import Probe
 from hf_drt.trainer.publishing import PublishingMixin
 from hf_drt.trainer.push import Publisher
-from hf_drt.trainer.refusals import refuse_unsupported
+from hf_drt.trainer.refusals import refuse_unsupported, warn_of_another_engine
 from hf_drt.trainer.saving import recover, written_whole
 from hf_drt.trainer.undo import as_it_was_on_failure, loaded_in_full
 from hf_drt.trainer.writer import ModelWriter
@@ -70,6 +71,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "create_optimizer": ("model",),
     "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
     "training_step": ("model", "inputs", "num_items_in_batch"),
+    "_determine_best_metric": ("metrics", "trial"),
     "_save_checkpoint": ("model", "trial"),
     "_save": ("output_dir", "state_dict"),
     "save_model": ("output_dir", "_internal_call"),
@@ -126,6 +128,7 @@ class DRTTrainerMixin(PublishingMixin):
         callback = DRTCallback(config, log=self._drt_log)
         callback.in_drt_trainer = True
         refuse_unsupported(self, config)
+        warn_of_another_engine(self)
         find_targets(self.model, config.include, config.exclude)
         self._drt_probe = Probe(self)
         callback.probe = self._drt_probe
@@ -285,6 +288,19 @@ class DRTTrainerMixin(PublishingMixin):
         return self.accelerator.reduce(loss, "mean")
 
     # ---- saving
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """The base's answer, which decides on a save under ``save_strategy=best`` and nothing else. An evaluation of
+        ours becomes the best score only if the step is saved, and a save that was asked for at a switch is made."""
+        callback, state = self._drt_callback, self.state
+        if callback is None or state.global_step not in (callback.evaluates_at, callback.saves_at):
+            return super()._determine_best_metric(metrics=metrics, trial=trial)
+        before = state.best_metric, state.best_global_step
+        best = super()._determine_best_metric(metrics=metrics, trial=trial)
+        saves = self.control.should_save or (best and self.args.save_strategy == SaveStrategy.BEST)
+        if not saves and state.global_step == callback.evaluates_at:
+            state.best_metric, state.best_global_step = before
+        return saves
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self._drt_callback is None:

@@ -7,6 +7,7 @@
 
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import HubStrategy
@@ -14,6 +15,7 @@ from transformers.utils import PushInProgress
 
 from hf_drt.hub.card import complete_card, renew_card
 from hf_drt.trainer.push import Publisher, phase_tag
+from hf_drt.trainer.saving import finish
 from hf_drt.trainer.summary import run_summary
 
 
@@ -27,6 +29,7 @@ class PublishingMixin:
             return super()._push_from_checkpoint(checkpoint_folder)
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
+        finish(Path(checkpoint_folder))  # a mark is not uploaded
         step = self.state.global_step
         tag = phase_tag(self.drt.plan, step) if self._drt_callback.config.tag_phases else None
         last = self.control.should_training_stop

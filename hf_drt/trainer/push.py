@@ -16,7 +16,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
 from hf_drt.schedule import Plan
-from hf_drt.trainer.exporting import MODEL_FILES
+from hf_drt.trainer.leftovers import MODEL_FILES
+from hf_drt.trainer.saving import CHECKPOINT_FILES
+from hf_drt.trainer.write_errors import is_write_error, remedy
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,9 @@ class Upload:
 
 class Publisher:
     """Sends a trainer's checkpoints to the Hub in the background, by ``args.hub_strategy``.
+
+    A push replaces what an earlier one has left of a model or a checkpoint, by the names of its files; any other file
+    of the repository stays. What is replaced or deleted remains in the history of the repository.
 
     The root of the repository holds the model as ``drt_export`` says; ``checkpoint`` and ``all_checkpoints`` add the
     checkpoint itself, from which training goes on. Nothing here raises: what fails is tried again, then logged, and
@@ -83,10 +88,11 @@ class Publisher:
             self._export(self._args.output_dir)
             return True
         except Exception as error:  # a full disk, an unreachable Hub: the checkpoint is safe, training goes on
+            why = remedy(Path(self._args.output_dir, "model"), error) if is_write_error(error) else ""
             logger.error(
-                "the model of step %d is not on the Hub, since it could not be exported: %s. Make room, and push it by "
-                "hand: trainer.push_to_hub()",
-                step, self._clean(error),
+                "the model of step %d is not on the Hub, since it could not be exported: %s. %sPush it by hand: "
+                "trainer.push_to_hub()",
+                step, self._clean(error), f"{why} " if why else "",
             )  # fmt: skip
             self._failed = [old for old in self._failed if old.path is not None]  # half of it has been written over
             return False
@@ -109,7 +115,8 @@ class Publisher:
             HfApi().create_branch(repository, branch=branch, token=self._token, exist_ok=True)
 
     def clear(self, repository: str, revision: str | None, token: str | None = None) -> None:
-        """Delete model files from the root that ``output_dir`` does not have: those of a push in another form."""
+        """Delete model files from the root that ``output_dir`` does not have: those of a push in another form. They
+        remain in the repository's history."""
         api, folder = HfApi(), Path(self._args.output_dir)
         options = {"revision": revision, "token": token or self._token}
         try:
@@ -167,7 +174,8 @@ class Publisher:
             token=token,
             revision=branch,
             ignore_patterns=list(_IGNORED) if root else None,
-            delete_patterns=list(MODEL_FILES) if root else "*",  # what is not uploaded now is of an earlier push
+            # What is not uploaded now is of an earlier push.
+            delete_patterns=list(MODEL_FILES if root else CHECKPOINT_FILES),
         )
         if upload.tag is not None:
             self._tag(api, repository, upload.tag, commit.oid)

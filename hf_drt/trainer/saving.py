@@ -3,22 +3,39 @@
 The Trainer writes file by file over what is in the folder, and ``trainer_state.json`` last. So the folder begins
 empty: what an earlier save has left there would be mixed with the new files. A finished checkpoint of the same step is
 moved to ``.checkpoint-N.replaced`` meanwhile, and comes back if the new one is not finished.
+
+Only what bears :data:`MARK` is ever deleted. A checkpoint has it from before its first file until its last one, and a
+checkpoint that a new one has replaced from then on. Whatever else stands where a checkpoint is saved is moved aside.
 """
 
 import contextlib
+import fnmatch
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_drt.state import STATE_NAME
+from hf_drt.trainer.leftovers import set_aside
+from hf_drt.trainer.write_errors import is_write_error, remedy
+
 logger = logging.getLogger(__name__)
 
+MARK = ".drt_unfinished"
 _SUFFIX = ".replaced"
+_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
+# What must not be mixed with that of another save, as patterns of file names.
+CHECKPOINT_FILES = (
+    "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", "pytorch_model.*",
+    "pytorch_model-?????-of-?????.bin", "pytorch_model_fsdp_*", "config.json", "generation_config.json", "optimizer.*",
+    "optimizer_[0-9]*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin", STATE_NAME,
+    f".{STATE_NAME}.*", TRAINER_STATE_NAME, MARK,
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -35,33 +52,51 @@ def written_whole(folder: Path, writes: bool, limit: int | None, wait: Callable[
     Raises:
         OSError: A file could not be written; unfinished files are gone and earlier checkpoints are as they were.
     """
+    begun = False
     try:
         if writes:
             _make_way(folder)
             for path in unfinished(folder.parent) if limit else ():
                 logger.warning("%s was cut short and is deleted, since save_total_limit is set.", path.name)
-                shutil.rmtree(path, ignore_errors=True)
+                _delete(path)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / MARK).touch()
         wait()  # another process' random state must not be moved away
+        begun = True
         yield
     except BaseException as error:
+        failed = is_write_error(error) and not (begun and is_finished(folder))
+        why = remedy(folder, error) if failed else ""
         if writes:
             _settle(folder)
-        if _is_write_error(error):
-            raise OSError(_explained(folder, error)) from error
+        if failed:
+            raise OSError(f"{folder} could not be written: {error}. {why}") from error
         raise
-    if writes and is_finished(folder):
-        shutil.rmtree(_aside(folder), ignore_errors=True)
+    if writes:
+        finish(folder)
+        if is_finished(folder):
+            _discard_replaced(folder)
+
+
+def finish(folder: Path) -> None:
+    """Take the mark from a checkpoint whose last file is there."""
+    if is_finished(folder):
+        (folder / MARK).unlink(missing_ok=True)
 
 
 def recover(run_dir: str | Path) -> None:
     """Bring back each checkpoint that was being replaced when the run was killed, unless the new one was finished."""
     for aside in Path(run_dir).glob(f".{PREFIX_CHECKPOINT_DIR}-*{_SUFFIX}"):
-        _settle(aside.with_name(aside.name.removeprefix(".").removesuffix(_SUFFIX)))
+        folder = aside.with_name(aside.name.removeprefix(".").removesuffix(_SUFFIX))
+        if _NAME.fullmatch(folder.name):
+            _settle(folder)
+    for folder in Path(run_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{MARK}"):
+        finish(folder.parent)
 
 
 def unfinished(run_dir: Path) -> list[Path]:
-    """The checkpoints that a kill has cut short."""
-    return [path for path in run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and not is_finished(path)]
+    """The checkpoints of this package that a kill has cut short."""
+    return [path for path in run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _cut_short(path)]
 
 
 def is_finished(folder: Path) -> bool:
@@ -72,38 +107,76 @@ def is_finished(folder: Path) -> bool:
         return False
 
 
+def _cut_short(folder: Path) -> bool:
+    """Ours by its name and by its mark, and not finished."""
+    named = _NAME.fullmatch(folder.name) is not None and not folder.is_symlink()
+    return named and (folder / MARK).is_file() and not is_finished(folder)
+
+
+def _replaceable(folder: Path) -> bool:
+    """A finished checkpoint of dynamic-rank training, and no link to a place of the user's."""
+    return not folder.is_symlink() and is_finished(folder) and (folder / STATE_NAME).is_file()
+
+
 def _aside(folder: Path) -> Path:
     # The Trainer's rotation looks at checkpoint-* and must not count this one.
     return folder.with_name(f".{folder.name}{_SUFFIX}")
 
 
 def _make_way(folder: Path) -> None:
-    if is_finished(folder):
-        shutil.rmtree(_aside(folder), ignore_errors=True)
+    if _cut_short(folder):
+        _delete(folder)
+    if _replaceable(folder):
+        _discard_replaced(folder)
         folder.rename(_aside(folder))
-    elif folder.exists():
-        shutil.rmtree(folder)
+    elif folder.is_symlink() or (folder.exists() and not _is_empty(folder)):
+        set_aside(folder)
 
 
 def _settle(folder: Path) -> None:
     """Keep the new checkpoint if it is finished, and otherwise the one that it was to replace."""
-    if is_finished(folder):
-        shutil.rmtree(_aside(folder), ignore_errors=True)
+    if _replaceable(folder):
+        finish(folder)
+        _discard_replaced(folder)
         return
-    shutil.rmtree(folder, ignore_errors=True)
-    if _aside(folder).is_dir():
-        _aside(folder).rename(folder)
+    if _cut_short(folder) or _is_empty(folder):
+        _delete(folder)
+    aside = _aside(folder)
+    if _replaceable(aside) and not (aside / MARK).exists() and not folder.exists():
+        aside.rename(folder)
 
 
-def _is_write_error(error: BaseException) -> bool:
-    # torch.save reports a failed write as a RuntimeError about its archive or its stream.
-    torch_save = any(name in str(error) for name in ("inline_container", "PytorchStreamWriter", "iostream"))
-    return isinstance(error, OSError | SafetensorError) or (isinstance(error, RuntimeError) and torch_save)
+def _discard_replaced(folder: Path) -> None:
+    """Delete the checkpoint that ``folder`` has replaced. What no save has written goes over to the new one, where the
+    Trainer would have left it."""
+    aside = _aside(folder)
+    if not (aside / MARK).is_file():
+        if not _replaceable(aside):
+            if aside.exists():
+                set_aside(aside)
+            return
+        for path in list(aside.iterdir()):
+            if not _is_of_a_checkpoint(path.name) and not (folder / path.name).exists():
+                path.rename(folder / path.name)
+        (aside / MARK).touch()
+    _delete(aside)
 
 
-def _explained(folder: Path, error: BaseException) -> str:
-    free = shutil.disk_usage(folder.parent).free / 2**20
-    return (
-        f"{folder} could not be written: {error}. {free:,.0f} MiB are free there. Earlier checkpoints are as they "
-        "were. Make room, or keep fewer checkpoints (save_total_limit), and go on with resume_from_checkpoint=True."
-    )
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
+
+
+def _delete(folder: Path) -> None:
+    """The mark goes last: what a kill leaves of the folder still bears it. What cannot be deleted stays."""
+    with contextlib.suppress(OSError):
+        for path in list(folder.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != MARK:
+                path.unlink(missing_ok=True)
+        (folder / MARK).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _is_of_a_checkpoint(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in CHECKPOINT_FILES)

@@ -1,6 +1,8 @@
 """A kill or a full disk at every stage of writing a checkpoint: one that was complete stays, and goes on bitwise."""
 
+import errno
 import os
+import re
 import resource
 import shutil
 import signal
@@ -12,11 +14,14 @@ import pytest
 import tiny
 import torch
 import transformers.trainer
+from safetensors import SafetensorError
 from test_resume import assert_equal_runs
 from transformers.trainer_utils import rotate_checkpoints
 from writers import FILES, around_writes, cut_short
 
 from hf_drt import CheckpointError
+from hf_drt.trainer.saving import MARK
+from hf_drt.trainer.write_errors import remedy
 
 # Switches at steps 5 and 8: the checkpoint of step 8 is in the second phase, and a run from step 4 comes through both.
 SETTINGS = {
@@ -59,6 +64,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def cut(folder: Path) -> None:
+    """What a kill before the last file leaves of a checkpoint."""
+    (folder / "trainer_state.json").unlink()
+    (folder / MARK).touch()
 
 
 def goes_on(folder: Path, **changes):
@@ -154,10 +165,11 @@ def test_nothing_that_an_earlier_save_of_the_step_left_is_mixed_in(straight, tmp
     for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "rng_state_1.pth", "scaler.pt"):
         (stale / name).write_bytes(b"stale")
     if not finished:
-        (stale / "trainer_state.json").unlink()
+        cut(stale)
     trainer = trainer_of(tmp_path)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert_equal_runs(trainer, straight[1])
+    assert checkpoints(tmp_path) == ["checkpoint-10", "checkpoint-4", "checkpoint-8"]
     assert contents(stale).keys() == contents(straight[0] / "checkpoint-8").keys()
 
 
@@ -166,7 +178,7 @@ def test_a_checkpoint_cut_short_does_not_outlive_a_complete_one_of_a_lower_numbe
     monkeypatch.setattr(os.path, "getmtime", lambda path: 0.0)
     for step in (4, 8):
         shutil.copytree(straight[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
-    (tmp_path / "checkpoint-8" / "trainer_state.json").unlink()
+    cut(tmp_path / "checkpoint-8")
     trainer = trainer_of(tmp_path, save_total_limit=1)
     trainer.add_callback(saving_at(6))
     trainer.train(resume_from_checkpoint=True)
@@ -185,7 +197,7 @@ def saving_at(step: int):
 def test_without_a_limit_nothing_is_deleted(straight, tmp_path):
     for step in (4, 8):
         shutil.copytree(straight[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
-    (tmp_path / "checkpoint-8" / "trainer_state.json").unlink()
+    cut(tmp_path / "checkpoint-8")
     trainer = trainer_of(tmp_path)
     trainer.add_callback(saving_at(6))
     trainer.train(resume_from_checkpoint=True)
@@ -254,11 +266,98 @@ def test_an_error_after_the_checkpoint_was_written_leaves_it(straight, tmp_path,
         raise OSError("the folder cannot be listed")
 
     monkeypatch.setattr(transformers.trainer, "rotate_checkpoints", rotate)
-    with pytest.raises(OSError, match="the folder cannot be listed"):
+    with pytest.raises(OSError, match=r"^the folder cannot be listed$"):
         trainer_of(tmp_path).train()
     monkeypatch.undo()
     assert checkpoints(tmp_path) == ["checkpoint-4"]
     assert_equal_runs(goes_on(tmp_path), straight[1])
+
+
+# ---- other reasons, each with its own way out
+
+
+def failing_with(error: BaseException):
+    def act(path, write):
+        if path.name == "optimizer.pt":
+            raise error
+        write()
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), r"MiB are free there\..* Make room, or keep fewer"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), r"Make room, or keep fewer"),
+        (SafetensorError("I/O error: File too large (os error 27)"), r"Make room, or keep fewer"),
+        (PermissionError(errno.EACCES, "Permission denied"), r"may not write there\. Give the job's user the right to"),
+        (OSError(errno.EROFS, "Read-only file system"), r"may not write there\. Give the job's user the right to"),
+        (SafetensorError("I/O error: Permission denied (os error 13)"), r"may not write there\. Give the job's user"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file"),
+            r"removed or renamed during the save: another process writes",
+        ),
+        (OSError(errno.ESTALE, "Stale file handle"), r"Give every run an output_dir of its own"),
+        (RuntimeError("File optimizer.pt cannot be opened."), r"another process writes there too"),
+        (OSError(errno.EIO, "Input/output error"), r"it is not for want of room\. Look after the file system"),
+    ],
+    ids=str,
+)
+def test_a_save_that_fails_says_why_and_what_to_do(tmp_path, error, message):
+    act = failing_with(error)
+    with (
+        around_writes("checkpoint-4", act),
+        pytest.raises(OSError, match="checkpoint-4 could not be written: ") as seen,
+    ):
+        trainer_of(tmp_path).train()
+    assert re.search(message, str(seen.value))
+    remedies = ("Make room", "may not write", "another process", "want of room")
+    assert sum(words in str(seen.value) for words in remedies) == 1
+    assert checkpoints(tmp_path) == []
+
+
+def test_a_folder_that_another_process_removes_during_the_save(straight, tmp_path):
+    """For real: the writer of the next file finds no folder."""
+
+    def act(path, write):
+        if path.name == "optimizer.pt":
+            shutil.rmtree(path.parent)
+        write()
+
+    message = r"checkpoint-8 could not be written: .*another process writes there too"
+    with around_writes("checkpoint-8", act), pytest.raises(OSError, match=message):
+        trainer_of(tmp_path).train()
+    assert checkpoints(tmp_path) == ["checkpoint-4"]
+    assert_equal_runs(goes_on(tmp_path), straight[1])
+
+
+def test_an_output_folder_that_is_removed_during_the_save(tmp_path):
+    def act(path, write):
+        if path.name == "optimizer.pt":
+            shutil.rmtree(tmp_path / "run")
+        write()
+
+    with (
+        around_writes("checkpoint-4", act),
+        pytest.raises(OSError, match=r"The folder .*run is gone: .* has removed it"),
+    ):
+        trainer_of(tmp_path / "run").train()
+
+
+def test_an_output_folder_that_is_a_file(tmp_path):
+    trainer = trainer_of(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(OSError, match=r"checkpoint-4 could not be written: .*The folder .*run is gone"):
+        trainer.train()
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_few_free_bytes_are_a_full_disk_whatever_the_error_says(tmp_path, monkeypatch):
+    free = shutil.disk_usage(tmp_path)._replace(free=2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    assert "Make room" in remedy(tmp_path / "checkpoint-4", OSError(errno.EIO, "Input/output error"))
 
 
 # ---- random states

@@ -1,0 +1,101 @@
+"""Processes that Accelerate does not join, and an engine that it does not set up: refused, or said."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import tiny
+import torch.distributed as dist
+from processes import torchrun
+
+from hf_drt import DRTCallback
+
+LONE = Path(__file__).with_name("lone_worker.py")
+MESSAGE = (
+    r"2 processes were launched, but Accelerate has joined only 1: each would train on all data by itself and write "
+    r"into the same output_dir\. Without a GPU .* use_cpu=True"
+)
+FELL_BACK = "fsdp was asked for, but the model is not sharded: Accelerate trains with "
+
+
+def launched(folder: Path, processes: int = 2, **settings) -> list[dict]:
+    command = [*torchrun(folder, processes), str(LONE), str(folder), json.dumps(settings)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return [json.loads((folder / f"seen_{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.mark.parametrize("kind", ["mixin", "callback"])
+def test_two_processes_that_are_not_joined_are_refused(tmp_path, kind):
+    for seen in launched(tmp_path, kind=kind):
+        assert seen["error"].startswith("2 processes were launched, but Accelerate has joined only 1: each would train")
+    assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_with_drt_off_they_train_as_before(tmp_path):
+    assert [seen.get("steps") for seen in launched(tmp_path, kind="off")] == [4, 4]
+
+
+def test_joined_processes_train_and_hear_once_that_nothing_is_sharded(tmp_path):
+    seen = launched(tmp_path, kind="mixin", use_cpu=True, ddp_backend="gloo", fsdp=True)
+    assert [one.get("steps") for one in seen] == [4, 4]
+    first, second = (one["messages"] for one in seen)
+    wanted = f"{FELL_BACK}DistributedDataParallel on 2 processes here, as it does on a CPU"
+    assert any(line.startswith(wanted) for line in first)
+    assert sum(line.startswith(FELL_BACK) for line in first + second) == 1
+
+
+# ---- what a launcher leaves in the environment
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+        {"PMI_SIZE": "2"},
+        {"OMPI_COMM_WORLD_SIZE": "2"},
+        {"MV2_COMM_WORLD_SIZE": "2", "WORLD_SIZE": "1"},
+    ],
+    ids=str,
+)
+def test_a_launch_is_known_from_the_environment(tmp_path, monkeypatch, environment):
+    trainer = tiny.trainer(tmp_path)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=MESSAGE):
+        DRTCallback("factored@0").on_init_end(trainer.args, None, None, model=trainer.model)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "1", "LOCAL_RANK": "0"}, {"WORLD_SIZE": "", "LOCAL_RANK": "0"}],
+    ids=str,
+)
+def test_one_process_is_one_whatever_a_cluster_sets(tmp_path, monkeypatch, environment):
+    trainer = tiny.trainer(tmp_path)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    DRTCallback("factored@0").on_init_end(trainer.args, None, None, model=trainer.model)
+
+
+def test_a_group_of_the_scripts_own_counts(tmp_path, monkeypatch):
+    """torch.distributed, set up without what Accelerate looks for."""
+    trainer = tiny.trainer(tmp_path)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match=MESSAGE):
+        DRTCallback("factored@0").on_init_end(trainer.args, None, None, model=trainer.model)
+
+
+def test_one_process_with_fsdp_is_warned(tmp_path, monkeypatch):
+    """As accelerate launch --use_fsdp says it; the argument fsdp alone is refused by the Trainer."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    (seen,) = launched(tmp_path, processes=1, kind="mixin")
+    assert seen["steps"] == 4
+    assert any(line.startswith(f"{FELL_BACK}a single process here") for line in seen["messages"])
+
+
+def test_without_fsdp_nothing_is_said(tmp_path, caplog):
+    tiny.trainer(tmp_path)
+    assert FELL_BACK not in caplog.text
