@@ -12,6 +12,7 @@ from hf_drt.cli.measurement import measured
 from hf_drt.estimate import batch_spec
 from hf_drt.idle_settings import IDLE, Usage, settings_given
 from hf_drt.schedule import Phase
+from hf_drt.trainer.arguments import turn_off
 
 # Every field: a value that differs from the default, with what is needed beside it; a schedule in which it has an
 # effect; one in which it has none, and why not. None: it has an effect with any schedule.
@@ -99,6 +100,13 @@ def test_defaults_that_are_written_out_are_no_settings(tmp_path):
     written = {f.name: f.default for f in fields(DRTConfig)} | {"adapter_alpha": 16, "dense_query_key": False}
     assert settings_given(DRTConfig(**written | {"rank_pattern": {}, "include": []})) == []
     assert trainer(tmp_path, drt=DRTConfig(**written)).drt is None
+
+
+def test_arguments_can_be_turned_off(tmp_path):
+    arguments = DRTTrainingArguments(str(tmp_path), report_to=[], use_cpu=True, drt_schedule="paper", drt_rank=4)
+    turn_off(arguments)
+    assert DRTConfig.from_prefixed(arguments) == DRTConfig()
+    assert trainer(tmp_path, arguments=arguments)._drt_callback is None
 
 
 # ---- with one
