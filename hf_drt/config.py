@@ -70,7 +70,8 @@ class DRTConfig:
     start: Start = _option(
         "auto",
         "What 'lowrank' in a schedule or preset stands for: factored form for a model from 'scratch', adapter form for "
-        "a 'pretrained' one, whose weights a truncation would destroy. 'auto' looks where the weights come from.",
+        "a 'pretrained' one, whose weights a truncation would destroy. 'auto' looks where the weights come from, and "
+        "refuses trained ones that do not come from from_pretrained.",
     )
     adapter_alpha: float | None = _option(
         None,

@@ -17,7 +17,7 @@ from hf_drt.config import DRTConfig
 from hf_drt.cost import PlanCost, plan_cost
 from hf_drt.declaration import declare
 from hf_drt.experts import copies
-from hf_drt.feasibility import check_phase, check_room_for_windows
+from hf_drt.feasibility import check_arguments, check_phase, check_room_for_windows
 from hf_drt.forms import (
     ConvShape,
     Dense,
@@ -32,6 +32,7 @@ from hf_drt.forms import (
 )
 from hf_drt.forms.modules import AdapterLinear, FactoredLinear
 from hf_drt.function_error import FunctionError
+from hf_drt.idle_settings import refuse_idle, usage_of_plan
 from hf_drt.optim import (
     StepRules,
     add_form_groups,
@@ -41,8 +42,8 @@ from hf_drt.optim import (
     rewarmup_factor,
     unwrap,
 )
-from hf_drt.pretrained import budget_of, resolved_plan
-from hf_drt.schedule import Phase, Plan, Run, Schedule, Trigger
+from hf_drt.pretrained import budget_of, plan_from
+from hf_drt.schedule import Phase, Plan, Trigger, whole_number
 from hf_drt.selection import find_targets, is_layer
 from hf_drt.sharding import gathered
 from hf_drt.spectral import effective_rank, factored_singular_values, gram_singular_values
@@ -104,13 +105,14 @@ class DynamicRank:
 
     Args:
         model: Any ``nn.Module`` with transformer blocks (:mod:`hf_drt.selection`).
-        config: Settings; ``config.schedule`` is not read if ``plan`` is given.
-        max_steps: Update steps of the run; not read if ``plan`` is given.
+        config: Settings, or just the schedule's text; the schedule is not read if ``plan`` is given.
+        max_steps: Update steps of the run; those of ``plan`` if that is given.
         plan: Resolved phases, in place of ``config.schedule`` and ``max_steps``; needed where a boundary is in epochs
             or an LR anchor: ``Schedule.parse(text).resolve(Run(max_steps, steps_per_epoch, lr))``.
         trigger: Adds full-rank windows to a plan of one low-rank phase, as :meth:`observe` sees that they are due;
             that of ``config.schedule`` if no plan is given.
         seed: Seed of new adapter directions where ``config.seed`` is None.
+        in_trainer: Whether a Trainer drives it, which alone uses the settings on evaluating, saving and logging.
 
     Attributes:
         targets: ``(out, in)`` of every layer that changes form, by name.
@@ -122,20 +124,24 @@ class DynamicRank:
         phase: Index of the phase the model is in; None before the first.
 
     Raises:
-        ValueError: No target layer, a schedule that does not resolve, a low-rank phase that leaves all layers dense, or
-            a trigger whose plan has another phase or no room for a window.
+        ValueError: No target layer, a schedule that does not resolve, a setting that would have no effect, a low-rank
+            phase that leaves all layers dense, or a trigger whose plan has another phase or no room for a window.
+        TypeError: An argument is of another type.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        config: DRTConfig,
+        config: DRTConfig | str,
         max_steps: int | None = None,
         *,
         plan: Plan | None = None,
         trigger: Trigger | None = None,
         seed: int = 0,
+        in_trainer: bool = False,
     ):
+        config = DRTConfig.of(config)
+        check_arguments(model, max_steps, plan, trigger, seed)
         self.model, self.config = model, config
         selection = find_targets(model, config.include, config.exclude)
         # Names and shapes only: a reference to a module would keep its old weights alive after a switch.
@@ -145,7 +151,8 @@ class DynamicRank:
         if self.fused_note:
             logger.warning("%s.", self.fused_note)
         if plan is None:
-            plan, trigger = _plan_from(config, max_steps, model)
+            plan, trigger = plan_from(config, max_steps, model)
+        refuse_idle(usage_of_plan(config, plan, self.targets, trigger is not None, in_trainer))
         self.plan = self.initial_plan = plan
         self.seed = config.seed if config.seed is not None else seed
         self.phase: int | None = None
@@ -189,7 +196,7 @@ class DynamicRank:
 
         Call it at the beginning of every update step, before the first forward pass. Arguments as in :meth:`apply`.
         """
-        if step < self._step:
+        if whole_number("step", step) < self._step:
             raise ValueError(
                 f"begin_step({step}) comes after begin_step({self._step}). Count update steps over the whole run, not "
                 "from 0 in every epoch: a phase that is over would begin again."
@@ -218,6 +225,7 @@ class DynamicRank:
         Returns:
             Whether a window begins with the next update step: :attr:`plan` has grown then.
         """
+        whole_number("step", step)
         if self.windows is None:
             return False
         if loss is not None and self.plan.phases[self.plan.index_at(step - 1)].kind != "dense":
@@ -476,13 +484,6 @@ class DynamicRank:
         change_forms(self.model, low_rank, optimizer, "reset", lambda name: self._generator(0, name))
         declare(self.model)
         self.phase = None
-
-
-def _plan_from(config: DRTConfig, max_steps: int | None, model: nn.Module) -> tuple[Plan, Trigger | None]:
-    if config.schedule is None or max_steps is None:
-        raise ValueError("DynamicRank needs either a plan, or config.schedule and max_steps.")
-    schedule = Schedule.parse(config.schedule)
-    return resolved_plan(schedule, Run(max_steps), config, model), schedule.trigger
 
 
 def _effective_rank(module: nn.Module) -> float:

@@ -1,14 +1,40 @@
 """Whether a plan can do on a model's layers what it says: checks that come before anything is touched."""
 
 import logging
+from typing import Any
+
+from torch import nn
 
 from hf_drt.config import DRTConfig
 from hf_drt.forms import Dense, Form, break_even_of, stays_dense
-from hf_drt.schedule import Phase, Plan
+from hf_drt.schedule import Phase, Plan, Trigger, whole_number
 
 logger = logging.getLogger(__name__)
 
 Shapes = dict[str, tuple[int, int]]
+
+
+def check_arguments(model: Any, max_steps: Any, plan: Any, trigger: Any, seed: Any) -> None:
+    """What :class:`hf_drt.DynamicRank` is given beside its settings.
+
+    Raises:
+        TypeError: The model, plan or trigger is of another type.
+        ValueError: The seed or ``max_steps`` is no such number, or the plan is of another length.
+    """
+    for name, value, kind, way in (
+        ("model", model, nn.Module, "Pass the model itself."),
+        ("plan", plan, Plan | None, "Pass Schedule.parse(text).resolve(Run(max_steps)), or the text as the config."),
+        ("trigger", trigger, Trigger | None, "Pass Schedule.parse(text).trigger."),
+    ):
+        if not isinstance(value, kind):
+            expected = "an nn.Module" if kind is nn.Module else f"a {name.capitalize()} or None"
+            raise TypeError(f"{name} must be {expected}, got {value!r}. {way}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}.")
+    if max_steps is not None:
+        whole_number("max_steps", max_steps)
+    if plan is not None and max_steps not in (None, plan.max_steps):
+        raise ValueError(f"max_steps is {max_steps}, but the plan is of {plan.max_steps} update steps. Leave it out.")
 
 
 def check_phase(phase: Phase, forms: dict[str, Form], targets: Shapes, config: DRTConfig) -> None:

@@ -1,6 +1,7 @@
 """Are a model's weights pretrained, or drawn at random? Truncation to factors would destroy pretrained ones."""
 
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -8,9 +9,10 @@ from torch import nn
 
 from hf_drt.config import DRTConfig
 from hf_drt.cost import relative_flops
+from hf_drt.evidence import evidence_of_training
 from hf_drt.experts import copies
 from hf_drt.forms import AdapterLinear, FactoredLinear, resolve_form, weight_shape
-from hf_drt.schedule import Plan, Run, Schedule, least_budget
+from hf_drt.schedule import Plan, Run, Schedule, Trigger, least_budget
 from hf_drt.selection import find_targets
 
 logger = logging.getLogger(__name__)
@@ -27,39 +29,111 @@ def is_pretrained(model: nn.Module) -> bool:
     return marked or any(isinstance(module, AdapterLinear) for module in model.modules())
 
 
-def resolved_plan(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Module) -> Plan:
+def resolved_plan(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Module, resumed: bool = False) -> Plan:
     """The plan, with 'lowrank' resolved by where the weights come from, and a warning where that may be wrong.
 
+    What 'lowrank' means for a model is remembered: its own training is no sign that it began with trained weights.
+
+    Args:
+        schedule: Of the settings.
+        run: Its length, epochs and learning rate; the budget is that of the settings.
+        config: All settings.
+        model: Whose weights and layers are looked at.
+        resumed: Whether a run goes on, so that the forms of the model are its own and say nothing of its beginning.
+
     Raises:
-        ValueError: As :meth:`hf_drt.schedule.Schedule.resolve`, and where a rank is given twice.
+        ValueError: As :meth:`hf_drt.schedule.Schedule.resolve`, and as :func:`lowrank_kind`.
     """
-    pretrained = is_pretrained(model) if config.start == "auto" else config.start == "pretrained"
-    origin = getattr(getattr(model, "config", None), "name_or_path", "")
-    if config.start == "auto" and not pretrained and origin and any(e.kind == "lowrank" for e in schedule.entries):
+    lowrank = lowrank_kind(schedule, config, model, resumed)
+    if _writes_lowrank(schedule):
+        _report(lowrank, config, model)
+        _DECIDED[_bare(model)] = lowrank
+    kinds = {lowrank if entry.kind == "lowrank" else entry.kind for entry in schedule.entries}
+    run = replace(run, budget=budget_of(config, kinds), cost=_cost_of_forms(model, config))
+    if config.budget is None and config.budget_chooses_rank and lowrank == "factored":
+        run = replace(run, budget=max(run.budget, least_budget(lowrank, run)))
+    plan = schedule.resolve(run, lowrank)
+    factored = next((phase for phase in plan.phases if phase.kind == "factored"), None)
+    in_factors = any(isinstance(module, FactoredLinear) for module in model.modules())
+    if lowrank == "adapter" and factored is not None and not in_factors:
+        logger.warning(
+            "phase '%s' truncates pretrained weights, which usually destroys them; adapter form keeps them.",
+            factored,
+        )
+    return plan
+
+
+def plan_from(config: DRTConfig, max_steps: int | None, model: nn.Module) -> tuple[Plan, Trigger | None]:
+    """Plan and trigger of a run whose schedule needs nothing but its length.
+
+    Raises:
+        ValueError: There is no schedule or no length, and as :func:`resolved_plan`.
+    """
+    if config.schedule is None or max_steps is None:
+        raise ValueError("DynamicRank needs either a plan, or config.schedule and max_steps.")
+    schedule = Schedule.parse(config.schedule)
+    return resolved_plan(schedule, Run(max_steps), config, model), schedule.trigger
+
+
+def lowrank_kind(schedule: Schedule, config: DRTConfig, model: nn.Module, resumed: bool = False) -> str:
+    """What 'lowrank' stands for: 'adapter' for a pretrained model, 'factored' for a new one.
+
+    With start='auto' the mark of ``from_pretrained`` decides. Without it a model is new, unless its normalisation
+    layers have been trained (:mod:`hf_drt.evidence`); arguments as in :func:`resolved_plan`.
+
+    Raises:
+        ValueError: The schedule has 'lowrank', start is 'auto', and weights without a mark have been trained.
+    """
+    if config.start != "auto":
+        return "adapter" if config.start == "pretrained" else "factored"
+    decided = _DECIDED.get(_bare(model))
+    if resumed and decided is not None:
+        return decided
+    if is_pretrained(model):
+        return "adapter"
+    if decided is not None:
+        return decided
+    if _writes_lowrank(schedule) and (sign := evidence_of_training(model).sign) is not None:
+        raise ValueError(
+            f"'lowrank' in the schedule '{schedule}' stands for factored form in a new model, and for adapter form in "
+            "a pretrained one, whose weights a truncation would destroy. No weight bears the mark of from_pretrained, "
+            f"but the model has been trained: {sign}. Set start='pretrained' (drt_start) to keep what it has learned, "
+            "or start='scratch' to truncate its weights."
+        )
+    return "factored"
+
+
+# Weakly by model, so that a second run on it is not taken for a model that came trained.
+_DECIDED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    return getattr(model, "_orig_mod", model)  # of torch.compile
+
+
+def _writes_lowrank(schedule: Schedule) -> bool:
+    return any(entry.kind == "lowrank" for entry in schedule.entries)
+
+
+def _report(lowrank: str, config: DRTConfig, model: nn.Module) -> None:
+    """Say in the log that a model has been taken for a new one, and how sure that is."""
+    if config.start != "auto" or lowrank != "factored" or _bare(model) in _DECIDED:
+        return
+    if origin := getattr(getattr(model, "config", None), "name_or_path", ""):
         logger.warning(
             "'lowrank' is taken as factored form, since no weight bears the mark of from_pretrained, but the model's "
             "configuration is that of '%s'. If the weights are pretrained (a copy, or load_state_dict), set "
             "start='pretrained': truncation would destroy them.",
             origin,
         )
-    lowrank = "adapter" if pretrained else "factored"
-    kinds = {lowrank if entry.kind == "lowrank" else entry.kind for entry in schedule.entries}
-    if config.rank is not None and any(entry.rank == "budget" for entry in schedule.entries):
-        raise ValueError(
-            f"rank is {config.rank}, but the schedule '{schedule}' chooses the rank by the budget. Leave rank out, or "
-            "write its phases with this rank: 'lowrank@0 dense@budget'."
-        )
-    run = replace(run, budget=budget_of(config, kinds), cost=_cost_of_forms(model, config))
-    if config.budget is None and config.budget_chooses_rank and lowrank == "factored":
-        run = replace(run, budget=max(run.budget, least_budget(lowrank, run)))
-    plan = schedule.resolve(run, lowrank)
-    factored = next((phase for phase in plan.phases if phase.kind == "factored"), None)
-    if pretrained and factored is not None and not any(isinstance(m, FactoredLinear) for m in model.modules()):
+    elif evidence_of_training(model).looked == 0:
         logger.warning(
-            "phase '%s' truncates pretrained weights, which usually destroys them; adapter form keeps them.",
-            factored,
+            "'lowrank' is taken as factored form, for a new model: no weight bears the mark of from_pretrained, and "
+            "there is no normalisation layer that would show training. If the weights have been trained, set "
+            "start='pretrained': truncation would destroy them."
         )
-    return plan
+    else:
+        logger.info("'lowrank' is taken as factored form: the weights are new. Set start='pretrained' if they are not.")
 
 
 def budget_of(config: DRTConfig, kinds: set[str]) -> float:

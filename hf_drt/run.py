@@ -31,9 +31,8 @@ from types import TracebackType
 from transformers import HfArgumentParser, Seq2SeqTrainer, Trainer
 
 from hf_drt.config import DRTConfig
-from hf_drt.schedule import Schedule
 from hf_drt.trainer import DRTTrainerMixin
-from hf_drt.trainer.arguments import PREFIX, DRTFields
+from hf_drt.trainer.arguments import PREFIX, DRTFields, checked_config
 
 PROGRAM = "python -m hf_drt.run"
 USAGE = f"{PROGRAM} (script.py | -m module) --drt_schedule SCHEDULE [other --drt_ flags] [the script's flags]"
@@ -106,9 +105,7 @@ def read_command(words: list[str]) -> tuple[str, bool, DRTConfig, list[str]]:
     own, rest = split_flags(parser, words[1:])
     (fields,) = parser.parse_args_into_dataclasses(own, look_for_args_file=False)
     try:
-        config = DRTConfig.from_prefixed(fields, PREFIX)
-        if config.schedule is not None:
-            Schedule.parse(config.schedule)
+        config = checked_config(fields)
     except ValueError as error:
         parser.error(str(error))
     if config.schedule is None and not _asks_for_help(rest):

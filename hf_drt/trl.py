@@ -24,7 +24,7 @@ class DRTSFTConfig(Validated, DRTFields, SFTConfig):
     ``drt_schedule`` unset means plain training.
 
     Raises:
-        ValueError: As DRTConfig and Schedule.parse do.
+        ValueError: As :func:`hf_drt.trainer.arguments.checked_config`.
     """
 
 

@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from hf_drt import DRTTrainer, DRTTrainingArguments
+from hf_drt.trainer.arguments import turn_off
 
 DEFAULTS = {
     "output_dir": "runs/finetune_classifier",
@@ -159,7 +160,7 @@ def main(arguments: list[str] | None = None) -> DRTTrainer:
     parser.set_defaults(**DEFAULTS)
     recipe, args = parser.parse_args_into_dataclasses(arguments)
     if recipe.plain:
-        args.drt_schedule = None
+        turn_off(args)
     trainer = build_trainer(recipe, args)
     trainer.train(args.resume_from_checkpoint)
     trainer.evaluate()

@@ -33,6 +33,7 @@ from transformers import (
     set_seed,
 )
 
+from hf_drt.trainer.arguments import turn_off
 from hf_drt.trl import DRTSFTConfig, DRTSFTTrainer
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -127,7 +128,7 @@ def main(arguments: list[str] | None = None) -> DRTSFTTrainer:
     parser.set_defaults(**DEFAULTS)
     recipe, args = parser.parse_args_into_dataclasses(arguments)
     if recipe.plain:
-        args.drt_schedule = None
+        turn_off(args)
     trainer = build_trainer(recipe, args)
     before = trainer.evaluate()["eval_loss"]
     checkpoint = args.resume_from_checkpoint

@@ -36,6 +36,7 @@ from transformers import (
 )
 
 from hf_drt import DRTTrainer, DRTTrainingArguments
+from hf_drt.trainer.arguments import turn_off
 
 EOS = "<|endoftext|>"
 DEFAULTS = {
@@ -175,7 +176,7 @@ def main(arguments: list[str] | None = None) -> DRTTrainer:
     parser.set_defaults(**DEFAULTS)
     recipe, args = parser.parse_args_into_dataclasses(arguments)
     if recipe.plain:
-        args.drt_schedule = None
+        turn_off(args)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_drt").setLevel(logging.INFO)  # the plan and its cost, and every switch
     trainer = build_trainer(recipe, args)

@@ -25,6 +25,7 @@ from phase_table import print_phase_table
 from transformers import EvalPrediction, HfArgumentParser, set_seed
 
 from hf_drt import DRTTrainer, DRTTrainingArguments
+from hf_drt.trainer.arguments import turn_off
 
 DEFAULTS = {
     "output_dir": "runs/train_image_classifier",
@@ -85,7 +86,7 @@ def main(arguments: list[str] | None = None) -> DRTTrainer:
     parser.set_defaults(**DEFAULTS)
     recipe, args = parser.parse_args_into_dataclasses(arguments)
     if recipe.plain:
-        args.drt_schedule = None
+        turn_off(args)
     trainer = build_trainer(recipe, args)
     trainer.train(args.resume_from_checkpoint)
     result = trainer.evaluate()

@@ -121,9 +121,12 @@ def arguments(folder, **changes) -> DRTTrainingArguments:
         "output_dir": str(folder), "max_steps": 20, "per_device_train_batch_size": 4, "report_to": [],
         "gradient_accumulation_steps": 2, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 2,
         "save_strategy": "no", "logging_steps": 5, "disable_tqdm": True, "dataloader_pin_memory": False,
-        "drt_schedule": "factored@0 dense@30% adapter@60% factored@80%", "drt_rank_multiple": 4,
+        "drt_schedule": "factored@0 dense@30% adapter@60% factored@80%",
     }  # fmt: skip
-    return DRTTrainingArguments(**{**defaults, **changes})
+    settings = {**defaults, **changes}
+    if settings["drt_schedule"] not in (None, "dense@0") and "drt_rank" not in settings:
+        settings.setdefault("drt_rank_multiple", 4)
+    return DRTTrainingArguments(**settings)
 
 
 def trainer(folder, model: nn.Module | None = None, kind: str = "llama", cls=DRTTrainer, **changes) -> DRTTrainer:

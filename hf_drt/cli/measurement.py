@@ -14,9 +14,9 @@ from transformers import PrinterCallback, TrainerCallback
 
 from hf_drt.config import DRTConfig
 from hf_drt.estimate import BatchSpec
-from hf_drt.schedule import Plan
-from hf_drt.schedule.plan import form_text
+from hf_drt.schedule import Plan, form_text
 from hf_drt.trainer import DRTTrainer, DRTTrainingArguments
+from hf_drt.trainer.refusals import unused
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,11 @@ def measured(
     """
     phases = plan.phases
     text = " ".join(f"{form_text(phase.kind, phase.rank)}@{index * steps}" for index, phase in enumerate(phases))
-    own = replace(config, schedule=text, log_rank_steps=0, evaluate_at_switch=False, save_at_switch=False,
-                  tag_phases=False, export="dense")  # fmt: skip
+    own = replace(config, schedule=text, dense_query_key=config.keeps_query_key, log_rank_steps=0,
+                  log_rank_per_layer=False, evaluate_at_switch=False, save_at_switch=False, tag_phases=False,
+                  export="dense")  # fmt: skip
+    # What has made the phases, a budget for one, has no effect on a text that names them.
+    own = replace(own, **{name: DRTConfig.__dataclass_fields__[name].default for name, _ in unused(model, own)})
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
         arguments = DRTTrainingArguments(

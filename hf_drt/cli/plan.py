@@ -112,6 +112,8 @@ def plan(
     chosen |= {"decomposition": decomposition, "dense_query_key": dense_query_key}
     run = Run(steps, steps_per_epoch, _lr_curve(lr_scheduler, warmup_steps, steps))
     settings, parsed = _parsed(ranks | chosen, budget)
+    if start == "auto" and all(entry.kind != "lowrank" for entry in parsed.entries):
+        settings = replace(settings, start="auto")
     load = _Load(batch_size, seq_length, accumulation, optimizer, _DTYPES[dtype], bf16, checkpointing, task)
     bare = load.model(config, meta=True)
     resolved = _resolved(parsed, run, settings, bare)
@@ -168,11 +170,13 @@ def _estimated(
     controller, proposal = DynamicRank(model, settings, plan=plan), None
     with progress("counting", len(plan) + 1) as tick:
         if budget is not None:
-            dense = DynamicRank(model, settings, plan=Schedule.parse("dense@0").resolve(Run(1)))
+            selection = DRTConfig(include=settings.include, exclude=settings.exclude)
+            dense = DynamicRank(model, selection, plan=Schedule.parse("dense@0").resolve(Run(1)))
             reference = estimate_run(dense, batch, **how, tick=tick)
             rows = [Layer(layer.name, layer.shape, layer.rows) for layer in reference.layers]
             proposal = propose(budget, plan, rows, reference.dense.flops, settings)
-            settings = replace(settings, rank=None, rank_ratio=proposal.rank_ratio)
+            if any(phase.kind != "dense" and phase.rank is None for phase in plan.phases):
+                settings = replace(settings, rank=None, rank_ratio=proposal.rank_ratio)
             controller = DynamicRank(model, settings, plan=proposal.plan)
         return estimate_run(controller, batch, **how, tick=tick), settings, proposal
 

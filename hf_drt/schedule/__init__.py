@@ -2,7 +2,8 @@
 
 from hf_drt.schedule.boundary import Boundary, Run, lr_drops
 from hf_drt.schedule.budget_step import least_budget
-from hf_drt.schedule.plan import Phase, Plan
+from hf_drt.schedule.counts import whole_number
+from hf_drt.schedule.plan import Phase, Plan, form_text
 from hf_drt.schedule.presets import PRESETS
 from hf_drt.schedule.schedule import Entry, Schedule
 from hf_drt.schedule.trigger import Check, Trigger
@@ -17,6 +18,8 @@ __all__ = [
     "Run",
     "Schedule",
     "Trigger",
+    "form_text",
     "least_budget",
     "lr_drops",
+    "whole_number",
 ]

@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
+from numbers import Real
+
+from hf_drt.schedule.counts import whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,9 @@ class Run:
         budget: Share of the FLOPs of dense training that the plan may take, in (0, 1], or None.
         cost: Gives the FLOPs per step of a phase of a kind ('dense', 'factored', 'adapter') and rank relative to dense,
             or None; needed if a boundary is at ``budget``.
+
+    Raises:
+        ValueError: A number is none, or outside its interval. (A run without a step is refused by the schedule.)
     """
 
     max_steps: int
@@ -43,10 +49,27 @@ class Run:
     budget: float | None = None
     cost: Callable[[str, int | float | None], float] | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_steps", whole_number("max_steps", self.max_steps))
+        epoch, budget = self.steps_per_epoch, self.budget
+        if epoch is not None and not (_is_number(epoch) and epoch > 0):
+            raise ValueError(f"steps_per_epoch must be a number above 0, or None, got {epoch!r}.")
+        if budget is not None and not (_is_number(budget) and 0 < budget <= 1):
+            raise ValueError(f"budget must be in (0, 1], or None, got {budget!r}. It is a share of dense FLOPs.")
+        if not callable(self.lr):
+            raise ValueError(
+                f"lr must be a function that returns the learning rate of every update step, got {self.lr!r}. Write "
+                "lr=lambda: rates."
+            )
+
     @cached_property
     def curve(self) -> Sequence[float] | None:
         """LR of update steps 0 .. max_steps - 1, or None."""
         return self.lr()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

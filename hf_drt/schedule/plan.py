@@ -6,6 +6,8 @@ from decimal import Decimal
 from itertools import pairwise
 from typing import Literal
 
+from hf_drt.schedule.counts import whole_number
+
 Kind = Literal["dense", "factored", "adapter"]
 
 
@@ -30,14 +32,17 @@ class Plan:
     """Phases of a run of ``max_steps`` update steps, sorted; the first one starts at step 0.
 
     Raises:
-        ValueError: There is no step to train, the first phase does not start at 0, boundaries cross, or a phase starts
-            at or after the end.
+        ValueError: There is no step to train, the first phase does not start at 0, boundaries cross, a phase starts
+            at or after the end, or a number of steps is none.
     """
 
     phases: tuple[Phase, ...]
     max_steps: int
 
     def __post_init__(self) -> None:
+        whole_number("max_steps", self.max_steps)
+        for phase in self.phases:
+            whole_number(f"the start of a {phase.kind} phase", phase.start)
         if self.max_steps < 1:
             raise ValueError(f"the plan '{self}' never trains: the run has {self.max_steps} update steps.")
         if not self.phases or self.phases[0].start != 0:
@@ -58,9 +63,9 @@ class Plan:
         """Index of the phase in which update ``step`` (0-based) is made; the last one from the end on.
 
         Raises:
-            ValueError: ``step`` is negative.
+            ValueError: ``step`` is negative, or no whole number.
         """
-        if step < 0:
+        if whole_number("step", step) < 0:
             raise ValueError(f"update steps are counted from 0, got {step}.")
         return bisect_right(self.phases, step, key=lambda phase: phase.start) - 1
 

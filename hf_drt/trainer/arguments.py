@@ -1,11 +1,12 @@
 """TrainingArguments with ``drt_*`` fields, made from DRTConfig so that every parameter is written once."""
 
 from dataclasses import dataclass, field, fields, make_dataclass
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_drt.config import DRTConfig
+from hf_drt.idle_settings import refuse_without_schedule
 from hf_drt.schedule import Schedule
 
 PREFIX = "drt_"
@@ -21,14 +22,31 @@ def _prefixed_fields() -> list[tuple]:
     return made
 
 
+def checked_config(source: Any) -> DRTConfig:
+    """The settings of an object with ``drt_*`` attributes.
+
+    Raises:
+        ValueError: As DRTConfig and Schedule.parse do, and where there are settings without a schedule.
+    """
+    config = DRTConfig.from_prefixed(source, PREFIX)
+    if config.schedule is not None:
+        Schedule.parse(config.schedule)
+    refuse_without_schedule(config)
+    return config
+
+
+def turn_off(args: Any) -> None:
+    """Set every ``drt_*`` attribute to its default: plain training."""
+    for f in fields(DRTConfig):
+        setattr(args, PREFIX + f.name, f.default)
+
+
 class Validated:
     """Checks the ``drt_*`` values of training arguments as soon as they are made."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        config = DRTConfig.from_prefixed(self, PREFIX)
-        if config.schedule is not None:
-            Schedule.parse(config.schedule)
+        checked_config(self)
 
 
 # The fields alone, for a parser and for other libraries' training arguments.
@@ -42,7 +60,7 @@ class DRTTrainingArguments(Validated, DRTFields, TrainingArguments):
     ``drt_schedule`` unset means plain training.
 
     Raises:
-        ValueError: As DRTConfig and Schedule.parse do.
+        ValueError: As :func:`checked_config`.
     """
 
 

@@ -17,13 +17,12 @@ from hf_drt.controller import DynamicRank, Transition
 from hf_drt.optim import form_group_options
 from hf_drt.pretrained import resolved_plan
 from hf_drt.schedule import Run, Schedule
-from hf_drt.selection import find_targets
 from hf_drt.state import write_state
 from hf_drt.trainer.checkpoint import random_state_files
 from hf_drt.trainer.delivery import deliver
 from hf_drt.trainer.lr import existing_curve
 from hf_drt.trainer.meter import PhaseMeter
-from hf_drt.trainer.refusals import refuse_lone_process
+from hf_drt.trainer.refusals import refuse_lone_process, refuse_unused
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +103,12 @@ class DRTCallback(TrainerCallback):
                 "factored_lr_scale, adapter_lr_scale and frobenius_decay need parameter groups from before the "
                 "scheduler is made. Use DRTTrainer."
             )
-        find_targets(model, self.config.include, self.config.exclude)
+        if self.config.export == "adapter" or self.config.tag_phases:
+            raise ValueError(
+                "export=adapter and tag_phases need DRTTrainer's own way to save and to push, which a plain Trainer "
+                "does not have. Use DRTTrainer, or leave them out."
+            )
+        refuse_unused(model, self.config)
 
     def _check_switches_alone(self, args: TrainingArguments) -> None:
         """A plain Trainer drops a save at a step that is evaluated under save_strategy=best, and takes any score for
@@ -151,7 +155,9 @@ class DRTCallback(TrainerCallback):
         epoch = updates_per_epoch(kwargs["train_dataloader"], args.gradient_accumulation_steps)
         run = Run(state.max_steps, epoch, existing_curve(scheduler, state.max_steps))
         plan = resolved_plan(self.schedule, run, self.config, model)
-        self.controller = DynamicRank(model, self.config, plan=plan, trigger=self.schedule.trigger, seed=args.seed)
+        self.controller = DynamicRank(
+            model, self.config, plan=plan, trigger=self.schedule.trigger, seed=args.seed, in_trainer=True
+        )
         self.first_transition = self.controller.apply(0, kwargs["optimizer"])
         self.meter = PhaseMeter()
 

@@ -13,6 +13,7 @@ What each override is for:
 - ``_determine_best_metric``: the best score is one whose weights are saved, and a save that a switch asks for is made.
 - ``_save_rng_state``: every process has written its own before ``trainer_state.json`` says that the checkpoint is
   whole, and before older ones are deleted.
+- ``_hp_search_setup``: values of a search that would have no effect are refused.
 - ``train``: resume_from_checkpoint=True means the last complete checkpoint. What ``_load_from_checkpoint`` does in it
   waits for ``_prepare_for_training``.
 - ``_load_from_checkpoint``, ``_load_best_model``: structure before weights, since the Trainer loads non-strictly.
@@ -34,13 +35,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.ddp import renewed_reducer
+from hf_drt.idle_settings import refuse_without_schedule
 from hf_drt.optim import form_group_options, remembered
 from hf_drt.pretrained import resolved_plan
 from hf_drt.schedule import Run, Schedule
-from hf_drt.selection import find_targets
 from hf_drt.sharding import is_sharded
 from hf_drt.state import STATE_NAME, CheckpointError, read_state
-from hf_drt.trainer.arguments import PREFIX
 from hf_drt.trainer.aside import metrics_set_aside, upcast_bases
 from hf_drt.trainer.callback import DRTCallback, updates_per_epoch
 from hf_drt.trainer.checkpoint import (
@@ -58,8 +58,9 @@ from hf_drt.trainer.outermost import call_with, wrap_overrides
 from hf_drt.trainer.probe import Probe
 from hf_drt.trainer.publishing import PublishingMixin
 from hf_drt.trainer.push import Publisher
-from hf_drt.trainer.refusals import refuse_unsupported, warn_of_another_engine
+from hf_drt.trainer.refusals import refuse_unsupported, refuse_unused, warn_of_another_engine
 from hf_drt.trainer.saving import recover, written_whole
+from hf_drt.trainer.search import checked_search, settings_of
 from hf_drt.trainer.undo import as_it_was_on_failure, loaded_in_full
 from hf_drt.trainer.writer import ModelWriter
 
@@ -67,6 +68,7 @@ from hf_drt.trainer.writer import ModelWriter
 # fmt: off
 SEAMS: dict[str, tuple[str, ...]] = {
     "train": ("resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
+    "_hp_search_setup": ("trial",),
     "_prepare_for_training": ("max_steps", "train_dataloader", "resume_from_checkpoint"),
     "create_optimizer": ("model",),
     "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
@@ -97,8 +99,8 @@ SEAMS: dict[str, tuple[str, ...]] = {
 class DRTTrainerMixin(PublishingMixin):
     """Dynamic-rank training for any subclass of ``Trainer``: ``class MyTrainer(DRTTrainerMixin, SomeTrainer)``.
 
-    Settings come from ``drt=`` (a :class:`hf_drt.DRTConfig` or a schedule's text), else from ``drt_*`` fields of the
-    training arguments. Without a schedule the trainer behaves exactly like its base.
+    Settings come from ``drt=`` (a :class:`hf_drt.DRTConfig`; a schedule's text goes with the other arguments), or from
+    ``drt_*`` fields of the training arguments. Without a schedule the trainer behaves exactly like its base.
 
     ``save_model()`` writes what ``drt_export`` says, by default a dense model; checkpoints keep their phase's form.
 
@@ -129,7 +131,7 @@ class DRTTrainerMixin(PublishingMixin):
         callback.in_drt_trainer = True
         refuse_unsupported(self, config)
         warn_of_another_engine(self)
-        find_targets(self.model, config.include, config.exclude)
+        refuse_unused(self.model, config)
         self._drt_probe = Probe(self)
         callback.probe = self._drt_probe
         callback.around_switch = self._drt_around_switch
@@ -152,6 +154,14 @@ class DRTTrainerMixin(PublishingMixin):
         if any(isinstance(callback, DRTCallback) for callback in others):
             raise ValueError("DRTCallback is part of this trainer. Pass its settings as drt=, or as drt_* arguments.")
 
+    def _drt_refuse_late_settings(self) -> None:
+        off, schedule = self._drt_callback is None, self._drt_config().schedule
+        if off != (schedule is None):
+            raise ValueError(
+                f"dynamic-rank training was {'off' if off else 'on'} when this trainer was made, and the schedule has "
+                f"become {schedule!r} since. Make a new trainer."
+            )
+
     def _drt_config(self) -> DRTConfig:
         """The settings in force: the trainer's own, or those of ``hf_drt.run``; never a mixture.
 
@@ -160,6 +170,7 @@ class DRTTrainerMixin(PublishingMixin):
         """
         own = self._drt_own_config()
         if self._drt_default is None:
+            refuse_without_schedule(own)
             return own
         if own != DRTConfig():
             raise ValueError(
@@ -169,11 +180,13 @@ class DRTTrainerMixin(PublishingMixin):
         return self._drt_default()
 
     def _drt_own_config(self) -> DRTConfig:
-        """``drt=``, over the arguments as they are now: a hyperparameter search changes them between runs."""
-        if self._drt_given is None or isinstance(self._drt_given, str):
-            text = {} if self._drt_given is None else {"schedule": self._drt_given}
-            return DRTConfig.from_prefixed(self.args, PREFIX, **text)
-        return DRTConfig.of(self._drt_given)
+        """Read anew from the arguments: a hyperparameter search changes them between runs."""
+        return settings_of(self._drt_given, self.args)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        given = self._drt_given if self._drt_default is None else self._drt_default()
+        with checked_search(self, trial, self._drt_callback is not None, given):
+            super()._hp_search_setup(trial)
 
     def _drt_log(self, row: dict[str, float]) -> None:
         with metrics_set_aside(self):
@@ -183,6 +196,7 @@ class DRTTrainerMixin(PublishingMixin):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         self._drt_refuse_callbacks()
+        self._drt_refuse_late_settings()
         if self._drt_callback is None:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._drt_losses = 0.0  # of an update that an interrupted run has not finished
@@ -224,13 +238,13 @@ class DRTTrainerMixin(PublishingMixin):
         callback.config, callback.schedule = config, Schedule.parse(config.schedule)
         epoch = updates_per_epoch(train_dataloader, self.args.gradient_accumulation_steps)
         run = Run(max_steps, epoch, self._drt_lr_curve(max_steps))
-        plan = resolved_plan(callback.schedule, run, config, self.model)
+        plan = resolved_plan(callback.schedule, run, config, self.model, resumed)
         drt = self.drt
         fits = drt is not None and (drt.model, drt.initial_plan, drt.config) == (self.model, plan, config)
         if not fits or (drt.windows is not None and not resumed):  # a new run has its own windows
             trigger = callback.schedule.trigger
             check_export(config.export, plan, self.args, self.is_fsdp_enabled, grows=trigger is not None)
-            self.drt = DynamicRank(self.model, config, plan=plan, trigger=trigger, seed=self.args.seed)
+            self.drt = DynamicRank(self.model, config, plan=plan, trigger=trigger, seed=self.args.seed, in_trainer=True)
             callback.controller = self.drt
         return self.drt
 

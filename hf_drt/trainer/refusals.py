@@ -5,12 +5,17 @@ import os
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
+from transformers import PreTrainedModel
 from transformers.trainer_utils import HubStrategy
 
 from hf_drt.config import DRTConfig
-from hf_drt.forms import stack_count
+from hf_drt.forms import stack_count, weight_shape
+from hf_drt.idle_settings import Usage, idle_settings, refuse_idle, usage_of
 from hf_drt.optim import form_group_options
+from hf_drt.pretrained import lowrank_kind
+from hf_drt.schedule import Schedule
 from hf_drt.selection import find_targets
 
 logger = logging.getLogger(__name__)
@@ -30,6 +35,7 @@ def refuse_unsupported(trainer: Any, config: DRTConfig) -> None:
         if applies:
             raise ValueError(f"dynamic-rank training does not support {found}. {remedy} Or unset drt_schedule.")
     _refuse_experts(trainer, config)
+    _refuse_nameless(trainer.model, config)
     args = trainer.args
     if config.tag_phases and (not args.push_to_hub or args.hub_strategy == HubStrategy.END):
         raise ValueError(
@@ -83,6 +89,39 @@ def warn_of_another_engine(trainer: Any) -> None:
             "(torchrun, without use_cpu); or leave fsdp out.",
             f"DistributedDataParallel on {args.world_size} processes" if args.world_size > 1 else "a single process",
         )
+
+
+def refuse_unused(model: nn.Module, config: DRTConfig) -> None:
+    """Raise where a setting would have no effect in a Trainer's run of this model.
+
+    Raises:
+        ValueError: No target layer; 'lowrank' for weights of which it is not clear whether they are trained; or a
+            setting that nothing uses (:mod:`hf_drt.idle_settings`).
+    """
+    refuse_idle(_usage(model, config))
+
+
+def unused(model: nn.Module, config: DRTConfig) -> list[tuple[str, str]]:
+    """Settings for which :func:`refuse_unused` would raise, each with the reason."""
+    return list(idle_settings(_usage(model, config)))
+
+
+def _usage(model: nn.Module, config: DRTConfig) -> Usage:
+    targets = find_targets(model, config.include, config.exclude).targets
+    schedule = Schedule.parse(config.schedule)
+    shapes = {name: weight_shape(module) for name, module in targets.items()}
+    return usage_of(config, schedule, lowrank_kind(schedule, config, model), shapes)
+
+
+def _refuse_nameless(model: nn.Module, config: DRTConfig) -> None:
+    """Raise where the form that is to be saved is declared in a configuration that the model does not have."""
+    if config.export == "dense" or any(isinstance(module, PreTrainedModel) for module in model.modules()):
+        return
+    raise ValueError(
+        f"export={config.export} is declared in the configuration of a model of transformers, and there is none in "
+        f"this {type(model).__name__}: nothing could load what is saved. Use export=dense, a plain state dict; "
+        "checkpoints resume all the same."
+    )
 
 
 def _refuse_experts(trainer: Any, config: DRTConfig) -> None:

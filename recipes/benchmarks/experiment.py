@@ -16,10 +16,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback, set_seed
 
-from hf_drt import DRTTrainer, DRTTrainingArguments, effective_weight, find_targets
+from hf_drt import DRTConfig, DRTTrainer, DRTTrainingArguments, effective_weight, find_targets
 from hf_drt.forms.modules import FactoredLinear
+from hf_drt.idle_settings import settings_given
 from hf_drt.spectral import effective_rank, factored_singular_values, singular_values
 from hf_drt.trainer.memory import read_peak, reset_peak
+from hf_drt.trainer.refusals import unused
 
 CPU = torch.device("cpu")
 QUIET = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1_000_000}
@@ -117,6 +119,13 @@ class Watch(TrainerCallback):
         reset_peak(CPU)
 
 
+def used(training: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Training arguments without the ``drt_*`` settings that are common to a task's methods, and idle in this one."""
+    config = DRTConfig(**{name[4:]: value for name, value in training.items() if name.startswith("drt_")})
+    idle = settings_given(config) if config.schedule is None else [name for name, _ in unused(model, config)]
+    return {name: value for name, value in training.items() if name not in {f"drt_{setting}" for setting in idle}}
+
+
 def run(settings: Settings, cache: Path, folder: str) -> dict[str, Any]:
     """Train, and return the record: settings, the metric at the end and along the way, time, FLOPs, memory, ranks."""
     task = build(settings.kind, settings.model, settings.data, cache)
@@ -127,7 +136,7 @@ def run(settings: Settings, cache: Path, folder: str) -> dict[str, Any]:
         model = with_lora(model, names, settings.peft)
     metric = "eval_loss" if task.metrics is None else "eval_accuracy"
     watch = Watch(names, settings.measure["points"], metric)
-    training = {**QUIET, **settings.training}
+    training = {**QUIET, **used(settings.training, model)}
     if galore := str(training.get("optim", "")).startswith("galore"):
         training.setdefault("optim_target_modules", names)
     args = DRTTrainingArguments(output_dir=folder, seed=settings.seed, **training)

@@ -48,10 +48,12 @@ def fresh_optimizer(folder, model, drt, **arguments):
 
 
 @pairs
-@pytest.mark.parametrize("scales", [{}, {"factored_lr_scale": 2.0, "adapter_lr_scale": 0.5, "frobenius_decay": True}])
-def test_groups_equal_those_of_a_fresh_optimizer(tmp_path, before, after, scales):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_groups_equal_those_of_a_fresh_optimizer(tmp_path, before, after, scaled):
     model = tiny.llama(hidden_size=64, intermediate_size=96)
-    drt = controller(model, before, after, **scales)
+    scales = {Factored: {"factored_lr_scale": 2.0, "frobenius_decay": True}, Adapter: {"adapter_lr_scale": 0.5}}
+    used = [scales.get(type(form), {}) for form in (before, after)] if scaled else []
+    drt = controller(model, before, after, **{name: value for some in used for name, value in some.items()})
     drt.apply(0)
     optimizer = fresh_optimizer(tmp_path, model, drt, weight_decay=0.1)
     step(model, optimizer)

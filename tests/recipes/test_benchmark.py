@@ -13,6 +13,7 @@ import pretrained_tasks
 import pytest
 import store
 import tasks
+import tiny
 import torch
 from benchmark import Missing, settings_of
 from store import Store
@@ -212,6 +213,15 @@ def test_every_task_file_has_settings_and_plans(path, tmp_path):
                 assert config.rank is None or all(entry.rank != "budget" for entry in schedule.entries), method
             else:
                 assert schedule.resolve(Run(training["max_steps"])).max_steps == training["max_steps"]
+
+
+def test_settings_that_are_idle_in_a_method_are_left_out():
+    common = {"max_steps": 3, "drt_rank_ratio": 0.125, "drt_factored_lr_scale": 0.5}
+    assert experiment.used(common, tiny.llama()) == {"max_steps": 3}
+    auto = common | {"drt_schedule": "auto"}
+    assert experiment.used(auto, tiny.llama()) == {name: auto[name] for name in auto if name != "drt_rank_ratio"}
+    fixed = common | {"drt_schedule": "fixed"}
+    assert experiment.used(fixed, tiny.llama()) == fixed
 
 
 @pytest.mark.parametrize("name", ["fashion_vit", "brown_lm", "brown_bert"])

@@ -24,7 +24,7 @@ ROOT = SCRIPTS.parents[1]
 NAMES = ("run_clm", "run_glue", "run_image_classification")
 ADDED = "from hf_drt import DRTTrainer as Trainer, DRTTrainingArguments as TrainingArguments\n"
 PHASES = "factored@0 dense@4 adapter@8"
-DRT = ("--drt_schedule", PHASES, "--drt_rank", "4", "--drt_rank_multiple", "4", "--drt_rewarmup_steps", "2")
+DRT = ("--drt_schedule", PHASES, "--drt_rank_ratio", "0.125", "--drt_rank_multiple", "4", "--drt_rewarmup_steps", "2")
 COMMON = (
     "--do_train", "--do_eval", "--max_steps", "12", "--save_steps", "2", "--per_device_train_batch_size", "4",
     "--learning_rate", "3e-3", "--logging_steps", "3", "--report_to", "none", "--disable_tqdm", "True",

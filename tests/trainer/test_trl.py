@@ -71,7 +71,10 @@ def arguments(folder, cls=DRTSFTConfig, **changes):
 
 def sft(folder, tokenizer, model=None, kind="pairs", **changes) -> DRTSFTTrainer:
     model = llama() if model is None else model
-    args = arguments(folder, **{**SETTINGS, **changes})
+    settings = {**SETTINGS, **changes}
+    if settings["drt_schedule"] in (None, "dense@0"):
+        del settings["drt_rank"]  # nothing would use it
+    args = arguments(folder, **settings)
     return DRTSFTTrainer(model, args, train_dataset=rows(kind), processing_class=tokenizer)
 
 

@@ -272,7 +272,7 @@ def test_the_paper_preset_takes_the_drops_of_a_users_multistep_schedule(tmp_path
 
 
 def test_a_schedule_given_as_text_keeps_the_other_arguments(tmp_path):
-    arguments = tiny.arguments(tmp_path, drt_schedule="dense@0", drt_rank=4, max_steps=1)
+    arguments = tiny.arguments(tmp_path, drt_schedule="factored@0", drt_rank=4, max_steps=1)
     trainer = DRTTrainer(tiny.llama(), arguments, train_dataset=tiny.dataset(), drt="factored@0")
     trainer.train()
     assert forms(trainer) == {Factored(4)}
@@ -424,7 +424,7 @@ def test_truncating_a_pretrained_model_on_purpose_is_warned_of(tmp_path, caplog)
     caplog.clear()
     model = pretrained(tmp_path / "model")
     trainer = tiny.trainer(
-        tmp_path / "out", model, drt_schedule="factored@0 dense@50%", max_steps=2, drt_start="scratch"
+        tmp_path / "out", model, drt_schedule="lowrank@0 dense@50%", max_steps=2, drt_start="scratch"
     )
     trainer.train()
     assert "truncating" not in caplog.text

@@ -471,7 +471,7 @@ def config_of(**settings) -> DRTConfig:
             r"\(out, in\) = \(32, 32\), .*Lower the rank .*, or rank_multiple for small layers",
         ),
         (config_of(rank_multiple=64), 10, r"leaves all 14 layers dense: their ranks reach break-even"),
-        (config_of(schedule="dense@0 adapter:500@5"), 10, r"phase 'adapter:500@5' leaves all 14 layers dense"),
+        (DRTConfig(schedule="dense@0 adapter:500@5"), 10, r"phase 'adapter:500@5' leaves all 14 layers dense"),
     ],
 )
 def test_a_controller_that_could_not_do_anything_is_refused(config, max_steps, message):
@@ -804,7 +804,7 @@ def test_a_scheduler_made_before_the_form_groups_is_refused(tmp_path, setting):
     ):
         DRTTrainer(
             model,
-            tiny.arguments(tmp_path),
+            tiny.arguments(tmp_path, drt_schedule=None),
             train_dataset=tiny.dataset(),
             optimizers=(optimizer, scheduler),
             drt=config_of(**setting),

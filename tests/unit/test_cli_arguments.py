@@ -110,10 +110,11 @@ def test_the_arguments_are_training_arguments(cls):
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_flag_sets_its_field_and_no_other(cls, name):
     words, value = FLAGS[name]
-    args = parse(cls, f"--drt_{name}", *words)
+    schedule = () if name == "schedule" else ("--drt_schedule", "paper")  # without one a setting is refused
+    args = parse(cls, *schedule, f"--drt_{name}", *words)
     found = drt_values(args)
     assert found.pop(f"drt_{name}") == value
-    defaults = drt_values(parse(cls))
+    defaults = drt_values(parse(cls, *schedule))
     del defaults[f"drt_{name}"]
     assert found == defaults
 
@@ -129,7 +130,7 @@ def test_all_flags_together_make_the_config(cls):
 
 @classes
 def test_dashes_may_stand_for_underscores(cls):
-    assert parse(cls, "--drt-rank-ratio", "0.5").drt_rank_ratio == 0.5
+    assert parse(cls, "--drt-schedule", "paper", "--drt-rank-ratio", "0.5").drt_rank_ratio == 0.5
 
 
 @classes
@@ -175,9 +176,9 @@ def test_arguments_survive_a_dict(full):
 
 
 def test_a_rank_pattern_may_be_a_dict_and_survives_json(tmp_path):
-    args = DRTTrainingArguments(str(tmp_path), drt_rank_pattern={"attn": 0.125, "mlp": 64})
+    args = DRTTrainingArguments(str(tmp_path), drt_schedule="fixed", drt_rank_pattern={"attn": 0.125, "mlp": 64})
     stored = json.loads(args.to_json_string())["drt_rank_pattern"]
-    assert DRTConfig(rank_pattern=stored) == DRTConfig.from_prefixed(args)
+    assert DRTConfig(schedule="fixed", rank_pattern=stored) == DRTConfig.from_prefixed(args)
     # 64 is a rank and 64.0 would be no share: the types survive too.
     assert [type(rank) for rank in stored.values()] == [float, int]
 

@@ -199,7 +199,9 @@ def test_batches_that_cannot_be_made():
 
 
 def controller(schedule, steps=100, **settings):
-    return DynamicRank(on_meta(), DRTConfig(schedule=schedule, rank_multiple=4, **settings), max_steps=steps)
+    if schedule != "factored:3@0":
+        settings["rank_multiple"] = 4
+    return DynamicRank(on_meta(), DRTConfig(schedule=schedule, **settings), max_steps=steps)
 
 
 @pytest.mark.parametrize("schedule", ["factored@0 dense@30% adapter@60% factored@80%", "decay", "factored:3@0"])

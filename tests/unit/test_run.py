@@ -210,7 +210,7 @@ OWN_ARGUMENTS = "from hf_drt import DRTTrainer, DRTTrainingArguments\nTrainingAr
     [
         ("(lambda **k: DRTTrainer(drt='paper', **k))", "from hf_drt import DRTTrainer"),
         ("DRTTrainer", OWN_ARGUMENTS + "DRTTrainingArguments(*a, drt_schedule='paper', **k)"),
-        ("Trainer", OWN_ARGUMENTS + "DRTTrainingArguments(*a, drt_rank=2, **k)"),
+        ("Trainer", OWN_ARGUMENTS + "DRTTrainingArguments(*a, drt_schedule='fixed', drt_rank=2, **k)"),
     ],
 )
 def test_settings_in_the_script_and_on_the_command_line_are_an_error(trains, make, before):

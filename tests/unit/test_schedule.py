@@ -95,23 +95,23 @@ def dense_in(config: DRTConfig, model=None) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "given", "kept"),
+    ("schedule", "settings", "kept"),
     [
-        ("auto", None, True),
-        ("lowrank:budget@0 dense@budget", None, True),
-        ("factored@0 dense@budget", None, False),  # the budget chooses a boundary alone
-        ("paper", None, False),
-        ("fixed", True, True),
-        ("auto", False, False),
+        ("auto", {"budget": 0.5}, True),
+        ("lowrank:budget@0 dense@budget", {"budget": 0.5}, True),
+        ("factored@0 dense@budget", {"budget": 0.5, "rank_ratio": 0.0625}, False),  # it chooses a boundary alone
+        ("paper", {"rank_ratio": 0.0625}, False),
+        ("fixed", {"rank_ratio": 0.0625, "dense_query_key": True}, True),
+        ("auto", {"budget": 0.5, "dense_query_key": False}, False),
     ],
 )
-def test_query_and_key_stay_dense_where_the_budget_chooses_the_rank(schedule, given, kept):
-    config = DRTConfig(schedule=schedule, dense_query_key=given, rank_ratio=0.0625, rank_multiple=1, budget=0.5)
+def test_query_and_key_stay_dense_where_the_budget_chooses_the_rank(schedule, settings, kept):
+    config = DRTConfig(schedule=schedule, rank_multiple=1, **settings)
     assert dense_in(config) == ({"q_proj", "k_proj"} if kept else set())
 
 
 def test_query_and_key_take_part_in_adapter_phases_and_follow_rank_pattern():
-    assert dense_in(DRTConfig(schedule="adapter@0", dense_query_key=True, rank=2)) == set()
+    assert dense_in(DRTConfig(schedule="adapter@0 factored@50%", dense_query_key=True, rank=2)) == set()
     pattern = {"layers.0.self_attn.q_proj": 2}
     config = DRTConfig(schedule="fixed", dense_query_key=True, rank=2, rank_pattern=pattern)
     forms = DynamicRank(tiny.llama(), config, max_steps=100).forms(0)

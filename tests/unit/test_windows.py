@@ -141,14 +141,15 @@ def test_options_are_checked(text, message):
     [
         ("auto", {"dense_query_key": False}, 0.3),
         ("lowrank:budget@0 dense@budget", {"dense_query_key": False}, 0.3),
-        ("factored@0 dense@budget", {"start": "pretrained"}, 0.4),  # by what is written, not by the model
-        ("adapter@0 dense@budget", {}, 0.9),
+        ("factored@0 dense@budget", {"rank_ratio": 0.0625}, 0.4),
+        ("adapter@0 dense@budget", {"rank_ratio": 0.0625}, 0.9),
+        ("factored@0 lowrank@10% dense@budget", {"rank_ratio": 0.0625, "start": "pretrained"}, 0.9),
         ("auto", {"start": "pretrained"}, 0.9),
         ("auto", {"budget": 0.5}, 0.5),
     ],
 )
 def test_a_budget_that_is_not_given_follows_the_form(schedule, settings, share):
-    config = DRTConfig(schedule=schedule, rank_ratio=0.0625, rank_multiple=1, **settings)
+    config = DRTConfig(schedule=schedule, rank_multiple=1, **settings)
     assert DynamicRank(tiny.llama(), config, max_steps=1000).cost().flops == pytest.approx(share, abs=2e-3)
 
 
@@ -162,18 +163,18 @@ def test_in_a_narrow_model_auto_takes_the_least_that_a_rank_allows():
 
 
 def test_a_rank_that_is_given_twice_is_refused():
-    with pytest.raises(ValueError, match=r"rank is 4, but the schedule 'lowrank:budget@0 .*' chooses the rank by"):
+    with pytest.raises(ValueError, match=r"rank is 4, and would have no effect: every low-rank phase has a rank of"):
         DynamicRank(tiny.llama(), DRTConfig(schedule="auto", rank=4), max_steps=100)
 
 
 # ---- in a hand-written loop
 
 
-@pytest.mark.parametrize("text", ["factored@0 dense@40%", "dense@0"])
-def test_a_trigger_needs_one_low_rank_phase(text):
+@pytest.mark.parametrize(("text", "settings"), [("factored@0 dense@40%", {"rank": 4}), ("dense@0", {})])
+def test_a_trigger_needs_one_low_rank_phase(text, settings):
     plan = Schedule.parse(text).resolve(Run(20))
     with pytest.raises(ValueError, match=r"to a plan of one low-rank phase, got the plan '.*dense@\d"):
-        DynamicRank(tiny.llama(), DRTConfig(rank=4), plan=plan, trigger=Trigger())
+        DynamicRank(tiny.llama(), DRTConfig(**settings), plan=plan, trigger=Trigger())
 
 
 @pytest.mark.parametrize("start", ["scratch", "pretrained"])
