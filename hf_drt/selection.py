@@ -1,35 +1,27 @@
-"""Which layers are trained in changing rank: the linear layers and convolutions of blocks, and why each other is not.
+"""Which layers are trained in changing rank: linear layers and convolutions of blocks; and why each other is not."""
 
-transformers' classes are recognised by qualified name, so that nothing here imports it.
-"""
-
-import ast
-import inspect
 import logging
 import re
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_drt.convolutions import conv_inside, conv_unfit, has_conv_form, is_convolution
+from hf_drt.blocks import block_roots, conv_inside, is_linear
+from hf_drt.convolutions import conv_unfit, has_conv_form, is_convolution
 from hf_drt.experts import FUSED, as_layer, fused_weights, unfit_experts
-from hf_drt.forms import ExpertStack, LowRankLinear, is_transposed
+from hf_drt.forms import LowRankLinear, is_transposed
+from hf_drt.source_reading import weight_readers, weight_writes
 
 logger = logging.getLogger(__name__)
 
-_CHECKPOINTING_LAYER = "transformers.modeling_layers.GradientCheckpointingLayer"
 _ROUTER_LEAF = re.compile(r"router|gate|gating|classifier_router|switch", re.IGNORECASE)
 _EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _REGISTERED = ("_modules", "_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# What may be read of `self.<leaf>.weight` without the layer being used as anything else than a linear map.
-_HARMLESS_READS = {"dtype", "device", "shape", "size", "ndim"}
 
 
 @dataclass(frozen=True)
@@ -124,7 +116,7 @@ class _Surroundings:
             unregistered=_unregistered(model),
             parents=_parents(model),
             experts=_expert_counts(model),
-            written=set().union(*(_weight_writes(kind) for kind in {type(m) for m in model.modules()})),
+            written=set().union(*(weight_writes(kind) for kind in {type(m) for m in model.modules()})),
         )
 
 
@@ -164,41 +156,9 @@ def _warn_of_idle_patterns(option: str, patterns: list[str] | None, names: list[
             logger.warning("%s: %r matches none of the %d linear layers.", option, pattern, len(names))
 
 
-def block_roots(model: nn.Module) -> dict[str, nn.Module]:
-    """The outermost transformer blocks by name; empty if none is recognised."""
-    modules = {name: m for name, m in model.named_modules() if name}
-    named = set().union(*(getattr(m, "_no_split_modules", None) or () for m in model.modules()))
-    candidates = (
-        {name for name, m in modules.items() if _is_checkpointing_layer(m)},
-        {name for name, m in modules.items() if type(m).__name__ in named},
-        set(_list_blocks(model)),
-    )
-    found = next(filter(None, candidates), set())
-    outermost = (name for name in modules if name in found)
-    return {n: modules[n] for n in outermost if not any(n.startswith(f"{other}.") for other in found)}
-
-
-def _is_checkpointing_layer(module: nn.Module) -> bool:
-    return any(f"{cls.__module__}.{cls.__qualname__}" == _CHECKPOINTING_LAYER for cls in type(module).__mro__)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer in one of the forms, or may become one: nn.Linear, Conv1D, or ours."""
-    ours = isinstance(module, (LowRankLinear, ExpertStack)) and not has_conv_form(module)
-    return ours or isinstance(module, nn.Linear) or is_transposed(module)
-
-
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is a linear layer or a convolution with low-rank forms, in one of the forms."""
     return is_linear(module) or has_conv_form(module) or isinstance(module, (nn.Conv1d, nn.Conv2d))
-
-
-def _list_blocks(model: nn.Module) -> Iterator[str]:
-    """Children of a ModuleList that hold two or more linear layers."""
-    for name, holder in model.named_modules():
-        for child_name, child in holder.named_children() if isinstance(holder, nn.ModuleList) else ():
-            if sum(map(is_linear, child.modules())) >= 2:
-                yield f"{name}.{child_name}" if name else child_name
 
 
 def _parents(model: nn.Module) -> dict[str, nn.Module]:
@@ -277,7 +237,7 @@ def _unfit(
     known = type(module).forward is nn.Linear.forward or is_transposed(module) or is_convolution(module)
     if not known and not _computes_linear(module):
         return "computes more than x W^T + b"
-    if owner is not None and leaf in _weight_readers(type(owner)):
+    if owner is not None and leaf in weight_readers(type(owner)):
         return "weight read by its owner"
     return None
 
@@ -319,50 +279,3 @@ def _computes_linear(module: nn.Module) -> bool:
     except Exception:
         return False
     return isinstance(y, torch.Tensor) and torch.equal(y, F.linear(x, module.weight, module.bias))
-
-
-@cache
-def _weight_readers(owner: type) -> frozenset[str]:
-    """Leaves whose ``self.<leaf>.weight`` or ``.bias`` the class uses as a tensor, as fused kernels do."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
-    except (OSError, TypeError, SyntaxError):
-        return frozenset()
-    outer = {id(node.value): node for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    isinstance_arguments = {
-        id(argument)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "isinstance"
-        for argument in node.args
-    }
-    leaves = set()
-    for node in ast.walk(tree):
-        if not (isinstance(node, ast.Attribute) and node.attr in ("weight", "bias")):
-            continue
-        layer = node.value
-        if not (isinstance(layer, ast.Attribute) and getattr(layer.value, "id", None) == "self"):
-            continue
-        harmless = id(node) in outer and outer[id(node)].attr in _HARMLESS_READS
-        if not harmless and id(node) not in isinstance_arguments:
-            leaves.add(layer.attr)
-    return frozenset(leaves)
-
-
-@cache
-def _weight_writes(cls: type) -> frozenset[str]:
-    """Paths such as ``attention.output`` of layers of whose blocks the class changes the weight in place, as in
-    ``block.attention.output.weight.div_(2)``, beside initialising them."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    except (OSError, TypeError, SyntaxError):
-        return frozenset()
-    initial = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name in ("__init__", "_init_weights", "reset_parameters")
-        for inner in ast.walk(node)
-    }
-    calls = (n.func for n in ast.walk(tree) if isinstance(n, ast.Call) and id(n) not in initial)
-    functions = (f for f in calls if isinstance(f, ast.Attribute) and f.attr.endswith("_") and f.attr[0] != "_")
-    paths = (ast.unparse(f.value).split(".") for f in functions if isinstance(f.value, ast.Attribute))
-    return frozenset(".".join(p[1:-1]) for p in paths if p[-1] == "weight" and p[0] != "self" and len(p) > 2)

@@ -21,7 +21,9 @@ ALLOWED = {
     "cost":       {"forms", "schedule"},
     "convolutions": {"forms"},
     "experts":    {"forms"},
-    "selection":  {"convolutions", "experts", "forms"},
+    "blocks":     {"convolutions", "forms"},
+    "source_reading": set(),
+    "selection":  {"blocks", "convolutions", "experts", "forms", "source_reading"},
     "surgery":    {"forms"},
     "wording":    set(),
     "timeline":   set(),
@@ -56,7 +58,7 @@ ALLOWED = {
     "sweep":      {"config", "controller", "selection"},
     "trl":        {"trainer"},
 }
-STDLIB_ONLY = {"adaptive", "config", "schedule", "state", "budget", "wording"}
+STDLIB_ONLY = {"adaptive", "config", "schedule", "state", "budget", "wording", "source_reading"}
 KNOWS_TRANSFORMERS = {"trainer", "hub", "run", "cli", "sweep"}
 # fmt: on
 

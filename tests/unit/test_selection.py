@@ -12,7 +12,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_drt import Adapter, DRTConfig, DynamicRank, Factored, Selection, convert, find_targets, form_of, selection
-from hf_drt.selection import block_roots
+from hf_drt.blocks import block_roots
 from hf_drt.surgery import Swap, replace
 
 # ---- architectures
