@@ -137,13 +137,12 @@ class DynamicRank:
         seed: int = 0,
     ):
         self.model, self.config = model, config
-        selection = find_targets(model, config.include, config.exclude)
+        selection = find_targets(model, **config.selection)
         # Names and shapes only: a reference to a module would keep its old weights alive after a switch.
         self.targets = {name: weight_shape(module) for name, module in selection.targets.items()}
         self.copies = {name: copies(model, name, module) for name, module in selection.targets.items()}
         self.skipped, self.fused_note = selection.skipped, selection.fused_note()
-        if self.fused_note:
-            logger.warning("%s.", self.fused_note)
+        selection.log_notes()
         if plan is None:
             plan, trigger = _plan_from(config, max_steps, model)
         self.plan = self.initial_plan = plan

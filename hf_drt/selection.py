@@ -10,17 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_drt.blocks import block_roots, conv_inside, is_linear
+from hf_drt.blocks import block_roots, conv_inside, is_linear, linear_inside
 from hf_drt.convolutions import conv_unfit, has_conv_form, is_convolution
 from hf_drt.experts import FUSED, as_layer, fused_weights, unfit_experts
 from hf_drt.forms import LowRankLinear, is_transposed
-from hf_drt.source_reading import weight_readers, weight_writes
+from hf_drt.source_reading import Reading, readings
 
 logger = logging.getLogger(__name__)
 
 _ROUTER_LEAF = re.compile(r"router|gate|gating|classifier_router|switch", re.IGNORECASE)
 _EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _REGISTERED = ("_modules", "_parameters", "_buffers")
+# Modules of torch.nn that do nothing with a layer but call it; others, as nn.MultiheadAttention, take its weight.
+_CALLERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+# Reasons by source code, which ignore_source overrides.
+_READ, _WRITTEN = "weight read by its owner", "weight written by the model"
+_HIDDEN = "source of its owner cannot be read"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -29,12 +34,14 @@ class Selection:
     """Linear layers and convolutions by name: those that change form, and those that stay dense with the reason.
 
     ``targets`` are in the order of ``model.named_modules()``. Fused experts are a layer for each of their weights.
-    ``fused_share`` is the share of the model's parameters in fused experts that cannot change form.
+    ``fused_share`` is the share of the model's parameters in fused experts that cannot change form; ``notes`` are
+    warnings about what source code hides, or says and was overridden.
     """
 
     targets: dict[str, nn.Module]
     skipped: dict[str, str]
     fused_share: float = 0.0
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """The skipped layers, counted by reason."""
@@ -52,37 +59,62 @@ class Selection:
             f"{names[0]} ({self.skipped[names[0]]})"
         )
 
+    def log_notes(self) -> None:
+        """Warn of fused experts, and of what the notes say."""
+        for note in filter(None, (self.fused_note(), *self.notes)):
+            logger.warning("%s.", note)
 
-def find_targets(model: nn.Module, include: list[str] | None = None, exclude: list[str] | None = None) -> Selection:
+
+def find_targets(
+    model: nn.Module,
+    include: list[str] | None = None,
+    exclude: list[str] | None = None,
+    blocks: list[str] | None = None,
+    ignore_source: list[str] | None = None,
+) -> Selection:
     """The linear layers, convolutions and fused experts inside blocks, narrowed by patterns on their names.
 
-    Blocks of convolutions are found in a way of their own (:mod:`hf_drt.convolutions`).
+    Blocks are found as :func:`hf_drt.blocks.block_roots` says, those of convolutions by
+    :func:`hf_drt.blocks.conv_inside`. Where there is neither, as in a plain MLP, all linear layers but the last count.
 
     Args:
-        model: Any module; blocks are its outermost ``GradientCheckpointingLayer`` objects, else the classes named in
-            ``_no_split_modules``, else children of a ``ModuleList`` that hold two or more linear layers.
+        model: Any module.
         include: Regular expressions (``re.search``); a layer has to match one of them.
         exclude: Regular expressions; a layer must match none.
+        blocks: What is a block, in place of what is found: names of classes, or regular expressions on the names of
+            modules.
+        ignore_source: Regular expressions; layers that match one are selected even if the source code of a class uses
+            their weights, or cannot be read.
 
     Raises:
-        ValueError: No layer is left. The message counts what was found, by reason.
+        ValueError: No layer is left (the message counts what was found, by reason), an entry of ``blocks`` names
+            nothing, or one of ``ignore_source`` changes nothing.
     """
-    surroundings = _Surroundings.of(model)
-    targets, skipped, fused = {}, {}, 0
+    around = _Surroundings.of(model, blocks)
+    targets, skipped, ignored, fused = {}, {}, {}, 0
     for name, module, weight in _layers(model):
-        reason = _reason(name, module, weight, surroundings) or _pattern_reason(name, include, exclude)
+        said = _source_reason(name, weight, around)
+        overrides = said is not None and _matches(name, ignore_source)
+        reason = _reason(name, module, weight, around)
+        if reason is None and said is not None and not overrides:
+            reason = said[0] if said[0] == _WRITTEN or not isinstance(module, LowRankLinear) else None
+        reason = reason or _pattern_reason(name, include, exclude)
         if reason is None:
             targets[name] = module if weight is None else as_layer(module, weight)
+            ignored |= {name: said[1]} if overrides else {}
             continue
         skipped[name] = reason
         fused += weight.numel() if weight is not None and reason.startswith(FUSED) else 0
-    selection = Selection(targets, skipped, fused / max(1, sum(p.numel() for p in model.parameters())))
+    fused_share = fused / max(1, sum(p.numel() for p in model.parameters()))
+    selection = Selection(targets, skipped, fused_share, tuple(_notes(skipped, ignored, around)))
     if not targets:
         raise ValueError(
-            f"no layer to train in changing rank: {type(model).__name__} has {surroundings.blocks} transformer blocks, "
+            f"no layer to train in changing rank: {type(model).__name__} has {around.blocks} transformer blocks, "
             f"and its linear layers are left out as follows: {selection.summary()}. include={include}, "
-            f"exclude={exclude}; patterns are regular expressions on names such as those of model.named_modules()."
+            f"exclude={exclude}; patterns are regular expressions on names such as those of model.named_modules(). "
+            "What is a block can be said by blocks (names of classes, or such patterns)."
         )
+    _refuse_idle_overrides(ignore_source, ignored, skipped)
     _warn_of_idle_patterns("include", include, [*targets, *skipped])
     _warn_of_idle_patterns("exclude", exclude, [*targets, *skipped])
     return selection
@@ -102,21 +134,30 @@ class _Surroundings:
     parents: dict[str, nn.Module]
     experts: set[int]
     """Numbers of experts that configurations tell, by which routers are known."""
+    readings: dict[int, Reading]
     written: set[str]
+    unread: set[str]
+    """Functions without source code of classes that own no layer, and might write to the layers of others."""
 
     @classmethod
-    def of(cls, model: nn.Module) -> "_Surroundings":
-        blocks = block_roots(model)
+    def of(cls, model: nn.Module, entries: list[str] | None) -> "_Surroundings":
+        blocks = block_roots(model, entries)
+        inside_conv = conv_inside(model, blocks) if entries is None else set()
+        inside = linear_inside(model, blocks, repeats=bool(inside_conv) or entries is not None)
+        found = readings(model)
+        owns = {id(m) for m in model.modules() if any(is_linear(c) or is_convolution(c) for c in m.children())}
         return cls(
             blocks=len(blocks),
-            inside={id(m) for block in blocks.values() for m in block.modules()},
-            inside_conv=conv_inside(model, blocks),
+            inside=inside,
+            inside_conv=inside_conv if entries is None else inside,
             heads={id(head) for head in _output_embeddings(model)},
             shared=_shared_parameters(model),
             unregistered=_unregistered(model),
             parents=_parents(model),
             experts=_expert_counts(model),
-            written=set().union(*(weight_writes(kind) for kind in {type(m) for m in model.modules()})),
+            readings=found,
+            written=set().union(*(each.written for each in found.values())),
+            unread={function for key, each in found.items() for function in each.unread if key not in owns},
         )
 
 
@@ -134,9 +175,44 @@ def _reason(name: str, module: nn.Module, weight: nn.Parameter | None, around: _
     else:
         reason = conv_unfit(name, module) if is_convolution(module) else None
         reason = reason or _unfit(name, module, around.parents, around.shared, around.experts)
-    if reason is None and any(f".{name}".endswith(f".{path}") for path in around.written):
-        return "weight written by the model"
     return reason
+
+
+def _source_reason(name: str, weight: nn.Parameter | None, around: _Surroundings) -> tuple[str, str] | None:
+    """Why a layer has to stay dense by what source code says or hides, and where that stands; or None."""
+    owner, leaf = around.parents.get(name), name.rpartition(".")[2]
+    if written := [path for path in around.written if f".{name}".endswith(f".{path}")]:
+        return _WRITTEN, f"the model writes to the weight of {written[0]}"
+    if owner is None or weight is not None:
+        return None
+    found = around.readings[id(owner)]
+    if leaf in found.readers:
+        return _READ, f"{found.readers[leaf]} reads its weight"
+    if found.unread:
+        return _HIDDEN, f"the source code of {found.unread[0]} cannot be read"
+    return None
+
+
+def _notes(skipped: dict[str, str], ignored: dict[str, str], around: _Surroundings) -> Iterator[str]:
+    """What is to be said of source code that was overridden, or that could not be read."""
+    for said in dict.fromkeys(ignored.values()):
+        names = [name for name, other in ignored.items() if other == said]
+        yield f"ignore_source: {', '.join(names)} will change form, although {said}"
+    if hidden := [name for name, reason in skipped.items() if reason == _HIDDEN]:
+        yield f"{', '.join(hidden)} will stay dense, since the source code of the modules that hold them cannot be read"
+    if around.unread:
+        functions = ", ".join(sorted(around.unread))
+        yield f"the source code of {functions} cannot be read; it must not write to the weights of layers"
+
+
+def _refuse_idle_overrides(patterns: list[str] | None, ignored: dict[str, str], skipped: dict[str, str]) -> None:
+    for pattern in patterns or ():
+        if not any(re.search(pattern, name) for name in ignored):
+            open_to_it = [name for name, reason in skipped.items() if reason in (_READ, _WRITTEN, _HIDDEN)]
+            raise ValueError(
+                f"ignore_source: {pattern!r} overrides nothing, since no layer whose name it matches would stay dense "
+                f"for what source code does. Layers that do: {', '.join(open_to_it) or 'no other'}. Leave it out."
+            )
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter | None]]:
@@ -199,11 +275,15 @@ def _expert_counts(model: nn.Module) -> set[int]:
 
 
 def _pattern_reason(name: str, include: list[str] | None, exclude: list[str] | None) -> str | None:
-    if include is not None and not any(re.search(p, name) for p in include):
+    if include is not None and not _matches(name, include):
         return "not matched by include"
-    if exclude is not None and any(re.search(p, name) for p in exclude):
+    if _matches(name, exclude):
         return "matched by exclude"
     return None
+
+
+def _matches(name: str, patterns: list[str] | None) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns or ())
 
 
 def _unfit(
@@ -212,7 +292,7 @@ def _unfit(
     """Why a linear layer inside a block cannot be replaced, or None."""
     if isinstance(module, LowRankLinear):
         return None
-    owner, leaf = parents.get(name), name.rpartition(".")[2]
+    owner = parents.get(name)
     weight = module._parameters.get("weight")
     if weight is None or hasattr(module, "parametrizations"):
         return "parametrized"
@@ -228,7 +308,7 @@ def _unfit(
         return "tied or shared weight"
     if has_hooks(module):
         return "hooked"
-    if owner is not None and type(owner).__module__.startswith("torch.nn.") and not _is_container(owner):
+    if owner is not None and type(owner).__module__.startswith("torch.nn.") and not isinstance(owner, _CALLERS):
         return "owned by a torch.nn module"
     if owner is not None and type(owner).__module__.startswith("peft."):
         return "owned by a PEFT layer"
@@ -237,18 +317,12 @@ def _unfit(
     known = type(module).forward is nn.Linear.forward or is_transposed(module) or is_convolution(module)
     if not known and not _computes_linear(module):
         return "computes more than x W^T + b"
-    if owner is not None and leaf in weight_readers(type(owner)):
-        return "weight read by its owner"
     return None
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether forward or backward hooks are registered on the module; a replacement would not have them."""
     return any(getattr(module, hooks, None) for hooks in _HOOKS)
-
-
-def _is_container(module: nn.Module) -> bool:
-    return isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
 
 
 def _is_router(name: str, module: nn.Module, parents: dict[str, nn.Module], experts: set[int]) -> bool:

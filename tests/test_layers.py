@@ -58,7 +58,7 @@ ALLOWED = {
     "sweep":      {"config", "controller", "selection"},
     "trl":        {"trainer"},
 }
-STDLIB_ONLY = {"adaptive", "config", "schedule", "state", "budget", "wording", "source_reading"}
+STDLIB_ONLY = {"adaptive", "config", "schedule", "state", "budget", "wording"}
 KNOWS_TRANSFORMERS = {"trainer", "hub", "run", "cli", "sweep"}
 # fmt: on
 

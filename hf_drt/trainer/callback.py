@@ -98,7 +98,7 @@ class DRTCallback(TrainerCallback):
                 "factored_lr_scale, adapter_lr_scale and frobenius_decay need parameter groups from before the "
                 "scheduler is made. Use DRTTrainer."
             )
-        find_targets(model, self.config.include, self.config.exclude)
+        find_targets(model, **self.config.selection)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -126,7 +126,7 @@ class DRTTrainerMixin(PublishingMixin):
         callback = DRTCallback(config, log=self._drt_log)
         callback.in_drt_trainer = True
         refuse_unsupported(self, config)
-        find_targets(self.model, config.include, config.exclude)
+        find_targets(self.model, **config.selection)
         self._drt_probe = Probe(self)
         callback.probe = self._drt_probe
         callback.around_switch = self._drt_around_switch

@@ -42,7 +42,7 @@ def _refuse_experts(trainer: Any, config: DRTConfig) -> None:
     fsdp = _fsdp_version(trainer) is not None
     if not fsdp and config.export != "adapter":
         return
-    targets = find_targets(trainer.model, config.include, config.exclude).targets
+    targets = find_targets(trainer.model, **config.selection).targets
     name = next((name for name, layer in targets.items() if stack_count(layer) is not None), None)
     if name is not None and fsdp:
         raise ValueError(
