@@ -44,22 +44,20 @@ class Reading:
 
 def readings(model: nn.Module) -> dict[int, Reading]:
     """What the class of each module does with weights, by the module's id."""
-    modules, named = list(model.modules()), frozenset()
+    kinds = {id(module): (type(module), _helpers(module)) for module in model.modules()}
+    named: frozenset[str] = frozenset()
     while True:
-        found = {id(module): _reading(module, named) for module in modules}
+        found = {kind: _of_class(*kind, named & _Methods.of(kind[0]).names) for kind in set(kinds.values())}
         more = named.union(*(reading.named for reading in found.values()))
         if more == named:
-            return found
+            return {key: found[kind] for key, kind in kinds.items()}
         named = more
 
 
-def _reading(module: nn.Module, named: frozenset[str]) -> Reading:
-    helpers = {n: type(v) for n, v in vars(module).items() if callable(v) and not isinstance(v, (type, FunctionType))}
-    return _of_class(type(module), named & _Methods.of(type(module)).names, tuple(sorted(helpers.items(), key=_first)))
-
-
-def _first(pair: tuple[str, type]) -> str:
-    return pair[0]
+def _helpers(module: nn.Module) -> tuple[tuple[str, type], ...]:
+    """Attributes of a module, by name and class, that it may hand itself to."""
+    values = vars(module).items()
+    return tuple((name, type(v)) for name, v in values if callable(v) and not isinstance(v, (type, FunctionType)))
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class _Piece:
 
 
 @cache
-def _of_class(cls: type, called: frozenset[str], helpers: tuple[tuple[str, type], ...]) -> Reading:
+def _of_class(cls: type, helpers: tuple[tuple[str, type], ...], called: frozenset[str]) -> Reading:
     found, seen, own = Reading(), set(), _Methods.of(cls)
     waiting = own.entries(called)
     while waiting:
