@@ -321,6 +321,15 @@ def test_layers_of_a_class_without_source_code_stay_dense_and_are_named_in_the_l
     )
 
 
+def test_a_model_of_nothing_else_is_refused_with_the_way_out():
+    cls = without_source()
+    with pytest.raises(
+        ValueError,
+        match="4 source of its owner cannot be read.*what source code keeps dense is overridden by ignore_so",
+    ):
+        find_targets(Net(cls(), cls()))
+
+
 def test_so_do_those_of_a_method_without_source_code_that_is_reached():
     reached = type("Reached", (Block,), {"forward": ByMethod.forward, "step": without_source().forward})
     assert set(find_targets(net(reached)).skipped.values()) == {HIDDEN}
