@@ -112,7 +112,7 @@ def find_targets(
             f"no layer to train in changing rank: {type(model).__name__} has {around.blocks} transformer blocks, "
             f"and its linear layers are left out as follows: {selection.summary()}. include={include}, "
             f"exclude={exclude}; patterns are regular expressions on names such as those of model.named_modules(). "
-            "What is a block can be said by blocks (names of classes, or such patterns), and what source code keeps dense "
+            "What is a block can be said by blocks (names of classes, or such patterns); what source code keeps dense "
             "is overridden by ignore_source."
         )
     _refuse_idle_overrides(ignore_source, ignored, skipped)

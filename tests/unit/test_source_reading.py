@@ -325,7 +325,7 @@ def test_a_model_of_nothing_else_is_refused_with_the_way_out():
     cls = without_source()
     with pytest.raises(
         ValueError,
-        match="4 source of its owner cannot be read.*what source code keeps dense is overridden by ignore_so",
+        match=r"4 source of its owner cannot be read.*what source code keeps dense is overridden by ignore_so",
     ):
         find_targets(Net(cls(), cls()))
 
