@@ -130,6 +130,8 @@ def compress(
     rank_multiple: int = 8,
     include: list[str] | None = None,
     exclude: list[str] | None = None,
+    blocks: list[str] | None = None,
+    ignore_source: list[str] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
 ) -> Compression:
     """Re-factor the linear layers of a trained model in place, by exactly one criterion.
@@ -153,7 +155,7 @@ def compress(
             ``rank_ratio`` within the budget. The error is relative, since a factor on W that a norm or a neighbour
             takes back must not change the ranks.
         rank_multiple: Ranks that are not given as ``rank`` are multiples of this, at least 1.
-        include, exclude: Regular expressions on layer names, as in :class:`hf_drt.DRTConfig`.
+        include, exclude, blocks, ignore_source: Which layers, as in :class:`hf_drt.DRTConfig`.
         evaluate: Gives a loss; called with the model in evaluation mode before and after.
 
     Returns:
@@ -167,7 +169,7 @@ def compress(
         raise ValueError(f"evaluate must be a function that takes the model and gives a number, got {evaluate!r}.")
     plan = plan_compression(
         model, rank=rank, rank_ratio=rank_ratio, energy=energy, parameters=parameters,
-        rank_multiple=rank_multiple, include=include, exclude=exclude,
+        rank_multiple=rank_multiple, include=include, exclude=exclude, blocks=blocks, ignore_source=ignore_source,
     )  # fmt: skip
     before = _measured(model, evaluate)
     modules = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
@@ -190,6 +192,8 @@ def plan_compression(
     rank_multiple: int = 8,
     include: list[str] | None = None,
     exclude: list[str] | None = None,
+    blocks: list[str] | None = None,
+    ignore_source: list[str] | None = None,
 ) -> Compression:
     """What :func:`compress` would do, from the singular values alone; the model is not touched.
 
@@ -197,8 +201,11 @@ def plan_compression(
     """
     name, value = _criterion(rank=rank, rank_ratio=rank_ratio, energy=energy, parameters=parameters)
     ranks = {name: value} if name in ("rank", "rank_ratio") else {}
-    DRTConfig(rank_multiple=rank_multiple, include=include, exclude=exclude, **ranks)  # checks them
-    targets = find_targets(model, include, exclude).targets
+    chosen = {"include": include, "exclude": exclude, "blocks": blocks, "ignore_source": ignore_source}
+    DRTConfig(rank_multiple=rank_multiple, **chosen, **ranks)  # checks them
+    selection = find_targets(model, **chosen)
+    selection.log_notes()
+    targets = selection.targets
     layers = [_layer(name, module) for name, module in targets.items() if stack_count(module) is None]
     if not layers:
         raise ValueError("all selected layers are fused experts, which are not compressed. Select linear layers too.")

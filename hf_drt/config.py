@@ -54,6 +54,15 @@ class DRTConfig:
         None, "Regular expressions; of the layers selected by the rule, keep those whose name matches one."
     )
     exclude: list[str] | None = _option(None, "Regular expressions; layers whose name matches one stay dense.")
+    blocks: list[str] | None = _option(
+        None,
+        "What is a block, in place of what is found: names of classes, or regular expressions on the names of modules.",
+    )
+    ignore_source: list[str] | None = _option(
+        None,
+        "Regular expressions; layers whose name matches one are selected even if source code uses their weights beside "
+        "calling them, or cannot be read. Right only if that code is never run, or is right for U V too.",
+    )
     budget: float | None = _option(
         None,
         "Share of the dense training FLOPs of the selected layers that the run may take, in (0, 1]. It decides rank "
@@ -163,7 +172,7 @@ class DRTConfig:
         _require(self.dense_query_key in (None, True, False), self, "dense_query_key", "True, False or None")
         if self.seed is not None:
             _require(_is_int(self.seed) and self.seed >= 0, self, "seed", "a whole number of at least 0")
-        for name in ("include", "exclude"):
+        for name in ("include", "exclude", "blocks", "ignore_source"):
             _check_patterns(name, getattr(self, name))
         object.__setattr__(self, "rank_pattern", _parse_rank_pattern(self.rank_pattern))
 
@@ -173,6 +182,11 @@ class DRTConfig:
         if self.dense_query_key is not None:
             return self.dense_query_key
         return self.budget_chooses_rank
+
+    @property
+    def selection(self) -> dict[str, list[str] | None]:
+        """The settings that select layers, as :func:`hf_drt.find_targets` takes them."""
+        return {name: getattr(self, name) for name in ("include", "exclude", "blocks", "ignore_source")}
 
     @property
     def budget_chooses_rank(self) -> bool:

@@ -143,13 +143,12 @@ class DynamicRank:
         config = DRTConfig.of(config)
         check_arguments(model, max_steps, plan, trigger, seed)
         self.model, self.config = model, config
-        selection = find_targets(model, config.include, config.exclude)
+        selection = find_targets(model, **config.selection)
         # Names and shapes only: a reference to a module would keep its old weights alive after a switch.
         self.targets = {name: weight_shape(module) for name, module in selection.targets.items()}
         self.copies = {name: copies(model, name, module) for name, module in selection.targets.items()}
         self.skipped, self.fused_note = selection.skipped, selection.fused_note()
-        if self.fused_note:
-            logger.warning("%s.", self.fused_note)
+        selection.log_notes()
         if plan is None:
             plan, trigger = plan_from(config, max_steps, model)
         refuse_idle(usage_of_plan(config, plan, self.targets, trigger is not None, in_trainer))

@@ -245,6 +245,8 @@ IDLE: dict[str, Reason] = {
     "rank_multiple": _rank_multiple,
     "include": _always,  # ranks are logged, and costs counted, of the selected layers in dense phases too
     "exclude": _always,
+    "blocks": _always,
+    "ignore_source": _always,  # the selection itself refuses a pattern that overrides nothing
     "budget": _budget,
     "dense_query_key": _dense_query_key,
     "start": _start,

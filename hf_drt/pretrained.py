@@ -150,7 +150,7 @@ def _cost_of_forms(model: nn.Module, config: DRTConfig) -> Callable[[str, int | 
     """FLOPs of a step of the target layers in a phase of some kind and rank, relative to dense."""
 
     def cost(kind: str, rank: int | float | None) -> float:
-        targets = find_targets(model, config.include, config.exclude).targets
+        targets = find_targets(model, **config.selection).targets
         shapes = {n: weight_shape(m) for n, m in targets.items()}
         forms = [resolve_form(kind, shape, config, name, rank) for name, shape in shapes.items()]
         return relative_flops(list(shapes.values()), forms, [copies(model, n, m) for n, m in targets.items()])

@@ -1,32 +1,29 @@
-"""Which layers are trained in changing rank: the linear layers and convolutions of blocks, and why each other is not.
+"""Which layers are trained in changing rank: linear layers and convolutions of blocks; and why each other is not."""
 
-transformers' classes are recognised by qualified name, so that nothing here imports it.
-"""
-
-import ast
-import inspect
 import logging
 import re
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 
 from torch import nn
 
-from hf_drt.convolutions import conv_inside, conv_unfit, has_conv_form, is_convolution
+from hf_drt.blocks import block_roots, conv_inside, is_linear, linear_inside
+from hf_drt.convolutions import conv_unfit, has_conv_form, is_convolution
 from hf_drt.experts import FUSED, as_layer, fused_weights, unfit_experts
-from hf_drt.forms import ExpertStack, LowRankLinear, is_transposed, odd_tensors, own_behaviour
+from hf_drt.forms import LowRankLinear, odd_tensors, own_behaviour
+from hf_drt.source_reading import Reading, readings
 
 logger = logging.getLogger(__name__)
 
-_CHECKPOINTING_LAYER = "transformers.modeling_layers.GradientCheckpointingLayer"
 _ROUTER_LEAF = re.compile(r"router|gate|gating|classifier_router|switch", re.IGNORECASE)
 _EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _REGISTERED = ("_modules", "_parameters", "_buffers")
-# What may be read of `self.<leaf>.weight` without the layer being used as anything else than a linear map.
-_HARMLESS_READS = {"dtype", "device", "shape", "size", "ndim"}
+# Modules of torch.nn that do nothing with a layer but call it; others, as nn.MultiheadAttention, take its weight.
+_CALLERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+# Reasons by source code, which ignore_source overrides.
+_READ, _WRITTEN = "weight read by its owner", "weight written by the model"
+_HIDDEN = "source of its owner cannot be read"
 
 
 @dataclass(frozen=True)
@@ -34,12 +31,14 @@ class Selection:
     """Linear layers and convolutions by name: those that change form, and those that stay dense with the reason.
 
     ``targets`` are in the order of ``model.named_modules()``. Fused experts are a layer for each of their weights.
-    ``fused_share`` is the share of the model's parameters in fused experts that cannot change form.
+    ``fused_share`` is the share of the model's parameters in fused experts that cannot change form; ``notes`` are
+    warnings about what source code hides, or says and was overridden.
     """
 
     targets: dict[str, nn.Module]
     skipped: dict[str, str]
     fused_share: float = 0.0
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """The skipped layers, counted by reason."""
@@ -57,39 +56,64 @@ class Selection:
             f"{names[0]} ({self.skipped[names[0]]})"
         )
 
+    def log_notes(self) -> None:
+        """Warn of fused experts, and of what the notes say."""
+        for note in filter(None, (self.fused_note(), *self.notes)):
+            logger.warning("%s.", note)
 
-def find_targets(model: nn.Module, include: list[str] | None = None, exclude: list[str] | None = None) -> Selection:
+
+def find_targets(
+    model: nn.Module,
+    include: list[str] | None = None,
+    exclude: list[str] | None = None,
+    blocks: list[str] | None = None,
+    ignore_source: list[str] | None = None,
+) -> Selection:
     """The linear layers, convolutions and fused experts inside blocks, narrowed by patterns on their names.
 
-    Blocks of convolutions are found in a way of their own (:mod:`hf_drt.convolutions`).
+    Blocks are found as :func:`hf_drt.blocks.block_roots` says, those of convolutions by
+    :func:`hf_drt.blocks.conv_inside`. Where there is neither, as in a plain MLP, all linear layers but the last count.
 
     Args:
-        model: Any module; blocks are its outermost ``GradientCheckpointingLayer`` objects, else the classes named in
-            ``_no_split_modules``, else children of a ``ModuleList`` that hold two or more linear layers.
+        model: Any module.
         include: Regular expressions (``re.search``); a layer has to match one of them.
         exclude: Regular expressions; a layer must match none.
+        blocks: What is a block, in place of what is found: names of classes, or regular expressions on the names of
+            modules.
+        ignore_source: Regular expressions; layers that match one are selected even if the source code of a class uses
+            their weights, or cannot be read.
 
     Raises:
-        ValueError: PEFT has changed layers of the model; or no layer is left: the message counts what was found, by
-            reason.
+        ValueError: PEFT has changed layers of the model; no layer is left (the message counts what was found, by
+            reason); an entry of ``blocks`` names nothing, or one of ``ignore_source`` changes nothing.
     """
     _refuse_peft(model)
-    surroundings = _Surroundings.of(model)
-    targets, skipped, fused = {}, {}, 0
+    around = _Surroundings.of(model, blocks)
+    targets, skipped, ignored, fused = {}, {}, {}, 0
     for name, module, weight in _layers(model):
-        reason = _reason(name, module, weight, surroundings) or _pattern_reason(name, include, exclude)
+        said = _source_reason(name, weight, around)
+        overrides = said is not None and _matches(name, ignore_source)
+        reason = _reason(name, module, weight, around)
+        if reason is None and said is not None and not overrides:
+            reason = said[0] if said[0] == _WRITTEN or not isinstance(module, LowRankLinear) else None
+        reason = reason or _pattern_reason(name, include, exclude)
         if reason is None:
             targets[name] = module if weight is None else as_layer(module, weight)
+            ignored |= {name: said[1]} if overrides else {}
             continue
         skipped[name] = reason
         fused += weight.numel() if weight is not None and reason.startswith(FUSED) else 0
-    selection = Selection(targets, skipped, fused / sum(p.numel() for p in model.parameters()) if fused else 0.0)
+    fused_share = fused / sum(p.numel() for p in model.parameters()) if fused else 0.0
+    selection = Selection(targets, skipped, fused_share, tuple(_notes(skipped, ignored, around)))
     if not targets:
         raise ValueError(
-            f"no layer to train in changing rank: {type(model).__name__} has {surroundings.blocks} transformer blocks, "
+            f"no layer to train in changing rank: {type(model).__name__} has {around.blocks} transformer blocks, "
             f"and its linear layers are left out as follows: {selection.summary()}. include={include}, "
-            f"exclude={exclude}; patterns are regular expressions on names such as those of model.named_modules()."
+            f"exclude={exclude}; patterns are regular expressions on names such as those of model.named_modules(). "
+            "What is a block can be said by blocks (names of classes, or such patterns); what source code keeps dense "
+            "is overridden by ignore_source."
         )
+    _refuse_idle_overrides(ignore_source, ignored, skipped)
     _warn_of_idle_patterns("include", include, [*targets, *skipped])
     _warn_of_idle_patterns("exclude", exclude, [*targets, *skipped])
     return selection
@@ -120,21 +144,30 @@ class _Surroundings:
     parents: dict[str, nn.Module]
     experts: set[int]
     """Numbers of experts that configurations tell, by which routers are known."""
+    readings: dict[int, Reading]
     written: set[str]
+    unread: set[str]
+    """Functions without source code of classes that own no layer, and might write to the layers of others."""
 
     @classmethod
-    def of(cls, model: nn.Module) -> "_Surroundings":
-        blocks = block_roots(model)
+    def of(cls, model: nn.Module, entries: list[str] | None) -> "_Surroundings":
+        blocks = block_roots(model, entries)
+        inside_conv = conv_inside(model, blocks) if entries is None else set()
+        inside = linear_inside(model, blocks, repeats=bool(inside_conv) or entries is not None)
+        found = readings(model)
+        owns = {id(m) for m in model.modules() if any(is_linear(c) or is_convolution(c) for c in m.children())}
         return cls(
             blocks=len(blocks),
-            inside={id(m) for block in blocks.values() for m in block.modules()},
-            inside_conv=conv_inside(model, blocks),
+            inside=inside,
+            inside_conv=inside_conv if entries is None else inside,
             heads={id(head) for head in _output_embeddings(model)},
             shared=_shared_parameters(model),
             unregistered=_unregistered(model),
             parents=_parents(model),
             experts=_expert_counts(model),
-            written=set().union(*(_weight_writes(kind) for kind in {type(m) for m in model.modules()})),
+            readings=found,
+            written=set().union(*(each.written for each in found.values())),
+            unread={function for key, each in found.items() for function in each.unread if key not in owns},
         )
 
 
@@ -153,9 +186,44 @@ def _reason(name: str, module: nn.Module, weight: nn.Parameter | None, around: _
     else:
         reason = conv_unfit(name, module) if is_convolution(module) else None
         reason = reason or _unfit(name, module, around.parents, around.shared, around.experts)
-    if reason is None and any(f".{name}".endswith(f".{path}") for path in around.written):
-        return "weight written by the model"
     return reason
+
+
+def _source_reason(name: str, weight: nn.Parameter | None, around: _Surroundings) -> tuple[str, str] | None:
+    """Why a layer has to stay dense by what source code says or hides, and where that stands; or None."""
+    owner, leaf = around.parents.get(name), name.rpartition(".")[2]
+    if written := [path for path in around.written if f".{name}".endswith(f".{path}")]:
+        return _WRITTEN, f"the model writes to the weight of {written[0]}"
+    if owner is None or weight is not None:
+        return None
+    found = around.readings[id(owner)]
+    if leaf in found.readers:
+        return _READ, f"{found.readers[leaf]} reads its weight"
+    if found.unread:
+        return _HIDDEN, f"the source code of {found.unread[0]} cannot be read"
+    return None
+
+
+def _notes(skipped: dict[str, str], ignored: dict[str, str], around: _Surroundings) -> Iterator[str]:
+    """What is to be said of source code that was overridden, or that could not be read."""
+    for said in dict.fromkeys(ignored.values()):
+        names = [name for name, other in ignored.items() if other == said]
+        yield f"ignore_source: {', '.join(names)} will change form, although {said}"
+    if hidden := [name for name, reason in skipped.items() if reason == _HIDDEN]:
+        yield f"{', '.join(hidden)} will stay dense, since the source code of the modules that hold them cannot be read"
+    if around.unread:
+        functions = ", ".join(sorted(around.unread))
+        yield f"the source code of {functions} cannot be read; it must not write to the weights of layers"
+
+
+def _refuse_idle_overrides(patterns: list[str] | None, ignored: dict[str, str], skipped: dict[str, str]) -> None:
+    for pattern in patterns or ():
+        if not any(re.search(pattern, name) for name in ignored):
+            open_to_it = [name for name, reason in skipped.items() if reason in (_READ, _WRITTEN, _HIDDEN)]
+            raise ValueError(
+                f"ignore_source: {pattern!r} overrides nothing, since no layer whose name it matches would stay dense "
+                f"for what source code does. Layers that do: {', '.join(open_to_it) or 'no other'}. Leave it out."
+            )
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter | None]]:
@@ -175,41 +243,9 @@ def _warn_of_idle_patterns(option: str, patterns: list[str] | None, names: list[
             logger.warning("%s: %r matches none of the %d linear layers.", option, pattern, len(names))
 
 
-def block_roots(model: nn.Module) -> dict[str, nn.Module]:
-    """The outermost transformer blocks by name; empty if none is recognised."""
-    modules = {name: m for name, m in model.named_modules() if name}
-    named = set().union(*(getattr(m, "_no_split_modules", None) or () for m in model.modules()))
-    candidates = (
-        {name for name, m in modules.items() if _is_checkpointing_layer(m)},
-        {name for name, m in modules.items() if type(m).__name__ in named},
-        set(_list_blocks(model)),
-    )
-    found = next(filter(None, candidates), set())
-    outermost = (name for name in modules if name in found)
-    return {n: modules[n] for n in outermost if not any(n.startswith(f"{other}.") for other in found)}
-
-
-def _is_checkpointing_layer(module: nn.Module) -> bool:
-    return any(f"{cls.__module__}.{cls.__qualname__}" == _CHECKPOINTING_LAYER for cls in type(module).__mro__)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer in one of the forms, or may become one: nn.Linear, Conv1D, or ours."""
-    ours = isinstance(module, (LowRankLinear, ExpertStack)) and not has_conv_form(module)
-    return ours or isinstance(module, nn.Linear) or is_transposed(module)
-
-
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is a linear layer or a convolution with low-rank forms, in one of the forms."""
     return is_linear(module) or has_conv_form(module) or isinstance(module, (nn.Conv1d, nn.Conv2d))
-
-
-def _list_blocks(model: nn.Module) -> Iterator[str]:
-    """Children of a ModuleList that hold two or more linear layers."""
-    for name, holder in model.named_modules():
-        for child_name, child in holder.named_children() if isinstance(holder, nn.ModuleList) else ():
-            if sum(map(is_linear, child.modules())) >= 2:
-                yield f"{name}.{child_name}" if name else child_name
 
 
 def _parents(model: nn.Module) -> dict[str, nn.Module]:
@@ -250,11 +286,15 @@ def _expert_counts(model: nn.Module) -> set[int]:
 
 
 def _pattern_reason(name: str, include: list[str] | None, exclude: list[str] | None) -> str | None:
-    if include is not None and not any(re.search(p, name) for p in include):
+    if include is not None and not _matches(name, include):
         return "not matched by include"
-    if exclude is not None and any(re.search(p, name) for p in exclude):
+    if _matches(name, exclude):
         return "matched by exclude"
     return None
+
+
+def _matches(name: str, patterns: list[str] | None) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns or ())
 
 
 def _unfit(
@@ -263,7 +303,7 @@ def _unfit(
     """Why a layer inside a block cannot be replaced, or None."""
     if isinstance(module, LowRankLinear):
         return own_behaviour(module)
-    owner, leaf = parents.get(name), name.rpartition(".")[2]
+    owner = parents.get(name)
     if reason := odd_tensors(module):
         return reason
     weight = module._parameters["weight"]
@@ -271,19 +311,11 @@ def _unfit(
         return "frozen"
     if id(weight) in shared:
         return "tied or shared weight"
-    if owner is not None and type(owner).__module__.startswith("torch.nn.") and not _is_container(owner):
+    if owner is not None and type(owner).__module__.startswith("torch.nn.") and not isinstance(owner, _CALLERS):
         return "owned by a torch.nn module"
     if name and _is_router(name, module, parents, experts):
         return "router of a mixture of experts"
-    if reason := own_behaviour(module):
-        return reason
-    if owner is not None and leaf in _weight_readers(type(owner)):
-        return "weight read by its owner"
-    return None
-
-
-def _is_container(module: nn.Module) -> bool:
-    return isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
+    return own_behaviour(module)
 
 
 def _is_router(name: str, module: nn.Module, parents: dict[str, nn.Module], experts: set[int]) -> bool:
@@ -301,50 +333,3 @@ def _is_router(name: str, module: nn.Module, parents: dict[str, nn.Module], expe
 
 def _has_experts(module: nn.Module | None) -> bool:
     return module is not None and any("expert" in name for name, _ in module.named_children())
-
-
-@cache
-def _weight_readers(owner: type) -> frozenset[str]:
-    """Leaves whose ``self.<leaf>.weight`` or ``.bias`` the class uses as a tensor, as fused kernels do."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
-    except (OSError, TypeError, SyntaxError):
-        return frozenset()
-    outer = {id(node.value): node for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    isinstance_arguments = {
-        id(argument)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "isinstance"
-        for argument in node.args
-    }
-    leaves = set()
-    for node in ast.walk(tree):
-        if not (isinstance(node, ast.Attribute) and node.attr in ("weight", "bias")):
-            continue
-        layer = node.value
-        if not (isinstance(layer, ast.Attribute) and getattr(layer.value, "id", None) == "self"):
-            continue
-        harmless = id(node) in outer and outer[id(node)].attr in _HARMLESS_READS
-        if not harmless and id(node) not in isinstance_arguments:
-            leaves.add(layer.attr)
-    return frozenset(leaves)
-
-
-@cache
-def _weight_writes(cls: type) -> frozenset[str]:
-    """Paths such as ``attention.output`` of layers of whose blocks the class changes the weight in place, as in
-    ``block.attention.output.weight.div_(2)``, beside initialising them."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    except (OSError, TypeError, SyntaxError):
-        return frozenset()
-    initial = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name in ("__init__", "_init_weights", "reset_parameters")
-        for inner in ast.walk(node)
-    }
-    calls = (n.func for n in ast.walk(tree) if isinstance(n, ast.Call) and id(n) not in initial)
-    functions = (f for f in calls if isinstance(f, ast.Attribute) and f.attr.endswith("_") and f.attr[0] != "_")
-    paths = (ast.unparse(f.value).split(".") for f in functions if isinstance(f.value, ast.Attribute))
-    return frozenset(".".join(p[1:-1]) for p in paths if p[-1] == "weight" and p[0] != "self" and len(p) > 2)

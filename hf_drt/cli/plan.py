@@ -76,6 +76,10 @@ def plan(
     ] = None,
     include: Annotated[list[str] | None, Option(help="Regular expression on layers; may be repeated.")] = None,
     exclude: Annotated[list[str] | None, Option(help="Regular expression on layers; may be repeated.")] = None,
+    blocks: Annotated[list[str] | None, Option(help="Class or pattern of what is a block; may be repeated.")] = None,
+    ignore_source: Annotated[
+        list[str] | None, Option(help="Regular expression on layers, as drt_ignore_source; may be repeated.")
+    ] = None,
     start: Annotated[str, Option(help="auto, scratch or pretrained: what 'lowrank' stands for.")] = "auto",
     task: Annotated[str | None, Option(help="E.g. causal-lm; by default what the configuration says.")] = None,
     steps: Annotated[int, Option(min=1, help="Update steps of the run (max_steps).")] = 1000,
@@ -109,6 +113,7 @@ def plan(
     origin = start if start != "auto" else "pretrained" if has_weights(model) else "scratch"
     ranks = {"rank_ratio": rank_ratio, "rank": rank, "rank_pattern": rank_pattern, "rank_multiple": rank_multiple}
     chosen = {"include": include or None, "exclude": exclude or None, "start": origin, "schedule": schedule}
+    chosen |= {"blocks": blocks or None, "ignore_source": ignore_source or None}
     chosen |= {"decomposition": decomposition, "dense_query_key": dense_query_key}
     run = Run(steps, steps_per_epoch, _lr_curve(lr_scheduler, warmup_steps, steps))
     settings, parsed = _parsed(ranks | chosen, budget)

@@ -107,7 +107,7 @@ def unused(model: nn.Module, config: DRTConfig) -> list[tuple[str, str]]:
 
 
 def _usage(model: nn.Module, config: DRTConfig) -> Usage:
-    targets = find_targets(model, config.include, config.exclude).targets
+    targets = find_targets(model, **config.selection).targets
     schedule = Schedule.parse(config.schedule)
     shapes = {name: weight_shape(module) for name, module in targets.items()}
     return usage_of(config, schedule, lowrank_kind(schedule, config, model), shapes)
@@ -129,7 +129,7 @@ def _refuse_experts(trainer: Any, config: DRTConfig) -> None:
     fsdp = _fsdp_version(trainer) is not None
     if not fsdp and config.export != "adapter":
         return
-    targets = find_targets(trainer.model, config.include, config.exclude).targets
+    targets = find_targets(trainer.model, **config.selection).targets
     name = next((name for name, layer in targets.items() if stack_count(layer) is not None), None)
     if name is not None and fsdp:
         raise ValueError(

@@ -181,6 +181,18 @@ def test_wrong_settings(hf_drt, configured, flags, code, message):
     assert message in " ".join(result.err.split())
 
 
+def test_blocks_and_source_code_are_options_too(hf_drt, configured):
+    data = json.loads(hf_drt("plan", configured(), *SMALL, "--blocks", "LlamaMLP", "--json").out)
+    assert {layer["name"].split(".")[-2] for layer in data["layers"]} == {"mlp"}
+    for flags, message in [
+        (("--blocks", "Nosuch"), "blocks: 'Nosuch' is neither the class of a module of LlamaForCausalLM"),
+        (("--ignore-source", "q_proj"), "ignore_source: 'q_proj' overrides nothing"),
+    ]:
+        result = hf_drt("plan", configured(), *SMALL, *flags)
+        assert result.code != 0
+        assert message in " ".join(result.err.split())
+
+
 def test_what_is_no_model(hf_drt, configured, tmp_path, monkeypatch):
     for source, message in [
         ("/no/such/folder", "there is no such path: /no/such/folder. Give the folder of a model, or a repository"),

@@ -393,6 +393,16 @@ def test_a_repository_on_the_hub_is_found(tmp_path, monkeypatch):
         load_peft_adapter(tiny.llama(), "no/such/folder")
 
 
+def test_the_blocks_of_the_run_are_those_of_the_loaded_adapter(tmp_path):
+    trained(tmp_path, steps=0, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"q_proj, which cannot take adapter form here \(outside of the blocks\)"):
+        load_peft_adapter(tiny.llama(), tmp_path, blocks=["LlamaMLP"])
+    model = tiny.llama()
+    assert len(load_peft_adapter(model, tmp_path, blocks=["LlamaAttention"])) == 2
+    with pytest.raises(ValueError, match="ignore_source: 'q_proj' overrides nothing"):
+        load_peft_adapter(tiny.llama(), tmp_path, ignore_source=["q_proj"])
+
+
 VARIANTS = {
     "dora": ({"use_dora": True}, r"sets use_dora=True, which is more than W \+ s B A\. Merge it in PEFT"),
     "lora_bias": ({"lora_bias": True}, r"sets lora_bias=True"),

@@ -26,7 +26,7 @@ gliner = pytest.importorskip("gliner")
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 PLAN = "factored@0 dense@4 adapter@8"
-DRT = ("--drt_schedule", PLAN, "--drt_rank", "4", "--drt_rank_multiple", "4")
+DRT = ("--drt_schedule", PLAN, "--drt_rank", "4")
 STEPS = (3, 6, 9)
 LOADERS = {
     "train_sentences": "from sentence_transformers import SentenceTransformer as Model; model = Model(folder)",
@@ -128,7 +128,7 @@ def mixed() -> type:
 
 
 def test_by_mixin_the_best_model_is_that_of_its_checkpoint(world, tmp_path):
-    settings = DRTConfig(schedule=PLAN, rank=4, rank_multiple=4, export="native")
+    settings = DRTConfig(schedule=PLAN, rank=4, export="native")
     trainer = sentence_trainer(world, tmp_path, mixed(), drt=settings)
     trainer.train()
     best = Path(trainer.state.best_model_checkpoint)
@@ -137,7 +137,7 @@ def test_by_mixin_the_best_model_is_that_of_its_checkpoint(world, tmp_path):
 
 
 def test_a_native_model_is_declared_at_the_encoder(world, tmp_path):
-    settings = DRTConfig(schedule="factored@0", rank=4, rank_multiple=4, export="native")
+    settings = DRTConfig(schedule="factored@0", rank=4, export="native")
     trainer = sentence_trainer(world, tmp_path, mixed(), drt=settings)
     trainer.train()
     trainer.save_model(str(tmp_path / "native"))

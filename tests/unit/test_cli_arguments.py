@@ -23,6 +23,8 @@ FLAGS = {
     "rank_multiple": (["4"], 4),
     "include": (["attn", r"mlp\.(up|down)"], ["attn", r"mlp\.(up|down)"]),
     "exclude": (["layers\\.0"], ["layers\\.0"]),
+    "blocks": (["LlamaDecoderLayer", r"layers\.\d"], ["LlamaDecoderLayer", r"layers\.\d"]),
+    "ignore_source": (["to_q"], ["to_q"]),
     "start": (["pretrained"], "pretrained"),
     "budget": (["0.5"], 0.5),
     "dense_query_key": (["False"], False),

@@ -128,7 +128,7 @@ DENSE |= {
 
 def cycle(model: nn.Module) -> DynamicRank:
     """All phases, with two update steps in each."""
-    drt = DynamicRank(model, DRTConfig(schedule=CYCLE, rank_multiple=1), 8)
+    drt = DynamicRank(model, DRTConfig(schedule=CYCLE), 8)
     drt.apply(0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     x = inputs(model)
@@ -439,7 +439,7 @@ def test_a_pruned_model_with_gradient_masks_trains_as_it_does_without_dynamic_ra
         optimizer.step()
         optimizer.zero_grad()
     model = pruned()
-    drt = DynamicRank(model, DRTConfig(schedule="adapter:2@0 dense@3 adapter:2@5 dense@7", rank_multiple=1), 8)
+    drt = DynamicRank(model, DRTConfig(schedule="adapter:2@0 dense@3 adapter:2@5 dense@7"), 8)
     drt.apply(0)
     optimizer = optimizer_of(model)
     for step in range(8):

@@ -12,8 +12,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_drt import Adapter, DRTConfig, DynamicRank, Factored, Selection, convert, find_targets, form_of, selection
+from hf_drt.blocks import block_roots
 from hf_drt.forms import plain
-from hf_drt.selection import block_roots
 from hf_drt.surgery import Swap, replace
 
 # ---- architectures
@@ -467,7 +467,7 @@ SKIPPED = {
     "multi-head attention": (lambda: net(WithAttention()), "blocks.0.attention.out_proj", "owned by a torch.nn module"),
     "torch's encoder layer": (
         lambda: net(nn.TransformerEncoderLayer(4, 2, 8)),
-        "blocks.0.self_attn.out_proj blocks.0.linear1 blocks.0.linear2",
+        "blocks.0.self_attn.out_proj",
         "owned by a torch.nn module",
     ),
     "router called gate": (
@@ -530,7 +530,7 @@ def test_a_layer_that_cannot_be_replaced_stays_dense_and_says_why(make, layers, 
 def test_every_reason_is_reached():
     sources = map(inspect.getsource, (selection._reason, selection._unfit, selection._pattern_reason, plain))
     elsewhere = ("outside of the blocks", "weight written by the model", "neither a linear layer nor a convolution")
-    starts = set(re.findall(r'return f?"([^"{]+)', "".join(sources))) - set(elsewhere)  # up to what is filled in
+    starts = {*re.findall(r'return f?"([^"{]+)', "".join(sources)), selection._READ} - set(elsewhere)
     assert len(starts) >= 14
     by_pattern = {"not matched by include", "matched by exclude"}
     reached = {reason for _, _, reason in SKIPPED.values()} - {""} | by_pattern
@@ -628,11 +628,13 @@ class Nested(Block):
         (lambda: Net(Block(), nn.Linear(4, 4), nn.ReLU()), ["blocks.0"]),
         (lambda: Net(Checkpointed(), Block()), ["blocks.0"]),
         (lambda: nn.ModuleList([Block()]), ["0"]),
-        (lambda: nn.Sequential(Block(), Block()), []),
+        (lambda: nn.Sequential(Block(), Block()), ["0", "1"]),
+        (lambda: nn.Sequential(Block(), nn.ReLU()), []),
         (lambda: nn.Linear(4, 4), []),
     ],
     ids=["checkpointing layers", "named classes", "list", "nested", "eleven", "one linear layer is no block",
-         "checkpointing layers come first", "the model is the list", "sequence", "no block"],
+         "checkpointing layers come first", "the model is the list", "sequence",
+         "a sequence that repeats nothing", "no block"],
 )  # fmt: skip
 def test_the_outermost_blocks_are_found(make, blocks):
     assert list(block_roots(make())) == blocks

@@ -25,7 +25,12 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def load_peft_adapter(
-    model: nn.Module, folder: str | os.PathLike, *, revision: str | None = None
+    model: nn.Module,
+    folder: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    blocks: list[str] | None = None,
+    ignore_source: list[str] | None = None,
 ) -> dict[str, Adapter]:
     """Bring a dense model's layers into adapter form, with the weights of a LoRA checkpoint of the PEFT library.
 
@@ -47,6 +52,7 @@ def load_peft_adapter(
         model: As the adapter was trained on: same class, same weights, no layer in a low-rank form.
         folder: Local folder, or the name of a repository on the Hub.
         revision: Branch, tag or commit on the Hub.
+        blocks, ignore_source: As in the run that trained the adapter (:class:`hf_drt.DRTConfig`).
 
     Returns:
         The form of every adapted layer, by name.
@@ -64,7 +70,7 @@ def load_peft_adapter(
     pairs, others = grouped(folder / WEIGHTS_NAME, without_unused(config, read_weights(folder)))
     _check_others(folder / WEIGHTS_NAME, others, model)
     _check_parameters(folder / CONFIG_NAME, config, model, pairs)
-    layers = _layers(model, pairs)
+    layers = _layers(model, pairs, blocks=blocks, ignore_source=ignore_source)
     forms = _forms(folder / CONFIG_NAME, layers, pairs, config)
     swaps, conversions = [], []
     for name, layer in layers.items():
@@ -132,9 +138,9 @@ def _tied(model: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def _layers(model: nn.Module, pairs: dict[str, Any]) -> dict[str, nn.Module]:
+def _layers(model: nn.Module, pairs: dict[str, Any], **chosen: list[str] | None) -> dict[str, nn.Module]:
     """The adapted layers, in the model's order; each has to be one that may change form."""
-    selection = find_targets(model)
+    selection = find_targets(model, **chosen)
     modules = dict(model.named_modules())
     for name in pairs:
         if name not in modules:
