@@ -1,7 +1,7 @@
 """The trainers of sentence-transformers and GLiNER, which save and load in ways of their own: by mixin, and unchanged
 under ``python -m hf_drt.run``. The results load in a process that knows nothing of hf_drt.
 
-Run with ``pip install sentence-transformers==6.2.0 && pip install --no-deps gliner==0.2.29 sentencepiece`` (GLiNER asks
+Run with ``pip install -e ".[libraries,test]" && pip install --no-deps gliner==0.2.29 sentencepiece`` (GLiNER asks
 for an older transformers than hf_drt does, and works with the newer one).
 """
 
