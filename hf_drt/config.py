@@ -115,8 +115,9 @@ class DRTConfig:
     save_at_switch: bool = _option(False, "Save a checkpoint at the end of every phase but the last.")
     export: Export = _option(
         "dense",
-        "Form in which the Trainer saves and pushes the model: 'dense' (an ordinary model, loads anywhere), 'native' "
-        "(in the form of its phase, loads after 'import hf_drt') or 'adapter' (a PEFT adapter, beside its base model).",
+        "Form in which the Trainer saves and pushes the model: 'dense' (an ordinary model, loads anywhere; the model "
+        "itself is one too, once training is over), 'native' (in the form of its phase, loads after 'import hf_drt') "
+        "or 'adapter' (a PEFT adapter, beside its base model).",
     )
     tag_phases: bool = _option(
         False, "Push the end of every phase to the Hub as a revision of its own, e.g. 'phase-1-dense'."

@@ -119,7 +119,7 @@ def sentence_trainer(world: Path, folder: Path, cls: type, **options):
         output_dir=str(folder), max_steps=12, save_steps=3, per_device_train_batch_size=8, learning_rate=1e-3,
         report_to=[], disable_tqdm=True, use_cpu=True, metric_for_best_model="loss", **best,
     )  # fmt: skip
-    loss = sentence_transformers.losses.MultipleNegativesRankingLoss(model)
+    loss = sentence_transformers.sentence_transformer.losses.MultipleNegativesRankingLoss(model)
     return cls(model=model, args=arguments, train_dataset=data, eval_dataset=data, loss=loss, **options)
 
 
