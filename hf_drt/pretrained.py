@@ -1,8 +1,8 @@
 """Are a model's weights pretrained, or drawn at random? Truncation to factors would destroy pretrained ones."""
 
 import logging
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -27,12 +27,44 @@ def is_pretrained(model: nn.Module) -> bool:
     return marked or any(isinstance(module, AdapterLinear) for module in model.modules())
 
 
+@dataclass(frozen=True)
+class Resolution:
+    """A schedule on a model, as far as it can be resolved without the run's learning rate.
+
+    Attributes:
+        schedule: As written.
+        run: The run, with budget and costs.
+        lowrank: What 'lowrank' stands for.
+    """
+
+    schedule: Schedule
+    run: Run
+    lowrank: str
+
+    def plan(self, lr: Callable[[], Sequence[float] | None]) -> Plan:
+        """The plan under a learning rate (:class:`hf_drt.schedule.Run`).
+
+        Raises:
+            ValueError: As :meth:`hf_drt.schedule.Schedule.resolve`.
+        """
+        return self.schedule.resolve(replace(self.run, lr=lr), self.lowrank)
+
+    def outline(self) -> Plan:
+        """:meth:`hf_drt.schedule.Schedule.outline`."""
+        return self.schedule.outline(self.run, self.lowrank)
+
+
 def resolved_plan(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Module) -> Plan:
     """The plan, with 'lowrank' resolved by where the weights come from, and a warning where that may be wrong.
 
     Raises:
         ValueError: As :meth:`hf_drt.schedule.Schedule.resolve`, and where a rank is given twice.
     """
+    return resolution(schedule, run, config, model).plan(run.lr)
+
+
+def resolution(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Module) -> Resolution:
+    """All of :func:`resolved_plan` that does not depend on the learning rate: the model may change form afterwards."""
     pretrained = is_pretrained(model) if config.start == "auto" else config.start == "pretrained"
     origin = getattr(getattr(model, "config", None), "name_or_path", "")
     if config.start == "auto" and not pretrained and origin and any(e.kind == "lowrank" for e in schedule.entries):
@@ -52,14 +84,13 @@ def resolved_plan(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Mod
     run = replace(run, budget=budget_of(config, kinds), cost=_cost_of_forms(model, config))
     if config.budget is None and config.budget_chooses_rank and lowrank == "factored":
         run = replace(run, budget=max(run.budget, least_budget(lowrank, run)))
-    plan = schedule.resolve(run, lowrank)
-    factored = next((phase for phase in plan.phases if phase.kind == "factored"), None)
+    factored = next((entry for entry in schedule.entries if entry.kind == "factored"), None)
     if pretrained and factored is not None and not any(isinstance(m, FactoredLinear) for m in model.modules()):
         logger.warning(
             "phase '%s' truncates pretrained weights, which usually destroys them; adapter form keeps them.",
             factored,
         )
-    return plan
+    return Resolution(schedule, run, lowrank)
 
 
 def budget_of(config: DRTConfig, kinds: set[str]) -> float:
