@@ -6,7 +6,6 @@ import re
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,42 +46,11 @@ from hf_drt.schedule import Phase, Plan, Trigger, whole_number
 from hf_drt.selection import find_targets, is_layer
 from hf_drt.sharding import gathered
 from hf_drt.spectral import effective_rank, factored_singular_values, gram_singular_values
-from hf_drt.structure import LASTING, check_structure, stored_plan, structure
+from hf_drt.structure import LASTING, check_plan, check_structure, stored_plan, structure
 from hf_drt.surgery import Swap, replace
-from hf_drt.transition import change_forms, empty_forms
+from hf_drt.transition import Transition, change_forms, empty_forms
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Transition:
-    """What one change of phase did. Holds numbers only, so that the old weights can be freed.
-
-    Attributes:
-        step: Update step at whose beginning it happened.
-        phase: Index of the phase that began, and its ``kind``.
-        layers: Layers that changed form.
-        seconds: Wall-clock time.
-        errors: Relative Frobenius error by truncation, by layer.
-        merge_error: Largest share of an update that rounding has cost in a merge (:class:`hf_drt.forms.Conversion`).
-        parameters: Trainable parameters of the model, before and after.
-        function_error: max |difference| of the probe's output, before to after; None without a probe.
-    """
-
-    step: int
-    phase: int
-    kind: str
-    layers: int
-    seconds: float
-    parameters: tuple[int, int]
-    errors: dict[str, float] = field(default_factory=dict)
-    merge_error: float = 0.0
-    function_error: float | None = None
-
-    @property
-    def truncation_error(self) -> float:
-        """Largest error of a layer; 0 where nothing was truncated."""
-        return max(self.errors.values(), default=0.0)
 
 
 class DynamicRank:
@@ -113,6 +81,8 @@ class DynamicRank:
             that of ``config.schedule`` if no plan is given.
         seed: Seed of new adapter directions where ``config.seed`` is None.
         in_trainer: Whether a Trainer drives it, which alone uses the settings on evaluating, saving and logging.
+        outline: Whether only number, kind and rank of the plan's phases hold, and :meth:`settle` will tell when they
+            begin, before the first update step.
 
     Attributes:
         targets: ``(out, in)`` of every layer that changes form, by name.
@@ -122,6 +92,7 @@ class DynamicRank:
         plan: The resolved phases, with the windows that a trigger has added so far.
         windows: The trigger's checks and decisions (:class:`hf_drt.adaptive.Windows`); None without a trigger.
         phase: Index of the phase the model is in; None before the first.
+        outline: As above; False once the plan is settled.
 
     Raises:
         ValueError: No target layer, a schedule that does not resolve, a setting that would have no effect, a low-rank
@@ -139,10 +110,11 @@ class DynamicRank:
         trigger: Trigger | None = None,
         seed: int = 0,
         in_trainer: bool = False,
+        outline: bool = False,
     ):
         config = DRTConfig.of(config)
         check_arguments(model, max_steps, plan, trigger, seed)
-        self.model, self.config = model, config
+        self.model, self.config, self.outline = model, config, outline
         selection = find_targets(model, **config.selection)
         # Names and shapes only: a reference to a module would keep its old weights alive after a switch.
         self.targets = {name: weight_shape(module) for name, module in selection.targets.items()}
@@ -178,6 +150,21 @@ class DynamicRank:
         return {
             name: resolve_form(phase.kind, shape, self.config, name, phase.rank) for name, shape in self.targets.items()
         }
+
+    def settle(self, plan: Plan, resumed: bool = False) -> None:
+        """Put in force, before the first update step, when exactly the phases begin.
+
+        Args:
+            plan: Differs from :attr:`plan` in the beginnings of later phases only.
+            resumed: Whether the plan in force is a checkpoint's, which then has to be this one.
+
+        Raises:
+            ValueError: The checkpoint's plan is another.
+        """
+        if resumed:
+            check_plan(str(self.plan), self.plan.max_steps, plan)
+        self.plan = self.initial_plan = plan
+        self.outline = False
 
     # ---- the verbs
 
@@ -323,12 +310,14 @@ class DynamicRank:
         check_structure(state, plan, self._settings(), self.targets, lambda index: self._forms_of(plan.phases[index]))
 
     def _plan_of(self, state: dict[str, Any]) -> Plan:
-        """The plan that a state must have: with a trigger any that has grown out of the initial one."""
-        if self.windows is None:
-            return self.plan
+        """The plan that a state must have: with a trigger any that has grown out of the initial one, and while that is
+        an outline any with its phases."""
         plan, initial = stored_plan(state), self.initial_plan
-        grown = plan is not None and (plan.phases[0], plan.max_steps) == (initial.phases[0], initial.max_steps)
-        return plan if grown else self.plan
+        if plan is None or plan.max_steps != initial.max_steps:
+            return self.plan
+        grown = self.windows is not None and plan.phases[0] == initial.phases[0]
+        filled = self.outline and [(p.kind, p.rank) for p in plan.phases] == [(p.kind, p.rank) for p in initial.phases]
+        return plan if grown or filled else self.plan
 
     def _settings(self) -> dict[str, Any]:
         settings = {"seed": self.seed} | {name: getattr(self.config, name) for name in LASTING}
@@ -355,9 +344,10 @@ class DynamicRank:
             ValueError: As in :meth:`check_state`; the model is as it was then.
         """
         self.check_state(state)
+        if history:
+            self.plan = self._plan_of(state)
         if self.windows is not None and history:
             self.windows.load_state_dict(state.get("windows", {}))
-            self.plan = self._plan_of(state)
         forms = self._forms_of(self._plan_of(state).phases[state["phase"]])
         changed = {name: form for name, form in forms.items() if form_of(self._layer(name)) != form}
         swaps = empty_forms(self.model, changed, optimizer)
@@ -372,7 +362,7 @@ class DynamicRank:
         They live as long as it does. Of weights that a change of form writes to (W under an adapter that takes its
         principal directions, an adapter's base where it is merged) it keeps a copy.
         """
-        phase, step = self.phase, self._step
+        phase, step, plan = self.phase, self._step, self.plan
         layers = {name: self._layer(name) for name in self.targets}
         parameters = [p for layer in layers.values() for p in layer.parameters()]
         flags = [p.requires_grad for p in parameters]
@@ -389,7 +379,7 @@ class DynamicRank:
                 for parameter, value in zip(written, values, strict=True):
                     parameter.copy_(value)
             declare(self.model)
-            self.phase, self._step = phase, step
+            self.phase, self._step, self.plan = phase, step, plan
 
         return restore
 

@@ -2,8 +2,8 @@
 
 import logging
 import weakref
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -29,6 +29,33 @@ def is_pretrained(model: nn.Module) -> bool:
     return marked or any(isinstance(module, AdapterLinear) for module in model.modules())
 
 
+@dataclass(frozen=True)
+class Resolution:
+    """A schedule on a model, as far as it can be resolved without the run's learning rate.
+
+    Attributes:
+        schedule: As written.
+        run: The run, with budget and costs.
+        lowrank: What 'lowrank' stands for.
+    """
+
+    schedule: Schedule
+    run: Run
+    lowrank: str
+
+    def plan(self, lr: Callable[[], Sequence[float] | None]) -> Plan:
+        """The plan under a learning rate (:class:`hf_drt.schedule.Run`).
+
+        Raises:
+            ValueError: As :meth:`hf_drt.schedule.Schedule.resolve`.
+        """
+        return self.schedule.resolve(replace(self.run, lr=lr), self.lowrank)
+
+    def outline(self) -> Plan:
+        """:meth:`hf_drt.schedule.Schedule.outline`."""
+        return self.schedule.outline(self.run, self.lowrank)
+
+
 def resolved_plan(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Module, resumed: bool = False) -> Plan:
     """The plan, with 'lowrank' resolved by where the weights come from, and a warning where that may be wrong.
 
@@ -44,6 +71,11 @@ def resolved_plan(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Mod
     Raises:
         ValueError: As :meth:`hf_drt.schedule.Schedule.resolve`, and as :func:`lowrank_kind`.
     """
+    return resolution(schedule, run, config, model, resumed).plan(run.lr)
+
+
+def resolution(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Module, resumed: bool = False) -> Resolution:
+    """All of :func:`resolved_plan` that does not depend on the learning rate: the model may change form afterwards."""
     lowrank = lowrank_kind(schedule, config, model, resumed)
     if _writes_lowrank(schedule):
         _report(lowrank, config, model)
@@ -52,15 +84,14 @@ def resolved_plan(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Mod
     run = replace(run, budget=budget_of(config, kinds), cost=_cost_of_forms(model, config))
     if config.budget is None and config.budget_chooses_rank and lowrank == "factored":
         run = replace(run, budget=max(run.budget, least_budget(lowrank, run)))
-    plan = schedule.resolve(run, lowrank)
-    factored = next((phase for phase in plan.phases if phase.kind == "factored"), None)
+    factored = next((entry for entry in schedule.entries if entry.kind == "factored"), None)
     in_factors = any(isinstance(module, FactoredLinear) for module in model.modules())
     if lowrank == "adapter" and factored is not None and not in_factors:
         logger.warning(
             "phase '%s' truncates pretrained weights, which usually destroys them; adapter form keeps them.",
             factored,
         )
-    return plan
+    return Resolution(schedule, run, lowrank)
 
 
 def plan_from(config: DRTConfig, max_steps: int | None, model: nn.Module) -> tuple[Plan, Trigger | None]:

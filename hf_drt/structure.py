@@ -69,13 +69,7 @@ def check_structure(
             raise ValueError(f"the state lacks '{key}'; it is incomplete.")
         if not isinstance(state[key], kind):
             raise ValueError(f"the state's '{key}' is {state[key]!r}, which is no {kind.__name__}; it is damaged.")
-    if (state["plan"], state["max_steps"]) != (str(plan), plan.max_steps):
-        raise ValueError(
-            f"the plan has changed: the state is of '{state['plan']}' over {state['max_steps']} update steps, this run "
-            f"of '{plan}' over {plan.max_steps}. Go on with the schedule and length of then: "
-            f"schedule='{state['plan']}', max_steps={state['max_steps']}. To train for longer, finish that run, and "
-            "start a new one with its own schedule from the saved model."
-        )
+    check_plan(state["plan"], state["max_steps"], plan)
     if not (isinstance(state["phase"], int) and 0 <= state["phase"] < len(plan)):
         raise ValueError(
             f"phase must lie in 0..{len(plan) - 1}, the state has {state['phase']!r}. (None: it was taken before "
@@ -85,6 +79,21 @@ def check_structure(
         if (stored := state["settings"].get(name, _UNSAID.get(name))) != value:
             raise ValueError(f"{name} is {value!r} here, and {stored!r} in the state. {_SAME_RUN}")
     _check_layers(state["layers"], targets, forms(state["phase"]), state["phase"])
+
+
+def check_plan(stored: str, max_steps: int, plan: Plan) -> None:
+    """Compare a stored plan, and its length, with a run's.
+
+    Raises:
+        ValueError: They differ.
+    """
+    if (stored, max_steps) != (str(plan), plan.max_steps):
+        raise ValueError(
+            f"the plan has changed: the state is of '{stored}' over {max_steps} update steps, this run of '{plan}' "
+            f"over {plan.max_steps}. Go on with the schedule and length of then: schedule='{stored}', "
+            f"max_steps={max_steps}. To train for longer, finish that run, and start a new one with its own schedule "
+            "from the saved model."
+        )
 
 
 def _check_layers(layers: dict[str, Any], targets: Shapes, expected: dict[str, Form], phase: int) -> None:

@@ -27,6 +27,37 @@ class HalfwayError(RuntimeError):
     """A change of form has failed after the first layer had changed: the model is of no use any more."""
 
 
+@dataclass(frozen=True)
+class Transition:
+    """What one change of phase did. Holds numbers only, so that the old weights can be freed.
+
+    Attributes:
+        step: Update step at whose beginning it happened.
+        phase: Index of the phase that began, and its ``kind``.
+        layers: Layers that changed form.
+        seconds: Wall-clock time.
+        errors: Relative Frobenius error by truncation, by layer.
+        merge_error: Largest share of an update that rounding has cost in a merge (:class:`hf_drt.forms.Conversion`).
+        parameters: Trainable parameters of the model, before and after.
+        function_error: max |difference| of the probe's output, before to after; None without a probe.
+    """
+
+    step: int
+    phase: int
+    kind: str
+    layers: int
+    seconds: float
+    parameters: tuple[int, int]
+    errors: dict[str, float] = field(default_factory=dict)
+    merge_error: float = 0.0
+    function_error: float | None = None
+
+    @property
+    def truncation_error(self) -> float:
+        """Largest error of a layer; 0 where nothing was truncated."""
+        return max(self.errors.values(), default=0.0)
+
+
 @dataclass
 class Outcome:
     """What a change of form did to the weights.

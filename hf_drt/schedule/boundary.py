@@ -95,8 +95,18 @@ class Boundary:
     def __post_init__(self) -> None:
         if self.unit == "share" and not 0 <= self.value < 100:
             raise ValueError(f"a boundary in % must lie in [0, 100), got {self}. A phase at 100% would never train.")
-        if self.unit in ("lr_below", "lr_above") and not 0 < self.value < 1:
+        if self.is_anchor and not 0 < self.value < 1:
             raise ValueError(f"an LR anchor must lie in (0, 1), got {self}. It is a share of the schedule's peak LR.")
+
+    @property
+    def is_anchor(self) -> bool:
+        """Whether it is an LR anchor."""
+        return self.unit in ("lr_below", "lr_above")
+
+    @property
+    def uses_lr(self) -> bool:
+        """Whether its step depends on the run's learning rate."""
+        return self.is_anchor or self.unit == "paper"
 
     def __str__(self) -> str:
         number = self.value if isinstance(self.value, str) else number_text(self.value)
@@ -169,12 +179,20 @@ def lr_drops(curve: Sequence[float]) -> list[int]:
 
 def _paper_step(letter: str, run: Run) -> int:
     """I and D of arXiv 2508.08625: ``I = 0.54 d1``, ``D = d1 + 2/3 (d2 - d1)`` with the first and the last LR drop;
-    40 % and 80 % of the run where the LR has fewer than two drops."""
+    40 % and 80 % of the run where the LR has fewer than two drops, or is unknown."""
+    share = {"I": 0.4, "D": 0.8}[letter]
     drops = lr_drops(run.curve) if run.curve is not None else []
-    if len(drops) < 2:
+    if run.curve is None:
+        logger.warning(
+            "boundary %s: the learning rate is not known before the run, so that its drops are not either; taken as "
+            "%.0f %% of the run. Write it in %% or steps to choose it yourself.",
+            letter, 100 * share,
+        )  # fmt: skip
+    elif len(drops) < 2:
         logger.info(
             "boundary %s: the learning rate has %d drops, not two; taken as a share of the run", letter, len(drops)
         )
-        return int((0.4 if letter == "I" else 0.8) * run.max_steps + 0.5)
+    if len(drops) < 2:
+        return int(share * run.max_steps + 0.5)
     first, last = drops[0], drops[-1]
     return int(0.54 * first + 0.5) if letter == "I" else int(first + 2 / 3 * (last - first) + 0.5)

@@ -102,6 +102,11 @@ class Schedule:
         """Whether a rank, a boundary or the windows of the run depend on a budget."""
         return self.trigger is not None or any(e.rank == "budget" or e.at.unit == "budget" for e in self.entries)
 
+    @property
+    def uses_lr(self) -> bool:
+        """Whether a boundary depends on the run's learning rate."""
+        return any(entry.at.uses_lr for entry in self.entries)
+
     def resolve(self, run: Run, lowrank: str = "factored") -> Plan:
         """The plan of integer phases.
 
@@ -112,13 +117,7 @@ class Schedule:
         Raises:
             ValueError: A boundary cannot be resolved, or the phases do not form a :class:`Plan`.
         """
-        if run.max_steps < 1:
-            raise ValueError(f"the schedule '{self}' never trains: the run has {run.max_steps} update steps.")
-        kinds = [lowrank if entry.kind == "lowrank" else entry.kind for entry in self.entries]
-        ranks = [
-            budget_rank(kind, run) if entry.rank == "budget" else entry.rank
-            for kind, entry in zip(kinds, self.entries, strict=True)
-        ]
+        kinds, ranks = self._forms(run, lowrank)
         starts = [None if entry.at.unit == "budget" else entry.at.resolve(run) for entry in self.entries]
         if None in starts:
             index = starts.index(None)
@@ -127,6 +126,22 @@ class Schedule:
         if any(entry.rank == "budget" for entry in self.entries):
             check_cost(plan, run)
         return plan
+
+    def outline(self, run: Run, lowrank: str = "factored") -> Plan:
+        """The plan's phases in number, kind and rank, as early as they could begin: for a run whose learning rate is
+        not known yet. Arguments and ``Raises`` as in :meth:`resolve`."""
+        kinds, ranks = self._forms(run, lowrank)
+        return Plan(tuple(map(Phase, range(len(kinds)), kinds, ranks)), run.max_steps)
+
+    def _forms(self, run: Run, lowrank: str) -> tuple[list[str], list[int | float | None]]:
+        if run.max_steps < 1:
+            raise ValueError(f"the schedule '{self}' never trains: the run has {run.max_steps} update steps.")
+        kinds = [lowrank if entry.kind == "lowrank" else entry.kind for entry in self.entries]
+        ranks = [
+            budget_rank(kind, run) if entry.rank == "budget" else entry.rank
+            for kind, entry in zip(kinds, self.entries, strict=True)
+        ]
+        return kinds, ranks
 
     def __str__(self) -> str:
         return " ".join(map(str, self.entries)) if self.trigger is None else str(self.trigger)

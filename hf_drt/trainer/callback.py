@@ -20,9 +20,9 @@ from hf_drt.schedule import Run, Schedule
 from hf_drt.state import write_state
 from hf_drt.trainer.checkpoint import random_state_files
 from hf_drt.trainer.delivery import deliver
-from hf_drt.trainer.lr import existing_curve
+from hf_drt.trainer.lr import existing_curve, is_fused
 from hf_drt.trainer.meter import PhaseMeter
-from hf_drt.trainer.refusals import refuse_lone_process, refuse_unused
+from hf_drt.trainer.refusals import refuse_anchors_with_scaler, refuse_lone_process, refuse_unused
 
 logger = logging.getLogger(__name__)
 
@@ -153,12 +153,14 @@ class DRTCallback(TrainerCallback):
         model, scheduler = kwargs["model"], kwargs["lr_scheduler"]
         self._check_alone(args, model)  # on_init_end is too early for a callback that is added later
         epoch = updates_per_epoch(kwargs["train_dataloader"], args.gradient_accumulation_steps)
+        optimizer = kwargs["optimizer"]
+        refuse_anchors_with_scaler(self.schedule, getattr(optimizer, "scaler", None), is_fused(optimizer))
         run = Run(state.max_steps, epoch, existing_curve(scheduler, state.max_steps))
         plan = resolved_plan(self.schedule, run, self.config, model)
         self.controller = DynamicRank(
             model, self.config, plan=plan, trigger=self.schedule.trigger, seed=args.seed, in_trainer=True
         )
-        self.first_transition = self.controller.apply(0, kwargs["optimizer"])
+        self.first_transition = self.controller.apply(0, optimizer)
         self.meter = PhaseMeter()
 
     # ---- in the loop

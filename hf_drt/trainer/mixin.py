@@ -4,6 +4,7 @@ What each override is for:
 
 - ``_prepare_for_training``: resolves the plan and applies the first phase, once max_steps is known and before the
   optimizer is made.
+- ``_load_optimizer_and_scheduler``: the last moment at which a resumed run's scheduler stands at its beginning.
 - ``create_optimizer``: form groups and step hooks, before the scheduler is made.
 - ``get_batch_samples``: sees the batches; counts them, and keeps one as the probe of a switch.
 - ``training_step``: sees the losses, for full-rank windows that a trigger begins.
@@ -37,7 +38,7 @@ from hf_drt.controller import DynamicRank
 from hf_drt.ddp import renewed_reducer
 from hf_drt.idle_settings import refuse_without_schedule
 from hf_drt.optim import form_group_options, remembered
-from hf_drt.pretrained import resolved_plan
+from hf_drt.pretrained import resolution
 from hf_drt.schedule import Run, Schedule
 from hf_drt.sharding import is_sharded
 from hf_drt.state import STATE_NAME, CheckpointError, read_state
@@ -52,12 +53,12 @@ from hf_drt.trainer.checkpoint import (
 from hf_drt.trainer.delivery import Delivery, deliver
 from hf_drt.trainer.exporting import check_export
 from hf_drt.trainer.jit import save_at_step_end
-from hf_drt.trainer.lr import existing_curve, simulated_curve
 from hf_drt.trainer.meter import PhaseMeter
 from hf_drt.trainer.outermost import call_with, wrap_overrides
 from hf_drt.trainer.probe import Probe
 from hf_drt.trainer.publishing import PublishingMixin
 from hf_drt.trainer.push import Publisher
+from hf_drt.trainer.rates import RunRates
 from hf_drt.trainer.refusals import refuse_unsupported, refuse_unused, warn_of_another_engine
 from hf_drt.trainer.saving import recover, written_whole
 from hf_drt.trainer.search import checked_search, settings_of
@@ -89,7 +90,8 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_best_model": (),
     "_issue_warnings_after_load": ("load_result",),
-    "create_scheduler": ("num_training_steps", "optimizer"),
+    "create_scheduler": ("num_training_steps", "optimizer"),  # used by rates.py
+    "_load_optimizer_and_scheduler": ("checkpoint",),
     "_prepare_input": ("data",),  # used by probe.py
     "compute_loss_context_manager": (),  # used by probe.py
 }
@@ -132,7 +134,7 @@ class DRTTrainerMixin(PublishingMixin):
         refuse_unsupported(self, config)
         warn_of_another_engine(self)
         refuse_unused(self.model, config)
-        self._drt_probe = Probe(self)
+        self._drt_probe, self._drt_rates = Probe(self), RunRates(self)
         callback.probe = self._drt_probe
         callback.around_switch = self._drt_around_switch
         callback.step_loss = self._drt_step_loss
@@ -205,7 +207,10 @@ class DRTTrainerMixin(PublishingMixin):
         fresh = resume_from_checkpoint is None
         with as_it_was_on_failure(self, controller) if fresh else contextlib.nullcontext():
             self._drt_begin(controller, resume_from_checkpoint)
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            if resume_from_checkpoint is None:
+                self._drt_rates.settle(controller, self._drt_resolution)
+            return prepared
 
     def _drt_begin(self, controller: DynamicRank, folder: str | None) -> None:
         """The model in its first phase, or as a checkpoint has it; before the optimizer is made."""
@@ -237,29 +242,23 @@ class DRTTrainerMixin(PublishingMixin):
             )
         callback.config, callback.schedule = config, Schedule.parse(config.schedule)
         epoch = updates_per_epoch(train_dataloader, self.args.gradient_accumulation_steps)
-        run = Run(max_steps, epoch, self._drt_lr_curve(max_steps))
-        plan = resolved_plan(callback.schedule, run, config, self.model, resumed)
+        self._drt_resolution = resolution(callback.schedule, Run(max_steps, epoch), config, self.model, resumed)
+        plan, outline = self._drt_rates.first_plan(self._drt_resolution, resumed)
         drt = self.drt
         fits = drt is not None and (drt.model, drt.initial_plan, drt.config) == (self.model, plan, config)
         if not fits or (drt.windows is not None and not resumed):  # a new run has its own windows
             trigger = callback.schedule.trigger
             check_export(config.export, plan, self.args, self.is_fsdp_enabled, grows=trigger is not None)
-            self.drt = DynamicRank(self.model, config, plan=plan, trigger=trigger, seed=self.args.seed, in_trainer=True)
+            self.drt = DynamicRank(
+                self.model, config, plan=plan, trigger=trigger, seed=self.args.seed, in_trainer=True, outline=outline
+            )
             callback.controller = self.drt
         return self.drt
 
-    def _drt_lr_curve(self, max_steps: int) -> Any:
-        if self.lr_scheduler is not None and not self._created_lr_scheduler:
-            return existing_curve(self.lr_scheduler, max_steps)
-
-        def make(optimizer: torch.optim.Optimizer) -> Any:
-            kept, self.lr_scheduler = (self.lr_scheduler, self._created_lr_scheduler), None
-            try:
-                return self.create_scheduler(num_training_steps=max_steps, optimizer=optimizer)
-            finally:
-                self.lr_scheduler, self._created_lr_scheduler = kept
-
-        return simulated_curve(make, self.args.learning_rate, max_steps)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._drt_callback is not None:
+            self._drt_rates.settle(self.drt, self._drt_resolution, checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The base's optimizer, with form groups and step hooks where the settings need them."""

@@ -52,6 +52,27 @@ def refuse_unsupported(trainer: Any, config: DRTConfig) -> None:
         )
 
 
+def refuse_anchors_with_scaler(schedule: Schedule, scaler: Any, fused: bool) -> None:
+    """Raise where a phase begins at a learning rate, and the Trainer may count updates without stepping its scheduler.
+
+    Args:
+        schedule: As written.
+        scaler: The gradient scaler, or None.
+        fused: Whether the optimizer leaves out an update that overflows by itself. Accelerate takes it for made then,
+            and the scheduler is stepped.
+
+    Raises:
+        ValueError: There is an LR anchor, and a scaler around an optimizer that is not fused.
+    """
+    anchor = next((entry for entry in schedule.entries if entry.at.is_anchor), None)
+    if anchor is not None and scaler is not None and not fused:
+        raise ValueError(
+            f"'{anchor}' cannot be resolved before a run in fp16: its gradient scaler leaves out updates that "
+            "overflow, and the learning rate of all later ones comes late by as many. Give the boundary in % or steps, "
+            "train in bf16, or use a fused optimizer (optim='adamw_torch_fused'), whose scheduler counts every update."
+        )
+
+
 def refuse_lone_process(args: Any) -> None:
     """Raise where several processes were launched, and each would train on all data alone, into one folder.
 

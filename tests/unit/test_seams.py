@@ -6,7 +6,7 @@ import pytest
 from transformers import Seq2SeqTrainer, Trainer
 
 from hf_drt import DRTTrainerMixin
-from hf_drt.trainer import probe
+from hf_drt.trainer import probe, rates
 from hf_drt.trainer.mixin import SEAMS
 from hf_drt.trainer.publishing import PublishingMixin
 
@@ -33,7 +33,7 @@ def test_every_method_that_the_mixin_overrides_is_listed():
 
 
 def test_every_seam_is_overridden_or_called():
-    source = "".join(map(inspect.getsource, (*CLASSES, probe)))
+    source = "".join(map(inspect.getsource, (*CLASSES, probe, rates)))
     assert [name for name in SEAMS if f"def {name}(" not in source and f".{name}(" not in source] == []
 
 
