@@ -1,5 +1,6 @@
 """Tiny models of every kind the suite needs, and batches for them. Seconds, not minutes."""
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -124,9 +125,15 @@ def arguments(folder, **changes) -> DRTTrainingArguments:
         "drt_schedule": "factored@0 dense@30% adapter@60% factored@80%",
     }  # fmt: skip
     settings = {**defaults, **changes}
-    if settings["drt_schedule"] not in (None, "dense@0") and "drt_rank" not in settings:
+    if "drt_rank" not in settings and _has_shares(settings["drt_schedule"]):
         settings.setdefault("drt_rank_multiple", 4)
     return DRTTrainingArguments(**settings)
+
+
+def _has_shares(schedule: str | None) -> bool:
+    """Whether a rank in the schedule is a share of the width, which is rounded to a multiple."""
+    low_rank = [phase for phase in (schedule or "").split() if not phase.startswith("dense")]
+    return any(re.search(r":\d+@", phase) is None for phase in low_rank)
 
 
 def trainer(folder, model: nn.Module | None = None, kind: str = "llama", cls=DRTTrainer, **changes) -> DRTTrainer:

@@ -213,7 +213,8 @@ def _check_random_states(folder: Path, state: dict[str, Any]) -> None:
 
 def _check_weights(folder: Path, controller: DynamicRank, state: dict[str, Any]) -> None:
     stored, expected = _stored_shapes(folder), _expected_shapes(controller.model, state["layers"])
-    prefix = _container_prefix(next(n for n in expected if n.startswith(f"{next(iter(state['layers']))}")), stored)
+    layer = next(iter(state["layers"]))
+    prefix = _container_prefix(next(name for name in expected if name.startswith(layer)), stored)
     if prefix is None and transformers_models(controller.model) != [controller.model]:
         logger.info("%s: the weights lie in a library's own layout; they are looked at once they are loaded.", folder)
         return
@@ -275,7 +276,7 @@ def _container_prefix(name: str, stored: Shapes) -> str | None:
 def _stored_shapes(folder: Path) -> Shapes:
     """Of all tensors; none where a library has put them into folders inside this one."""
     files = weight_files(folder, _OTHER)
-    if files[0].is_file() or len(files) > 1:
+    if len(files) != 1 or files[0].is_file():
         return stored_shapes(files, _OTHER)
     if (folder / WEIGHTS_NAME).is_file():
         return _pickled_shapes(folder / WEIGHTS_NAME)

@@ -42,7 +42,7 @@ from hf_drt.pretrained import resolution
 from hf_drt.schedule import Run, Schedule
 from hf_drt.sharding import is_sharded
 from hf_drt.state import STATE_NAME, CheckpointError, read_state
-from hf_drt.trainer.aside import metrics_set_aside, upcast_bases
+from hf_drt.trainer.aside import hidden_token, metrics_set_aside, upcast_bases
 from hf_drt.trainer.callback import DRTCallback, updates_per_epoch
 from hf_drt.trainer.checkpoint import (
     check_optimizer,
@@ -347,8 +347,16 @@ class DRTTrainerMixin(PublishingMixin):
         self._drt_around_saving(self._drt_save_whole, *args, **kwargs)
 
     def _drt_save_whole(self, *args: Any, **kwargs: Any) -> None:
-        """The base's, which writes nothing for a model that FSDP saves in shards; here the user gets a whole one."""
-        super().save_model(*args, **kwargs)
+        """The base's, which writes nothing for a model that FSDP saves in shards; here the user gets a whole one. Its
+        push comes once all is written and the model is itself again."""
+        save = super().save_model
+        if self._drt_callback is not None and save.__func__ is Trainer.save_model and self.args.push_to_hub:
+            if not kwargs.get("_internal_call", len(args) > 1 and args[1]):
+                push = partial(self.push_to_hub, commit_message="Model save", revision=self.args.hub_revision)
+                self._drt_writer.once_written(push)
+            call_with(save, args, kwargs, {"_internal_call": (1, True)})
+        else:
+            save(*args, **kwargs)
         if self._drt_callback is not None and self._drt_saves_shards() and not self._drt_writer.checkpoint:
             folder = kwargs.get("output_dir", args[0] if args else None) or self.args.output_dir
             self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
@@ -356,8 +364,12 @@ class DRTTrainerMixin(PublishingMixin):
     def _drt_saves_shards(self) -> bool:
         return self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
 
+    def _drt_around_save(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        with hidden_token(self.args) if self._drt_callback is not None else contextlib.nullcontext():
+            self._drt_around_saving(write, *args, **kwargs)
+
     def _save(self, *args: Any, **kwargs: Any) -> None:
-        self._drt_around_saving(super()._save, *args, **kwargs)
+        self._drt_around_save(super()._save, *args, **kwargs)
 
     def _drt_write_state(self, folder: str) -> None:
         self._drt_callback.write_state(folder, self.state.global_step, self.args)

@@ -12,7 +12,7 @@ from typing import Any
 
 AROUND = {
     "save_model": "_drt_around_saving",
-    "_save": "_drt_around_saving",
+    "_save": "_drt_around_save",
     "_load_from_checkpoint": "_drt_around_loading",
     "_load_best_model": "_drt_around_best_model",
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_drt.config import Export
 from hf_drt.export import marked_state_dict
-from hf_drt.trainer.aside import hidden_token, runtime_names
+from hf_drt.trainer.aside import runtime_names
 from hf_drt.trainer.exporting import dense_tensors, save_export
 from hf_drt.trainer.written import check_written
 
@@ -38,6 +38,7 @@ class ModelWriter:
         self._trainer, self._export, self._state_file = trainer, export, state_file
         self.checkpoint = False
         self._inside = False
+        self._afterwards: Callable[[], Any] | None = None
 
     @contextlib.contextmanager
     def writing(self, checkpoint: bool) -> Iterator[None]:
@@ -65,10 +66,16 @@ class ModelWriter:
             return
         self._inside = True
         try:
-            with hidden_token(self._trainer.args):
-                (self._checkpoint if self.checkpoint else self._model)(save, folder, state)
+            (self._checkpoint if self.checkpoint else self._model)(save, folder, state)
         finally:
             self._inside = False
+            afterwards, self._afterwards = self._afterwards, None
+        if afterwards is not None:
+            afterwards()
+
+    def once_written(self, action: Callable[[], Any]) -> None:
+        """Do this as soon as the model that is being written is whole."""
+        self._afterwards = action
 
     def _checkpoint(self, save: Callable[[str, State], Any], folder: str, state: State) -> None:
         with runtime_names(self._trainer.model):

@@ -20,7 +20,8 @@ AUTO = {"llama": T.AutoModelForCausalLM, "vit": T.AutoModelForImageClassificatio
 
 
 def trainer(folder, model, kind="llama", cls=DRTTrainer, **changes):
-    defaults = {"drt_schedule": CYCLE, "max_steps": 8, "drt_start": "pretrained"}
+    """Of a model that is to keep the form of its last phase."""
+    defaults = {"drt_schedule": CYCLE, "drt_export": "native", "max_steps": 8}
     return tiny.trainer(folder, model, "llama" if kind == "mixtral" else kind, cls, **{**defaults, **changes})
 
 
@@ -153,10 +154,12 @@ def test_save_model_writes_what_a_plain_model_writes(tmp_path, kind):
         ("native", AUTO[kind].from_pretrained(tmp_path / "native")),
     ):
         t = trainer(tmp_path / "run", model, kind, drt_schedule="adapter:4@0 factored:4@1", max_steps=2)
-        t.save_model(tmp_path / f"{name}-0")  # before training, too
         t.train()
+        t.args.drt_export = "dense"
         t.save_model(tmp_path / name)
         assert model.config.quantization_config == declaration(model)  # the model itself keeps its form
+        t = trainer(tmp_path / "run", AUTO[kind].from_pretrained(tmp_path / name), kind, drt_export="dense")
+        t.save_model(tmp_path / f"{name}-0")  # before training, too
         for folder in (f"{name}-0", name):
             assert "quantization_config" not in json.loads((tmp_path / folder / "config.json").read_text())
             assert shapes(tmp_path / folder) == shapes(tmp_path / "plain")

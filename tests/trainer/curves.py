@@ -9,7 +9,6 @@ SHORT = {
     "logging_steps": 1,
     "gradient_accumulation_steps": 1,
     "warmup_steps": 0,
-    "drt_export": "native",
 }
 
 
@@ -45,7 +44,8 @@ def plain_trainer(folder, cls=Trainer, model=None, optimizers=(None, None), call
 
 
 def drt_trainer(folder, cls, model=None, optimizers=(None, None), callbacks=None, more=None, **changes):
-    return _trainer(cls, folder, model, optimizers, callbacks, more, **changes)
+    """A trainer whose model stays in the form of the last phase."""
+    return _trainer(cls, folder, model, optimizers, callbacks, more, drt_export="native", **changes)
 
 
 def _trainer(cls, folder, model, optimizers, callbacks, more, **changes):

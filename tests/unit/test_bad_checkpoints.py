@@ -45,7 +45,10 @@ def trainer_of(folder: Path, model: nn.Module | None = None, **settings):
         "max_steps": 10, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 2, "logging_strategy": "no",
         "optim": "adamw_torch", "drt_schedule": SCHEDULE,
     }  # fmt: skip
-    return tiny.trainer(folder, model_of(ANOTHER_SEED) if model is None else model, **defaults | settings)
+    settings = defaults | settings
+    if settings["drt_schedule"] is not None:
+        settings |= {"drt_export": "native"}  # the model stays in the form of its last phase
+    return tiny.trainer(folder, model_of(ANOTHER_SEED) if model is None else model, **settings)
 
 
 def run_in(folder: Path, **config) -> Path:

@@ -199,7 +199,7 @@ def test_every_trainer_trains_with_the_given_settings(trains, capsys, make, befo
 
 def test_without_the_given_settings_the_same_script_is_plain(trains):
     with pytest.raises(AttributeError, match="'Trainer' object has no attribute 'drt'"):
-        trains("m.Original", "import transformers.trainer as m; m.Original = m.Trainer.__mro__[2]")
+        trains("m.Original", "import transformers.trainer as m; m.Original = m.Trainer.__mro__[-2]")
 
 
 OWN_ARGUMENTS = "from hf_drt import DRTTrainer, DRTTrainingArguments\nTrainingArguments = lambda *a, **k: "
