@@ -157,7 +157,7 @@ def test_a_question_answering_model(tmp_path):
     model = T.BertForQuestionAnswering(config)
     rows = tiny.dataset().remove_columns("labels")
     data = rows.add_column("start_positions", [1] * len(rows)).add_column("end_positions", [5] * len(rows))
-    schedule = {**SHORT, "drt_schedule": "factored@0 dense@2 adapter@4 factored@5"}
+    schedule = {**SHORT, "drt_schedule": "factored@0 dense@2 adapter@4 factored@5", "drt_export": "native"}
     trainer = Watched(model=model, args=tiny.arguments(tmp_path, **schedule), train_dataset=data)
     trainer.train()
     assert errors_of(trainer) == pytest.approx(trainer.own, rel=1e-4, abs=1e-6)

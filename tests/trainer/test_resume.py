@@ -145,7 +145,7 @@ class Slow(TrainerCallback):
         import time
         Path(sys.argv[1], "at").write_text(str(state.global_step))
         time.sleep(0.2)
-trainer = in_form(sys.argv[1], save_strategy="steps", save_steps=4)
+trainer = tiny.trainer(sys.argv[1], drt_export="native", save_strategy="steps", save_steps=4)
 trainer.add_callback(Slow())
 trainer.train()
 """

@@ -127,7 +127,7 @@ def test_a_whole_cycle_keeps_the_function_and_saves_a_dense_model(tmp_path, toke
     errors = logged(trainer, "drt_function_error")
     assert len(errors) == 2
     assert max(errors) <= 1e-5
-    assert {type(form_of(m)).__name__ for m in map(trainer.model.get_submodule, trainer.drt.targets)} == {"Adapter"}
+    assert {type(form_of(m)).__name__ for m in map(trainer.model.get_submodule, trainer.drt.targets)} == {"Dense"}
     assert_saves_dense(trainer, tmp_path / "saved")
 
 

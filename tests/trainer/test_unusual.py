@@ -272,14 +272,14 @@ def test_the_paper_preset_takes_the_drops_of_a_users_multistep_schedule(tmp_path
 
 
 def test_a_schedule_given_as_text_keeps_the_other_arguments(tmp_path):
-    arguments = tiny.arguments(tmp_path, drt_schedule="factored@0", drt_rank=4, max_steps=1)
+    arguments = tiny.arguments(tmp_path, drt_schedule="factored@0", drt_rank=4, drt_export="native", max_steps=1)
     trainer = DRTTrainer(tiny.llama(), arguments, train_dataset=tiny.dataset(), drt="factored@0")
     trainer.train()
     assert forms(trainer) == {Factored(4)}
 
 
 def test_a_rank_that_changes_between_two_runs_of_model_init_is_honoured(tmp_path):
-    arguments = tiny.arguments(tmp_path, drt_schedule="factored@0", drt_rank=4, max_steps=1)
+    arguments = tiny.arguments(tmp_path, drt_schedule="factored@0", drt_rank=4, drt_export="native", max_steps=1)
     trainer = DRTTrainer(args=arguments, train_dataset=tiny.dataset(), model_init=lambda: tiny.llama())
     trainer.train()
     assert forms(trainer) == {Factored(4)}
