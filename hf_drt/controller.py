@@ -26,21 +26,12 @@ from hf_drt.forms import (
     layer_of,
     resolve_form,
     stack_count,
-    trainable_weights,
     weight_shape,
 )
 from hf_drt.forms.modules import AdapterLinear, FactoredLinear
 from hf_drt.function_error import FunctionError
 from hf_drt.idle_settings import refuse_idle, usage_of_plan
-from hf_drt.optim import (
-    StepRules,
-    add_form_groups,
-    form_group_options,
-    locate,
-    moment_keys,
-    rewarmup_factor,
-    unwrap,
-)
+from hf_drt.optim import Owner, form_group_options, install, optimizer_made_in, rewarmup_factor, staged, unwrap
 from hf_drt.pretrained import budget_of, plan_from
 from hf_drt.schedule import Phase, Plan, Trigger, whole_number
 from hf_drt.selection import find_targets, is_layer
@@ -196,9 +187,13 @@ class DynamicRank:
             )
         transition = self.apply(step, optimizer, probe) if changes else None
         self._step = step
-        if optimizer is not None and (self._installed is None or self._installed() is not unwrap(optimizer)):
+        if self._is_new(optimizer):
             self.install(optimizer)
         return transition
+
+    def _is_new(self, optimizer: torch.optim.Optimizer | None) -> bool:
+        """Whether there is an optimizer that :meth:`install` has not been called with."""
+        return optimizer is not None and (self._installed is None or self._installed() is not unwrap(optimizer))
 
     def observe(self, step: int, loss: Tensor | float | None = None) -> bool:
         """Look, after an update step, whether a full-rank window is due; nothing without a trigger.
@@ -247,12 +242,14 @@ class DynamicRank:
         """
         started = time.perf_counter()
         index = self.plan.index_at(step)
+        enter = self._staged(optimizer)
         function = FunctionError(probe if self.match(step) else None)
         parameters = _trainable_parameters(self.model)
         forms = self._changes(index)
         outcome = change_forms(
             self.model, forms, optimizer, self.config.moments, lambda name: self._generator(index, name)
         )
+        enter()
         declare(self.model)
         if outcome.merge_error > 0.1:
             logger.warning(
@@ -278,16 +275,13 @@ class DynamicRank:
     def _changes(self, index: int) -> dict[str, Form]:
         """The layers that change, and their new forms, from what the model is in now."""
         # A phase of the same kind as the one before is a restart: re-balanced factors, a merged and renewed adapter.
-        restart = (
-            self.phase is not None
-            and index != self.phase
-            and self.plan.phases[index].kind == self.plan.phases[self.phase].kind
-        )
-        changes = {}
-        for name, form in self.forms(index).items():
-            if form_of(self._layer(name)) != form or (restart and form != Dense()):
-                changes[name] = form
-        return changes
+        phases, now = self.plan.phases, self.phase
+        restart = now is not None and index != now and phases[index].kind == phases[now].kind
+        return {
+            name: form
+            for name, form in self.forms(index).items()
+            if form_of(self._layer(name)) != form or (restart and form != Dense())
+        }
 
     def _generator(self, phase: int, name: str) -> torch.Generator:
         """A CPU generator from (seed, phase, layer): equal on all processes, and the global one is left alone."""
@@ -297,7 +291,8 @@ class DynamicRank:
     def state_dict(self) -> dict[str, Any]:
         """The plan, the phase, the lasting settings, and every target's shape and form; JSON-serialisable."""
         forms = {name: form_of(self._layer(name)) for name in self.targets}
-        state = structure(self.plan, self.phase, self._settings(), self.targets, forms)
+        made_in = optimizer_made_in(self._installed and self._installed(), self.model, self.targets)
+        state = structure(self.plan, self.phase, self._settings(), self.targets, forms, made_in)
         return state if self.windows is None else state | {"windows": self.windows.state_dict()}
 
     def check_state(self, state: dict[str, Any]) -> None:
@@ -327,34 +322,42 @@ class DynamicRank:
 
     def load_state_dict(
         self, state: dict[str, Any], optimizer: torch.optim.Optimizer | None = None, *, history: bool = True
-    ) -> list[Swap]:
+    ) -> None:
         """Restore the structure that a state describes; the weights' values are unset until they are loaded.
 
         Args:
             state: From :meth:`state_dict`.
             optimizer: One over the model in its present form, if it exists; it gets the new parameters in the old ones'
-                places, so that its own state can be loaded afterwards.
+                places, phase by phase as in the run, so that its own state can be loaded afterwards.
             history: Whether the windows that a trigger has added, and its checks, become those of the state too; not
                 where the run is over, and only its model goes back.
 
-        Returns:
-            The swaps made; they keep the old weights alive.
-
         Raises:
-            ValueError: As in :meth:`check_state`; the model is as it was then.
+            ValueError: As in :meth:`check_state`, or the optimizer is not supported or lacks a weight; the model is as
+                it was then.
         """
         self.check_state(state)
+        self._staged(optimizer)()
         if history:
             self.plan = self._plan_of(state)
         if self.windows is not None and history:
             self.windows.load_state_dict(state.get("windows", {}))
-        forms = self._forms_of(self._plan_of(state).phases[state["phase"]])
-        changed = {name: form for name, form in forms.items() if form_of(self._layer(name)) != form}
-        swaps = empty_forms(self.model, changed, optimizer)
+        if optimizer is not None:
+            for index in range(0 if self.phase is None else self.phase + 1, state["phase"]):
+                self.empty_phase(index, optimizer)
+        self.empty_phase(state["phase"], optimizer, self._plan_of(state))
+
+    def empty_phase(self, index: int, optimizer: torch.optim.Optimizer | None = None, plan: Plan | None = None) -> None:
+        """Bring the model into the form of a phase, of :attr:`plan` if none is given, with values unset."""
+        if self.phase is not None and index == self.phase + 1:
+            changes = self._changes(index)
+        else:
+            forms = self._forms_of((plan or self.plan).phases[index])
+            changes = {name: form for name, form in forms.items() if form_of(self._layer(name)) != form}
+        empty_forms(self.model, changes, optimizer)
         declare(self.model)
-        self.phase = state["phase"]
-        self._step = self.plan.phases[self.phase].start
-        return swaps
+        self.phase = index
+        self._step = self.plan.phases[index].start
 
     def remembered(self) -> Callable[[], None]:
         """The returned function brings the model back to the layers that it has now, bit for bit, and to this phase.
@@ -382,12 +385,6 @@ class DynamicRank:
             self.phase, self._step, self.plan = phase, step, plan
 
         return restore
-
-    def undo_load(self, swaps: list[Swap], phase: int | None) -> None:
-        """Take back what :meth:`load_state_dict` has done to the model: the old layers, their weights, the phase."""
-        replace(self.model, [Swap(swap.name, swap.new, swap.old) for swap in swaps])
-        declare(self.model)
-        self.phase = phase
 
     def _layer(self, name: str) -> nn.Module:
         """The target layer as it is now.
@@ -425,20 +422,21 @@ class DynamicRank:
             ValueError: The optimizer is not supported, or lacks a weight.
         """
         optimizer = unwrap(optimizer)
-        moment_keys(optimizer)
-        targets = {name: self._layer(name) for name in self.targets}
-        for name, module in targets.items():
-            if any(weight.requires_grad for weight in trainable_weights(module)):
-                locate(optimizer, name, module)
-        add_form_groups(optimizer, targets, self.config)
-        StepRules.clear(optimizer)
-        if self.config.rewarmup_steps or form_group_options(self.config):
-            StepRules(optimizer, self.lr_factor)
+        install(optimizer, self._owner(), self.config, {name: self._layer(name) for name in self.targets})
         self._installed = weakref.ref(optimizer)
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, by pickle or deepcopy: its optimizer is another, which has no step rules before the next step."""
         return vars(self) | {"_installed": None}
+
+    def _owner(self) -> Owner:
+        rewarms = bool(self.config.rewarmup_steps) and (len(self.plan) > 1 or self.windows is not None)
+        scales = bool(form_group_options(self.config))
+        return Owner.of(self.model, self.targets, self.lr_factor, rewarms, scales, made_in=self.phase)
+
+    def _staged(self, optimizer: torch.optim.Optimizer | None) -> Callable[[], None]:
+        """Check an optimizer that is new before anything changes; the function returned makes this an owner of it."""
+        return staged(unwrap(optimizer), self._owner(), self.config)[0] if self._is_new(optimizer) else lambda: None
 
     def lr_factor(self) -> float:
         """Share of the scheduled LR in force at the present update step: the re-warm-up after a switch."""

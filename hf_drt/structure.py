@@ -24,6 +24,7 @@ LASTING = (
     "dense_query_key",
 )
 _UNSAID = {"decomposition": "svd"}  # settings that are left out at this value, as in states from before they existed
+MADE_IN = "optimizer_made_in"
 _SAME_RUN = "Resume with the model and the drt settings of the run that wrote it."
 _KEYS = {"plan": str, "max_steps": int, "phase": object, "settings": dict, "layers": dict}
 
@@ -31,12 +32,19 @@ Shapes = dict[str, tuple[int, int]]
 
 
 def structure(
-    plan: Plan, phase: int | None, settings: dict[str, Any], targets: Shapes, forms: dict[str, Form]
+    plan: Plan,
+    phase: int | None,
+    settings: dict[str, Any],
+    targets: Shapes,
+    forms: dict[str, Form],
+    made_in: int | None = 0,
 ) -> dict[str, Any]:
-    """The structure as JSON: plan, phase, lasting settings, and ``(out, in)`` and form of every target layer."""
+    """The structure as JSON: plan, phase, lasting settings, and ``(out, in)`` and form of every target layer; and the
+    phase in which the optimizer was made (None: before the first), where it is not the first."""
     layers = {name: {"shape": list(shape), **form_to_dict(forms[name])} for name, shape in targets.items()}
     settings = {name: value for name, value in settings.items() if _UNSAID.get(name) != value or value is None}
-    return {"plan": str(plan), "max_steps": plan.max_steps, "phase": phase, "settings": settings, "layers": layers}
+    state = {"plan": str(plan), "max_steps": plan.max_steps, "phase": phase, "settings": settings, "layers": layers}
+    return state if made_in == 0 else state | {MADE_IN: made_in}
 
 
 def stored_plan(state: dict[str, Any]) -> Plan | None:
@@ -74,6 +82,11 @@ def check_structure(
         raise ValueError(
             f"phase must lie in 0..{len(plan) - 1}, the state has {state['phase']!r}. (None: it was taken before "
             "apply(0), and describes no phase.)"
+        )
+    made_in = state.get(MADE_IN, 0)
+    if made_in is not None and not (isinstance(made_in, int) and 0 <= made_in < len(plan)):
+        raise ValueError(
+            f"the state's '{MADE_IN}' must be a phase in 0..{len(plan) - 1}, or null, got {made_in!r}; it is damaged."
         )
     for name, value in settings.items():
         if (stored := state["settings"].get(name, _UNSAID.get(name))) != value:

@@ -8,6 +8,7 @@ from torch import nn
 from hf_drt.forms import trainable_weights
 from hf_drt.optim.groups import spliced_groups
 from hf_drt.optim.moments import State, moment_keys, project
+from hf_drt.optim.owners import Group, owners, set_owners
 from hf_drt.sharding import full, sharded_like
 from hf_drt.surgery import Swap
 
@@ -34,16 +35,15 @@ def carry_groups(optimizer: torch.optim.Optimizer, model: nn.Module, swaps: list
     moment_keys(optimizer)
     lists = spliced_groups(optimizer, model, [(swap.name, swap.old, swap.new) for swap in swaps])
     ordered = [_in_model_order(group["params"], model) for group in optimizer.param_groups]
+    named = [_named(group, model) for group in optimizer.param_groups]
 
     def commit() -> None:
-        names = {id(p): name for name, p in model.named_parameters()}
-        places = {key: place for place, key in enumerate(names)}
-        for group, params, sort in zip(optimizer.param_groups, lists, ordered, strict=True):
-            if sort and all(id(p) in places for p in params):
-                params.sort(key=lambda p: places[id(p)])
+        places = {id(p): place for place, p in enumerate(model.parameters())}
+        for group, params, sort, name in zip(optimizer.param_groups, lists, ordered, named, strict=True):
+            if sort:
+                _sort_own(params, places)
             group["params"] = params
-            if "param_names" in group:
-                group["param_names"] = [names[id(p)] for p in params]
+            name(group)
 
     return commit
 
@@ -52,8 +52,32 @@ def _in_model_order(params: list[nn.Parameter], model: nn.Module) -> bool:
     """Whether parameters stand in the order in which the model has them. A module lists its own before those of its
     children, and fused experts change between the two, so that the new weights' places are not always the old ones'."""
     places = {id(p): place for place, p in enumerate(model.parameters())}
-    found = [places.get(id(p), -1) for p in params]
+    found = [places[id(p)] for p in params if id(p) in places]
     return found == sorted(found)
+
+
+def _sort_own(params: list[nn.Parameter], places: dict[int, int]) -> None:
+    """Sort the model's own parameters; those of other models, and whatever else is in the group, keep their indices."""
+    own = [index for index, p in enumerate(params) if id(p) in places]
+    for index, p in zip(own, sorted((params[i] for i in own), key=lambda p: places[id(p)]), strict=True):
+        params[index] = p
+
+
+def _named(group: Group, model: nn.Module) -> Callable[[Group], None]:
+    """The returned function gives the group's parameters their names after the swaps, where it has names: the model's,
+    behind what the names of now have in front of them, as where two models share a group."""
+    if "param_names" not in group:
+        return lambda group: None
+    stored = {id(p): name for p, name in zip(group["params"], group["param_names"], strict=True)}
+    before = {id(p): name for name, p in model.named_parameters()}
+    own = ((stored[key], before[key]) for key in stored if key in before)
+    prefix = next((name.removesuffix(bare) for name, bare in own if name.endswith(bare)), "")
+
+    def rename(group: Group) -> None:
+        names = stored | {id(p): prefix + name for name, p in model.named_parameters()}
+        group["param_names"] = [names[id(p)] for p in group["params"]]
+
+    return rename
 
 
 def carry_moments(optimizer: torch.optim.Optimizer, old: nn.Module, new: nn.Module, policy: str) -> None:
@@ -93,17 +117,18 @@ def put_states(optimizer: torch.optim.Optimizer, new: nn.Module, states: list[St
 
 
 def remembered(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """The returned function gives the optimizer back the groups, parameters and state that it has now."""
+    """The returned function gives the optimizer back the groups, parameters, state and owners that it has now."""
     optimizer = unwrap(optimizer)
-    groups = [(group, dict(group)) for group in optimizer.param_groups]
-    states = dict(optimizer.state)
+    groups = [(group, group | {"params": list(group["params"])}) for group in optimizer.param_groups]
+    states, found = dict(optimizer.state), owners(optimizer)
 
     def restore() -> None:
         optimizer.param_groups[:] = [group for group, _ in groups]
-        for group, options in groups:
+        for group, content in groups:
             group.clear()
-            group.update(options)
+            group.update(content)
         optimizer.state.clear()
         optimizer.state.update(states)
+        set_owners(optimizer, found)
 
     return restore

@@ -8,15 +8,17 @@ options, appended when the optimizer is made and possibly empty, so that the num
 scheduler fixes at its start, never changes.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from hf_drt.config import DRTConfig
-from hf_drt.forms import Adapter, Factored, Form, form_of, trainable_weights
+from hf_drt.forms import Adapter, Factored, Form, form_of, layer_of, trainable_weights
+from hf_drt.optim.owners import FORM, PARENT, Group, Owner, form_groups, mark, number_of
 
-FORM, PARENT, LR_SCALE, FROBENIUS = "drt_form", "drt_parent", "drt_lr_scale", "drt_frobenius_decay"
+LR_SCALE, FROBENIUS = "drt_lr_scale", "drt_frobenius_decay"
 
 
 def form_group_options(config: DRTConfig) -> dict[str, dict[str, Any]]:
@@ -29,40 +31,78 @@ def form_group_options(config: DRTConfig) -> dict[str, dict[str, Any]]:
     return options
 
 
-def add_form_groups(optimizer: torch.optim.Optimizer, targets: dict[str, nn.Module], config: DRTConfig) -> None:
-    """Append the form groups and move the targets' present weights into them. Call it before a scheduler is made.
+def add_form_groups(optimizer: torch.optim.Optimizer, owner: Owner, config: DRTConfig) -> Callable[[], None]:
+    """Stage an owner's form groups; the returned function appends them and moves its layers' present weights into them.
+    Call both before a scheduler is made.
 
-    Does nothing where the configuration needs none, or where they exist already.
+    There is nothing to do where the configuration needs none. Where they exist already, as of an earlier controller of
+    the same model, they are its own now.
 
     Raises:
-        ValueError: As in :func:`locate`.
+        ValueError: As in :func:`locate`; or a scheduler has counted the groups already; or those that exist are for
+            other settings or layers. Nothing has changed then.
     """
-    options = form_group_options(config)
-    if not options or any(FORM in group for group in optimizer.param_groups):
-        return
-    if any("initial_lr" in group for group in optimizer.param_groups):
+    model, options = owner.model(), form_group_options(config)
+    present = form_groups(optimizer, owner.number)
+    if not options and not present:
+        return lambda: None
+    if not present and any("initial_lr" in group for group in optimizer.param_groups):
         raise ValueError(
             "factored_lr_scale, adapter_lr_scale and frobenius_decay add parameter groups, but a learning-rate "
             "scheduler that counts them has been made already. Call drt.install(optimizer) before making the scheduler."
         )
+    targets = {name: layer_of(model, name) for name in owner.names}
+    homes = {name: locate(optimizer, name, module)[0] for name, module in targets.items()}
+    parents = {optimizer.param_groups[home].get(PARENT, home) for home in homes.values()}
+    if present:
+        _check_present(present, parents, options, [w for module in targets.values() for w in trainable_weights(module)])
+
+    def commit() -> None:
+        if not present:
+            _append(optimizer, sorted(parents), options, mark(owner.number))
+        _move(optimizer, owner, targets)
+
+    return commit
+
+
+def _move(optimizer: torch.optim.Optimizer, owner: Owner, targets: dict[str, nn.Module]) -> None:
+    order = {id(p): i for i, p in enumerate(owner.model().parameters())}
+    for name, module in targets.items():
+        home, _ = locate(optimizer, name, module)
+        target = destination(optimizer, home, form_of(module), owner.number)
+        if home != target:
+            weights = list(trainable_weights(module))
+            moved = {id(w) for w in weights}
+            group = optimizer.param_groups[home]
+            group["params"] = [p for p in group["params"] if id(p) not in moved]
+            _insert_in_order(optimizer.param_groups[target]["params"], weights, order)
+
+
+def _append(optimizer: torch.optim.Optimizer, parents: list[int], options: dict[str, dict], marked: Group) -> None:
     for group in optimizer.param_groups:
         group.pop("param_names", None)  # torch refuses to append a group without names to groups with them
-    homes = {name: locate(optimizer, name, module)[0] for name, module in targets.items()}
-    for parent in sorted(set(homes.values())):
+    for parent in parents:
         group = optimizer.param_groups[parent]
         for form, extra in options.items():
             copied = {key: value for key, value in group.items() if key != "params"}
             if extra.get(FROBENIUS):
                 extra = extra | {FROBENIUS: copied.get("weight_decay", 0.0), "weight_decay": 0.0}
-            optimizer.add_param_group(copied | extra | {"params": [], FORM: form, PARENT: parent})
-    for name, module in targets.items():
-        home, target = homes[name], destination(optimizer, homes[name], form_of(module))
-        if home != target:
-            weights = trainable_weights(module)
-            moved = {id(w) for w in weights}
-            group = optimizer.param_groups[home]
-            group["params"] = [p for p in group["params"] if id(p) not in moved]
-            optimizer.param_groups[target]["params"].extend(weights)
+            optimizer.add_param_group(copied | extra | marked | {"params": [], FORM: form, PARENT: parent})
+
+
+def _check_present(
+    present: list[Group], parents: set[int], options: dict[str, dict], weights: list[nn.Parameter]
+) -> None:
+    """Whether the form groups that are there are those that an owner needs, and hold no other layers."""
+    found = {(g[PARENT], g[FORM], g[LR_SCALE], g.get(FROBENIUS, False) is not False) for g in present}
+    needed = {(p, form, o[LR_SCALE], o.get(FROBENIUS, False)) for p in parents for form, o in options.items()}
+    own = {id(weight) for weight in weights}
+    if found != needed or not all(id(p) in own for group in present for p in group["params"]):
+        raise ValueError(
+            "the optimizer has parameter groups of an earlier DynamicRank of this model, with other layers or another "
+            "factored_lr_scale, adapter_lr_scale or frobenius_decay; these decide the groups, which cannot change. "
+            "Make a new optimizer, or keep the settings."
+        )
 
 
 def locate(optimizer: torch.optim.Optimizer, name: str, module: nn.Module) -> tuple[int, int]:
@@ -87,14 +127,14 @@ def locate(optimizer: torch.optim.Optimizer, name: str, module: nn.Module) -> tu
     return places[id(weights[0])]
 
 
-def destination(optimizer: torch.optim.Optimizer, home: int, form: Form) -> int:
-    """Index of the group in which a layer of the given form belongs, whose weights now are in group ``home``."""
+def destination(optimizer: torch.optim.Optimizer, home: int, form: Form, number: int | None) -> int:
+    """Index of the group in which a layer of the given form belongs, whose weights now are in group ``home``, and whose
+    owner has this number."""
     parent = optimizer.param_groups[home].get(PARENT, home)
     kind = {Factored: "factored", Adapter: "adapter"}.get(type(form))
-    for index, group in enumerate(optimizer.param_groups):
-        if kind is not None and group.get(FORM) == kind and group[PARENT] == parent:
-            return index
-    return parent
+    own = form_groups(optimizer, number) if number is not None else []
+    found = next((group for group in own if group[FORM] == kind and group[PARENT] == parent), None)
+    return next((index for index, group in enumerate(optimizer.param_groups) if group is found), parent)
 
 
 def spliced_groups(
@@ -110,7 +150,7 @@ def spliced_groups(
     arriving: dict[int, list[list[nn.Parameter]]] = {}
     for name, old, new in swaps:
         home, _ = locate(optimizer, name, old)
-        target = destination(optimizer, home, form_of(new))
+        target = destination(optimizer, home, form_of(new), number_of(optimizer, model, name))
         old_weights, new_weights = trainable_weights(old), list(trainable_weights(new))
         place = min(order[id(p)] for p in old.parameters() if p is not old.bias)
         order |= {id(p): place for p in new_weights}
@@ -128,6 +168,10 @@ def spliced_groups(
 
 
 def _insert_in_order(params: list[nn.Parameter], weights: list[nn.Parameter], order: dict[int, int]) -> None:
+    """In front of the first of the model's parameters that follows, else behind the last of them; those of another
+    model, which have no place in ``order``, stay together."""
     place = order[id(weights[0])]
-    index = next((i for i, p in enumerate(params) if order.get(id(p), -1) > place), len(params))
+    places = [order.get(id(p), -1) for p in params]
+    last = max((i + 1 for i, found in enumerate(places) if found >= 0), default=len(params))
+    index = next((i for i, found in enumerate(places) if found > place), last)
     params[index:index] = weights

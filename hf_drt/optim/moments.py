@@ -44,19 +44,30 @@ OPTIMIZERS: dict[str, MomentKeys] = {
 }
 
 
+def qualified_name(cls: type) -> str:
+    """The class's module and name: libraries share names such as AdamW."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _public_name(name: str) -> str:
+    """The name that a supported class is imported by: torch.optim.AdamW for torch.optim.adamw.AdamW."""
+    package, _, cls = name.rpartition(".")
+    return f"{package.removesuffix('.' + cls.lower())}.{cls}"
+
+
 def moment_keys(optimizer: torch.optim.Optimizer) -> MomentKeys:
     """The moments of a supported optimizer.
 
     Raises:
         ValueError: The optimizer is none of those whose state is known.
     """
-    name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
-    name = name.replace("torch.optim._adafactor", "transformers.optimization")
+    name = qualified_name(type(optimizer))
     if name not in OPTIMIZERS:
-        allowed = ", ".join(sorted(known.rpartition(".")[2] for known in OPTIMIZERS))
+        allowed = ", ".join(sorted(map(_public_name, OPTIMIZERS)))
         raise ValueError(
-            f"the optimizer {type(optimizer).__qualname__} cannot follow a change of form: its state per parameter is "
-            f"unknown here. Allowed are {allowed} (optim=adamw_torch, adamw_torch_fused, sgd, adafactor or rmsprop)."
+            f"the optimizer {name} cannot follow a change of form: its state per parameter is unknown here. Allowed "
+            f"are {allowed} (optim=adamw_torch, adamw_torch_fused, sgd, adafactor or rmsprop), and no classes derived "
+            "from them or named like them."
         )
     return OPTIMIZERS[name]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_drt.optim.groups import FROBENIUS, LR_SCALE
+from hf_drt.optim.owners import rewarmup_factors
 
 
 def rewarmup_factor(steps_since_switch: int | None, steps: int, start: float) -> float:
@@ -33,17 +34,22 @@ def frobenius_decay_(U: Tensor, V: Tensor, amount: float) -> None:
 
 
 class StepRules:
-    """The rules above, installed on an optimizer as its step hooks; at most one set of rules per optimizer.
+    """The rules above, installed on an optimizer as its step hooks; one set of rules per optimizer, for all its owners.
 
-    A closure is evaluated after the Frobenius decay, whose gradients' presence is that of the step before.
+    ``factors`` gives the re-warm-up's share for every group; the other rules stand in the groups themselves. A closure
+    is evaluated after the Frobenius decay, whose gradients' presence is that of the step before.
     """
 
     _installed: ClassVar["WeakKeyDictionary[torch.optim.Optimizer, StepRules]"] = WeakKeyDictionary()
 
-    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[], float]):
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        factors: Callable[[torch.optim.Optimizer], list[float]] = rewarmup_factors,
+    ):
         self.clear(optimizer)
         self._installed[optimizer] = self
-        self._factor = factor
+        self._factors = factors
         self._scheduled: list = []
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
@@ -51,11 +57,12 @@ class StepRules:
         ]
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        factor = self._factor()
+        factors = self._factors(optimizer)
         self._restore(optimizer)  # where the step before has raised, and left its scaled rates behind
         self._scheduled = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * (factor * group.get(LR_SCALE, 1.0))
+        for group, factor in zip(optimizer.param_groups, factors, strict=True):
+            if (scale := factor * group.get(LR_SCALE, 1.0)) != 1:  # a rate that nothing scales may be None
+                group["lr"] = group["lr"] * scale
             if group.get(FROBENIUS):
                 _decay_products(group["params"], float(group["lr"]) * group[FROBENIUS])
 
@@ -69,7 +76,7 @@ class StepRules:
 
     @classmethod
     def clear(cls, optimizer: torch.optim.Optimizer) -> None:
-        """Take the rules off an optimizer, whoever installed them; two sets would scale the rates twice."""
+        """Take the rules off an optimizer; two sets would scale the rates twice."""
         rules = cls._installed.pop(optimizer, None)
         if rules is None:
             return

@@ -22,7 +22,12 @@ from hf_drt.trainer.checkpoint import random_state_files
 from hf_drt.trainer.delivery import deliver
 from hf_drt.trainer.lr import existing_curve, is_fused
 from hf_drt.trainer.meter import PhaseMeter
-from hf_drt.trainer.refusals import refuse_anchors_with_scaler, refuse_lone_process, refuse_unused
+from hf_drt.trainer.refusals import (
+    refuse_anchors_with_scaler,
+    refuse_lone_process,
+    refuse_own_rate,
+    refuse_unused,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +157,7 @@ class DRTCallback(TrainerCallback):
             raise ValueError(_LIMITS)
         model, scheduler = kwargs["model"], kwargs["lr_scheduler"]
         self._check_alone(args, model)  # on_init_end is too early for a callback that is added later
+        refuse_own_rate(kwargs["optimizer"], self.config, self.schedule)
         epoch = updates_per_epoch(kwargs["train_dataloader"], args.gradient_accumulation_steps)
         optimizer = kwargs["optimizer"]
         refuse_anchors_with_scaler(self.schedule, getattr(optimizer, "scaler", None), is_fused(optimizer))

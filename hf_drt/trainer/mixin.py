@@ -37,7 +37,7 @@ from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.ddp import renewed_reducer
 from hf_drt.idle_settings import refuse_without_schedule
-from hf_drt.optim import form_group_options, remembered
+from hf_drt.optim import form_group_options
 from hf_drt.pretrained import resolution
 from hf_drt.schedule import Run, Schedule
 from hf_drt.sharding import is_sharded
@@ -45,7 +45,6 @@ from hf_drt.state import STATE_NAME, CheckpointError, read_state
 from hf_drt.trainer.aside import hidden_token, metrics_set_aside, upcast_bases
 from hf_drt.trainer.callback import DRTCallback, updates_per_epoch
 from hf_drt.trainer.checkpoint import (
-    check_optimizer,
     checked_state,
     last_complete_checkpoint,
     readable_state,
@@ -59,7 +58,13 @@ from hf_drt.trainer.probe import Probe
 from hf_drt.trainer.publishing import PublishingMixin
 from hf_drt.trainer.push import Publisher
 from hf_drt.trainer.rates import RunRates
-from hf_drt.trainer.refusals import refuse_unsupported, refuse_unused, warn_of_another_engine
+from hf_drt.trainer.refusals import (
+    refuse_own_rate_of,
+    refuse_unsupported,
+    refuse_unused,
+    warn_of_another_engine,
+)
+from hf_drt.trainer.restore import begin, optimizer_made, restore
 from hf_drt.trainer.saving import recover, written_whole
 from hf_drt.trainer.search import checked_search, settings_of
 from hf_drt.trainer.undo import as_it_was_on_failure, loaded_in_full
@@ -119,6 +124,7 @@ class DRTTrainerMixin(PublishingMixin):
     _drt_callback: DRTCallback | None = None
     _drt_given: DRTConfig | str | None = None
     _drt_losses: torch.Tensor | float = 0.0
+    _drt_made: torch.optim.Optimizer | None = None
     _drt_starting = False
     _drt_load: Callable[[], Any] | None = None
 
@@ -131,6 +137,7 @@ class DRTTrainerMixin(PublishingMixin):
             return
         callback = DRTCallback(config, log=self._drt_log)
         callback.in_drt_trainer = True
+        refuse_own_rate_of(self, config)
         refuse_unsupported(self, config)
         warn_of_another_engine(self)
         refuse_unused(self.model, config)
@@ -207,7 +214,8 @@ class DRTTrainerMixin(PublishingMixin):
         fresh = resume_from_checkpoint is None
         with as_it_was_on_failure(self, controller) if fresh else contextlib.nullcontext():
             self._drt_begin(controller, resume_from_checkpoint)
-            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            with optimizer_made(self):
+                prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
             if resume_from_checkpoint is None:
                 self._drt_rates.settle(controller, self._drt_resolution)
             return prepared
@@ -216,7 +224,7 @@ class DRTTrainerMixin(PublishingMixin):
         """The model in its first phase, or as a checkpoint has it; before the optimizer is made."""
         if folder is None:
             with self._drt_around_switch():  # a second train() finds its model wrapped
-                self._drt_callback.first_transition = controller.apply(self.state.global_step, self.optimizer)
+                self._drt_callback.first_transition = begin(self, controller)
             self._drt_callback.meter = PhaseMeter()
         elif self.is_fsdp_enabled:
             self._drt_restore_before_sharding(folder, controller)
@@ -228,7 +236,7 @@ class DRTTrainerMixin(PublishingMixin):
     def _drt_restore_before_sharding(self, folder: str, controller: DynamicRank) -> None:
         """FSDP loads weights and optimizer after both have been sharded, and so after the structure has to be there."""
         state = checked_state(folder, controller, for_resume=True, fsdp=True)
-        controller.load_state_dict(state, self.optimizer)
+        restore(self, controller, state, folder, compare=False)
         self._drt_callback.meter.load_state_dict(state.get("meter", {}))
 
     def _drt_controller(self, max_steps: int, train_dataloader: Any, resumed: bool) -> DynamicRank:
@@ -262,10 +270,10 @@ class DRTTrainerMixin(PublishingMixin):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The base's optimizer, with form groups and step hooks where the settings need them."""
-        optimizer = super().create_optimizer(*args, **kwargs)
+        super().create_optimizer(*args, **kwargs)
         if self.drt is not None:
-            self.drt.install(optimizer)
-        return optimizer
+            self.drt.install(self.optimizer)
+        return self.optimizer
 
     @contextlib.contextmanager
     def _drt_around_switch(self) -> Iterator[None]:
@@ -422,22 +430,9 @@ class DRTTrainerMixin(PublishingMixin):
         state = checked_state(folder, controller, for_resume=True)
         undone = as_it_was_on_failure(self, controller)
         with undone, self._drt_around_switch(), loaded_in_full(controller, folder):
-            self._drt_restore_structure(folder, controller, state)
+            restore(self, controller, state, folder)
             self._drt_callback.meter.load_state_dict(state.get("meter", {}))
             self._drt_load()
-
-    def _drt_restore_structure(self, folder: str, controller: DynamicRank, state: dict[str, Any]) -> None:
-        """The checkpoint's structure, and an optimizer over it that the checkpoint's fits; or all as it was."""
-        phase, optimizer = controller.phase, self.optimizer
-        restore = remembered(optimizer) if optimizer is not None else lambda: None
-        swaps = controller.load_state_dict(state, optimizer)
-        try:
-            check_optimizer(folder, self.create_optimizer())
-        except Exception:
-            controller.undo_load(swaps, phase)
-            self.optimizer = optimizer
-            restore()
-            raise
 
     def _drt_around_best_model(self, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around ``_load_best_model``, whoever overrides it."""

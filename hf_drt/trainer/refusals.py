@@ -4,6 +4,7 @@ import logging
 import os
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
@@ -13,7 +14,7 @@ from transformers.trainer_utils import HubStrategy
 from hf_drt.config import DRTConfig
 from hf_drt.forms import stack_count, weight_shape
 from hf_drt.idle_settings import Usage, idle_settings, refuse_idle, usage_of
-from hf_drt.optim import form_group_options
+from hf_drt.optim import OPTIMIZERS, check_rate, form_group_options, has_own_rate, qualified_name, unwrap
 from hf_drt.pretrained import lowrank_kind
 from hf_drt.schedule import Schedule
 from hf_drt.selection import find_targets
@@ -162,6 +163,41 @@ def _refuse_experts(trainer: Any, config: DRTConfig) -> None:
             f"export=adapter saves a LoRA of PEFT, which lays out adapters of fused experts in another way, and {name} "
             "is selected. Keep the experts dense: drt_exclude=['experts']; or use export=dense or native."
         )
+
+
+def refuse_own_rate(optimizer: torch.optim.Optimizer, config: DRTConfig, schedule: Schedule) -> None:
+    """Raise where a setting goes by a learning rate that the optimizer does not apply.
+
+    Raises:
+        ValueError: As in :func:`hf_drt.optim.check_rate`; or a boundary is an LR anchor.
+    """
+    optimizer = unwrap(optimizer)
+    check_rate(optimizer, config)
+    anchor = next((entry for entry in schedule.entries if entry.at.unit in ("lr_below", "lr_above")), None)
+    if anchor is not None and has_own_rate(optimizer):
+        raise ValueError(
+            f"'{anchor}' begins at a share of the scheduler's peak learning rate, but Adafactor with "
+            "relative_step=True computes its own rate during the run. Use Adafactor(params, lr=1e-3, "
+            "relative_step=False, scale_parameter=False) with a scheduler, or give the boundary in % or steps."
+        )
+
+
+def refuse_own_rate_of(trainer: Any, config: DRTConfig) -> None:
+    """:func:`refuse_own_rate`, of the optimizer that the trainer has or is told to make."""
+    optimizer = trainer.optimizer if trainer.optimizer is not None else _sample(trainer)
+    if optimizer is not None:
+        refuse_own_rate(optimizer, config, Schedule.parse(config.schedule))
+
+
+def _sample(trainer: Any) -> torch.optim.Optimizer | None:
+    """An optimizer of the kind that ``optimizer_cls_and_kwargs`` asks for, over one number."""
+    if trainer.optimizer_cls_and_kwargs is None:
+        return None
+    kind, settings = trainer.optimizer_cls_and_kwargs
+    if not isinstance(kind, type) or qualified_name(kind) not in OPTIMIZERS:
+        return None
+    settings = {key: value for key, value in settings.items() if key not in ("params", "model", "optimizer_dict")}
+    return kind([torch.nn.Parameter(torch.zeros(1))], **settings)
 
 
 _DISTRIBUTED = "Use FSDP2 (--fsdp with fsdp_config={'version': 2}), or DistributedDataParallel (torchrun alone)."

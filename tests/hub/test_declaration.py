@@ -66,9 +66,10 @@ def test_every_verb_of_the_controller_declares():
         states.append(drt.state_dict())
         kinds = {e["form"] for e in getattr(model.config, "quantization_config", {"layers": {}})["layers"].values()}
         assert kinds == ({kind} if kind != "dense" else set())
-    swaps = drt.load_state_dict(states[1])
+    undo = drt.remembered()
+    drt.load_state_dict(states[1])
     assert declared(model) == set()
-    drt.undo_load(swaps, 2)
+    undo()
     assert declared(model) == low_rank(model) == set(drt.targets)
     drt.to_dense()
     assert declared(model) == set()

@@ -260,7 +260,7 @@ def test_step_rules_scale_the_lr_within_the_step_only():
     p = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([p], lr=1.0)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-    StepRules(optimizer, lambda: 0.1)
+    StepRules(optimizer, lambda optimizer: [0.1])
     p.grad = torch.ones(1)
     for _ in range(2):
         optimizer.step()

@@ -487,12 +487,28 @@ class OtherAdam(torch.optim.Adam):
     """Third parties' subclasses may keep state that is not known here."""
 
 
-@pytest.mark.parametrize("make", [torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.LBFGS, OtherAdam])
-def test_an_optimizer_whose_state_is_unknown_is_refused_by_name(make):
+class AdamW(torch.optim.SGD):
+    """Has the name of a supported one, as bitsandbytes' AdamW."""
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (torch.optim.Adagrad, r"torch\.optim\.adagrad\.Adagrad"),
+        (torch.optim.Adadelta, r"torch\.optim\.adadelta\.Adadelta"),
+        (torch.optim.LBFGS, r"torch\.optim\.lbfgs\.LBFGS"),
+        (torch.optim.Adafactor, r"torch\.optim\.Adafactor"),
+        (OtherAdam, r"test_bad_input\.OtherAdam"),
+        (AdamW, r"test_bad_input\.AdamW"),
+    ],
+)
+def test_an_optimizer_whose_state_is_unknown_is_refused_by_its_full_name(make, name):
     optimizer = make([nn.Parameter(torch.zeros(2, 2))])
     message = (
-        rf"the optimizer {make.__name__} cannot follow a change of form: .*Allowed are Adafactor, Adam, AdamW, NAdam, "
-        r"RAdam, RMSprop, SGD \(optim=adamw_torch, adamw_torch_fused, sgd, adafactor or rmsprop\)"
+        rf"the optimizer (\w+\.)*{name} cannot follow a change of form: .*Allowed are torch\.optim\.Adam, "
+        r"torch\.optim\.AdamW, torch\.optim\.NAdam, torch\.optim\.RAdam, torch\.optim\.RMSprop, torch\.optim\.SGD, "
+        r"transformers\.optimization\.Adafactor \(optim=adamw_torch, adamw_torch_fused, sgd, adafactor or rmsprop\), "
+        r"and no classes derived from them or named like them\."
     )
     with pytest.raises(ValueError, match=message):
         moment_keys(optimizer)
@@ -513,7 +529,7 @@ NOT_IN_OPTIMIZER = rf"the weights of {Q} are not in the optimizer\. Make it afte
     [
         (
             lambda model: torch.optim.Adagrad(model.parameters()),
-            r"the optimizer Adagrad cannot follow a change of form",
+            r"the optimizer torch\.optim\.adagrad\.Adagrad cannot follow a change of form",
         ),
         (lambda model: torch.optim.AdamW(model.lm_head.parameters()), NOT_IN_OPTIMIZER),
         (
@@ -835,7 +851,7 @@ class Endless(torch.utils.data.IterableDataset):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optim": "adagrad"}, r"the optimizer Adagrad cannot follow a change of form"),
+        ({"optim": "adagrad"}, r"the optimizer torch\.optim\.adagrad\.Adagrad cannot follow a change of form"),
         ({"max_steps": 1}, r"phase boundaries cross: .* \(of 1 update steps\)"),
         ({"drt_rank_ratio": 1.0}, r"leaves all 14 layers dense"),
         ({"drt_schedule": "factored@0 dense@lr<0.5", "lr_scheduler_type": "constant"}, r"'@lr<0\.5' is never reached"),

@@ -1,0 +1,42 @@
+"""A controller's rules put on an optimizer: all checks, then its place among the owners, form groups, step hooks."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from hf_drt.config import DRTConfig
+from hf_drt.forms import trainable_weights
+from hf_drt.optim.groups import add_form_groups, locate
+from hf_drt.optim.moments import moment_keys
+from hf_drt.optim.owners import Owner, entry, owners
+from hf_drt.optim.rates import check_rate
+from hf_drt.optim.step import StepRules
+
+
+def staged(
+    optimizer: torch.optim.Optimizer, owner: Owner, config: DRTConfig
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Check all that the optimizer has to allow. The first of the functions makes the owner one of the optimizer's, the
+    second gives it its form groups.
+
+    Raises:
+        ValueError: The optimizer is not supported, lacks a weight, has no room for the rules, or shares a group with
+            another model that a rule must not touch. Nothing has changed then.
+    """
+    moment_keys(optimizer)
+    check_rate(optimizer, config, owner.parameters())
+    return entry(optimizer, owner), add_form_groups(optimizer, owner, config)
+
+
+def install(optimizer: torch.optim.Optimizer, owner: Owner, config: DRTConfig, targets: dict[str, nn.Module]) -> None:
+    """Put the rules in force. Raises as :func:`staged`, before anything has changed."""
+    enter, add_groups = staged(optimizer, owner, config)
+    for name, module in targets.items():
+        if any(weight.requires_grad for weight in trainable_weights(module)):
+            locate(optimizer, name, module)
+    StepRules.clear(optimizer)  # first: a step that has raised leaves its scaled rates behind
+    enter()
+    add_groups()
+    if any(other.rewarms or other.scales for other in owners(optimizer)):
+        StepRules(optimizer)
