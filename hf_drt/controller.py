@@ -120,6 +120,7 @@ class DynamicRank:
         self.phase: int | None = None
         self._step = 0
         self._installed: weakref.ref | None = None
+        self._copied: tuple[int | None, ...] = ()  # in a copy, the phase in which its optimizer's original was made
         for index, phase in enumerate(plan.phases):
             check_phase(phase, self.forms(index), self.targets, config)
         self.windows: Windows | None = None
@@ -291,8 +292,7 @@ class DynamicRank:
     def state_dict(self) -> dict[str, Any]:
         """The plan, the phase, the lasting settings, and every target's shape and form; JSON-serialisable."""
         forms = {name: form_of(self._layer(name)) for name in self.targets}
-        made_in = optimizer_made_in(self._installed and self._installed(), self.model, self.targets)
-        state = structure(self.plan, self.phase, self._settings(), self.targets, forms, made_in)
+        state = structure(self.plan, self.phase, self._settings(), self.targets, forms, self._made_in())
         return state if self.windows is None else state | {"windows": self.windows.state_dict()}
 
     def check_state(self, state: dict[str, Any]) -> None:
@@ -426,13 +426,21 @@ class DynamicRank:
         self._installed = weakref.ref(optimizer)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy, by pickle or deepcopy: its optimizer is another, which has no step rules before the next step."""
-        return vars(self) | {"_installed": None}
+        """Of a copy, by pickle or deepcopy: its optimizer is another, which has no step rules before the next step, and
+        was made when the original's was."""
+        return vars(self) | {"_installed": None, "_copied": () if self._installed is None else (self._made_in(),)}
+
+    def _made_in(self) -> int | None:
+        """The phase that the model was in when its optimizer was made."""
+        if self._installed is None and self._copied:
+            return self._copied[0]
+        return optimizer_made_in(self._installed and self._installed(), self.model, self.targets)
 
     def _owner(self) -> Owner:
         rewarms = bool(self.config.rewarmup_steps) and (len(self.plan) > 1 or self.windows is not None)
         scales = bool(form_group_options(self.config))
-        return Owner.of(self.model, self.targets, self.lr_factor, rewarms, scales, made_in=self.phase)
+        made_in = self._copied[0] if self._copied else self.phase
+        return Owner.of(self.model, self.targets, self.lr_factor, rewarms, scales, made_in)
 
     def _staged(self, optimizer: torch.optim.Optimizer | None) -> Callable[[], None]:
         """Check an optimizer that is new before anything changes; the function returned makes this an owner of it."""

@@ -47,7 +47,8 @@ def _state(model: nn.Module) -> Iterator[Any]:
     """Every module's attributes, their values, and the values in those that are mappings, such as the buffers."""
     for module in model.modules():
         yield vars(module)
-        for value in vars(module).values():
+        # Not its parameters: FSDP2 exchanges them by itself, for whole ones and back.
+        for value in (value for name, value in vars(module).items() if name != "_parameters"):
             yield value
             if type(value) in _MAPPINGS:
                 yield from value.values()

@@ -12,7 +12,8 @@ SHORT = {"max_steps": 1, "gradient_accumulation_steps": 1}
 
 def searching(folder, space, arguments=None, backend=HPSearchBackend.OPTUNA, **settings):
     """A trainer as ``hyperparameter_search`` leaves it to a backend, which calls ``train(trial=...)``."""
-    arguments = arguments or tiny.arguments(folder, drt_schedule="factored@0", drt_rank=4, **SHORT)
+    plan = {"drt_schedule": "factored@0", "drt_rank": 4, "drt_export": "native"}
+    arguments = arguments or tiny.arguments(folder, **plan, **SHORT)
     trainer = DRTTrainer(args=arguments, train_dataset=tiny.dataset(), model_init=lambda: tiny.llama(), **settings)
     trainer.hp_search_backend, trainer.hp_space = backend, space
     return trainer
