@@ -358,7 +358,8 @@ class DRTTrainerMixin(PublishingMixin):
         """The base's, which writes nothing for a model that FSDP saves in shards; here the user gets a whole one. Its
         push comes once all is written and the model is itself again."""
         save = super().save_model
-        if self._drt_callback is not None and save.__func__ is Trainer.save_model and self.args.push_to_hub:
+        transformers_own = getattr(save, "__func__", None) is Trainer.save_model
+        if self._drt_callback is not None and transformers_own and self.args.push_to_hub:
             if not kwargs.get("_internal_call", len(args) > 1 and args[1]):
                 push = partial(self.push_to_hub, commit_message="Model save", revision=self.args.hub_revision)
                 self._drt_writer.once_written(push)
