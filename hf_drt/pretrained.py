@@ -77,8 +77,9 @@ def resolved_plan(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Mod
 def resolution(schedule: Schedule, run: Run, config: DRTConfig, model: nn.Module, resumed: bool = False) -> Resolution:
     """All of :func:`resolved_plan` that does not depend on the learning rate: the model may change form afterwards."""
     lowrank = lowrank_kind(schedule, config, model, resumed)
-    if _writes_lowrank(schedule):
+    if _writes_lowrank(schedule) and not resumed:
         _report(lowrank, config, model)
+    if _writes_lowrank(schedule):
         _DECIDED[_bare(model)] = lowrank
     kinds = {lowrank if entry.kind == "lowrank" else entry.kind for entry in schedule.entries}
     run = replace(run, budget=budget_of(config, kinds), cost=_cost_of_forms(model, config))
@@ -146,9 +147,23 @@ def _writes_lowrank(schedule: Schedule) -> bool:
     return any(entry.kind == "lowrank" for entry in schedule.entries)
 
 
+def _warn_of_own_training(model: nn.Module) -> None:
+    """A further run on a model that an earlier one has trained, and left dense, begins by truncating it."""
+    in_factors = any(isinstance(module, FactoredLinear) for module in model.modules())
+    if not in_factors and (sign := evidence_of_training(model).sign) is not None:
+        logger.warning(
+            "'lowrank' is taken as factored form, as in the run before on this model, which has trained it since "
+            "(%s): its weights are truncated. Set start='pretrained' to go on from them in adapters.",
+            sign,
+        )
+
+
 def _report(lowrank: str, config: DRTConfig, model: nn.Module) -> None:
     """Say in the log that a model has been taken for a new one, and how sure that is."""
-    if config.start != "auto" or lowrank != "factored" or _bare(model) in _DECIDED:
+    if config.start != "auto" or lowrank != "factored":
+        return
+    if _bare(model) in _DECIDED:
+        _warn_of_own_training(model)
         return
     if origin := getattr(getattr(model, "config", None), "name_or_path", ""):
         logger.warning(

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -12,13 +12,13 @@ from hf_drt.blocks import block_roots, conv_inside, is_linear, linear_inside
 from hf_drt.convolutions import conv_unfit, has_conv_form, is_convolution
 from hf_drt.experts import FUSED, as_layer, fused_weights, unfit_experts
 from hf_drt.forms import LowRankLinear, odd_tensors, own_behaviour
+from hf_drt.holders import held_elsewhere
 from hf_drt.source_reading import Reading, readings
 
 logger = logging.getLogger(__name__)
 
 _ROUTER_LEAF = re.compile(r"router|gate|gating|classifier_router|switch", re.IGNORECASE)
 _EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_REGISTERED = ("_modules", "_parameters", "_buffers")
 # Modules of torch.nn that do nothing with a layer but call it; others, as nn.MultiheadAttention, take its weight.
 _CALLERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 # Reasons by source code, which ignore_source overrides.
@@ -162,7 +162,7 @@ class _Surroundings:
             inside_conv=inside_conv if entries is None else inside,
             heads={id(head) for head in _output_embeddings(model)},
             shared=_shared_parameters(model),
-            unregistered=_unregistered(model),
+            unregistered=held_elsewhere(model),
             parents=_parents(model),
             experts=_expert_counts(model),
             readings=found,
@@ -177,7 +177,8 @@ def _reason(name: str, module: nn.Module, weight: nn.Parameter | None, around: _
         return "outside of the blocks"
     if id(module) in around.heads:
         return "output embeddings"
-    if id(module) in around.unregistered:
+    held = module._parameters.get("weight") if weight is None else weight
+    if id(module) in around.unregistered or id(held) in around.unregistered:
         return "held outside of the module tree"
     if weight is not None:
         tied = "tied or shared weight" if id(weight) in around.shared else None
@@ -265,18 +266,6 @@ def _shared_parameters(model: nn.Module) -> set[int]:
     """Parameters that two or more different modules hold."""
     holders = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     return {key for key, count in holders.items() if count > 1}
-
-
-def _unregistered(model: nn.Module) -> set[int]:
-    """Modules in plain attributes: ``self.layers = [conv, norm]`` would go on using a layer that has been replaced."""
-    values = (v for m in model.modules() for key, v in vars(m).items() if key not in _REGISTERED)
-    return {id(item) for value in values for item in _items(value) if isinstance(item, nn.Module)}
-
-
-def _items(value: object) -> Iterable[object]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, (list, tuple)) else (value,)
 
 
 def _expert_counts(model: nn.Module) -> set[int]:

@@ -45,7 +45,8 @@ def plain_trainer(folder, cls=Trainer, model=None, optimizers=(None, None), call
 
 def drt_trainer(folder, cls, model=None, optimizers=(None, None), callbacks=None, more=None, **changes):
     """A trainer whose model stays in the form of the last phase."""
-    return _trainer(cls, folder, model, optimizers, callbacks, more, drt_export="native", **changes)
+    native = {} if changes.get("drt_schedule", True) is None else {"drt_export": "native"}
+    return _trainer(cls, folder, model, optimizers, callbacks, more, **native, **changes)
 
 
 def _trainer(cls, folder, model, optimizers, callbacks, more, **changes):

@@ -268,10 +268,10 @@ def test_the_papers_preset_trains_at_the_full_rate(tmp_path, optimizers):
 
     def new(folder, base, **settings):
         model = tiny.llama()
-        return drt_trainer(folder, halving(base), model, **optimizers(model), drt_start="scratch", **settings)
+        return drt_trainer(folder, halving(base), model, **optimizers(model), **settings)
 
     plain, written = new(tmp_path, Trainer), new(tmp_path, DRTTrainer, drt_schedule="factored@0 dense@3 adapter@8")
-    trainer = new(tmp_path, DRTTrainer, drt_schedule="paper")
+    trainer = new(tmp_path, DRTTrainer, drt_schedule="paper", drt_start="scratch")
     for _ in range(2):
         for one in (plain, written, trainer):
             set_seed(0)

@@ -209,3 +209,12 @@ def test_the_log_says_what_a_new_model_was_taken_for(caplog):
     DynamicRank(blind, CONFIG, max_steps=10)
     DynamicRank(tiny.llama(), DRTConfig(schedule=CONFIG.schedule, rank=4, start="scratch"), max_steps=10)
     assert "lowrank" not in caplog.text
+
+
+def test_a_second_run_that_truncates_what_the_first_has_trained_says_so(tmp_path, caplog):
+    trainer = tiny.trainer(tmp_path, max_steps=4, drt_schedule="lowrank@0 dense@50%")
+    trainer.train()
+    assert "its weights are truncated" not in caplog.text
+    trainer.train()
+    assert "which has trained it since (" in caplog.text
+    assert "its weights are truncated. Set start='pretrained'" in caplog.text

@@ -1,0 +1,64 @@
+"""Who else holds a layer or its weight: what is in no ``_modules`` and ``_parameters`` goes on using a layer that has
+been replaced."""
+
+import functools
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+_REGISTERED = ("_modules", "_parameters", "_buffers")
+_COLLECTIONS = (list, tuple, set, frozenset, deque)
+# Objects of these packages that hold parameters follow a change of form, as optimizers do, or belong to the engine.
+_KNOWN = ("torch.", "transformers.", "accelerate.", "hf_drt.")
+
+
+def held_elsewhere(model: nn.Module) -> set[int]:
+    """Modules and parameters, by id, that something else in the model holds.
+
+    A plain attribute such as ``self.layers = [conv, norm]``, however deep in lists, dicts and objects; a partial or a
+    bound method; what a hook or a forward of an instance closes over; a module that is not part of the model.
+    """
+    tree = {id(module) for module in model.modules()}
+    waiting = [v for m in model.modules() for key, v in vars(m).items() if key not in _REGISTERED]
+    found: set[int] = set()
+    seen: dict[int, Any] = {}  # the values too: an id is unique only as long as its object lives
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, (nn.Module, nn.Parameter)):
+            found.add(id(value))
+        if id(value) not in tree:
+            waiting.extend(_inside(value))
+    return found
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    match value:
+        case nn.Module():
+            return [*vars(value).values()]
+        case dict():
+            return value.values()
+        case functools.partial():
+            return [value.func, *value.args, *value.keywords.values()]
+        case types.MethodType():
+            return [value.__self__, value.__func__]
+        case types.FunctionType():
+            return [*_cells(value), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    if isinstance(value, _COLLECTIONS):
+        return value
+    plain = hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType, torch.Tensor))
+    return vars(value).values() if plain and not f"{type(value).__module__}.".startswith(_KNOWN) else ()
+
+
+def _cells(function: types.FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
