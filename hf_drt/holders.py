@@ -20,10 +20,19 @@ def held_elsewhere(model: nn.Module) -> set[int]:
     """Modules and parameters, by id, that something else in the model holds.
 
     A plain attribute such as ``self.layers = [conv, norm]``, however deep in lists, dicts and objects; a partial or a
-    bound method; what a hook or a forward of an instance closes over; a module that is not part of the model.
+    bound method; what a hook or a forward of an instance closes over; a module that is not part of the model. What a
+    module's own attributes hold of itself is no other holder (:func:`hf_drt.forms.own_behaviour` looks at those).
     """
     tree = {id(module) for module in model.modules()}
-    waiting = [v for m in model.modules() for key, v in vars(m).items() if key not in _REGISTERED]
+    found: set[int] = set()
+    for module in model.modules():
+        own = {id(module), *map(id, module._parameters.values())}
+        found |= _reached([v for key, v in vars(module).items() if key not in _REGISTERED], tree) - own
+    return found
+
+
+def _reached(waiting: list[Any], tree: set[int]) -> set[int]:
+    """Modules and parameters, by id, that some values lead to; not through modules of the tree."""
     found: set[int] = set()
     seen: dict[int, Any] = {}  # the values too: an id is unique only as long as its object lives
     while waiting:
