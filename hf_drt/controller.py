@@ -11,35 +11,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_drt.adaptive import Windows
+from hf_drt.checkpoint import LASTING, check_plan, check_structure, declare, stored_plan, structure
 from hf_drt.config import DRTConfig
-from hf_drt.cost import PlanCost, plan_cost
-from hf_drt.declaration import declare
-from hf_drt.experts import copies
-from hf_drt.feasibility import check_arguments, check_phase, check_room_for_windows
+from hf_drt.engines import gathered
 from hf_drt.forms import (
+    AdapterLinear,
     ConvShape,
     Dense,
+    FactoredLinear,
     Form,
     effective_weight,
     form_of,
     layer_of,
-    resolve_form,
     stack_count,
     weight_shape,
 )
-from hf_drt.forms.modules import AdapterLinear, FactoredLinear
-from hf_drt.function_error import FunctionError
-from hf_drt.idle_settings import refuse_idle, usage_of_plan
+from hf_drt.linalg import effective_rank, factored_singular_values, gram_singular_values
 from hf_drt.optim import Owner, form_group_options, install, optimizer_made_in, rewarmup_factor, staged, unwrap
-from hf_drt.pretrained import budget_of, plan_from
-from hf_drt.schedule import Phase, Plan, Trigger, whole_number
-from hf_drt.selection import find_targets, is_layer
-from hf_drt.sharding import gathered
-from hf_drt.spectral import effective_rank, factored_singular_values, gram_singular_values
-from hf_drt.structure import LASTING, check_plan, check_structure, stored_plan, structure
-from hf_drt.surgery import Swap, replace
-from hf_drt.transition import Transition, change_forms, empty_forms
+from hf_drt.planning import (
+    PlanCost,
+    budget_of,
+    check_arguments,
+    check_phase,
+    check_room_for_windows,
+    plan_cost,
+    plan_from,
+    refuse_idle,
+    resolve_form,
+    usage_of_plan,
+)
+from hf_drt.schedule import Phase, Plan, Trigger, Windows, whole_number
+from hf_drt.targets import Swap, copies, find_targets, is_layer, replace
+from hf_drt.transition import FunctionError, Transition, change_forms, empty_forms
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +66,7 @@ class DynamicRank:
         drt.to_dense()                                  # a plain model again
 
     Args:
-        model: Any ``nn.Module`` with transformer blocks (:mod:`hf_drt.selection`).
+        model: Any ``nn.Module`` with transformer blocks (:mod:`hf_drt.targets.selection`).
         config: Settings, or just the schedule's text; the schedule is not read if ``plan`` is given.
         max_steps: Update steps of the run; those of ``plan`` if that is given.
         plan: Resolved phases, in place of ``config.schedule`` and ``max_steps``; needed where a boundary is in epochs
@@ -77,11 +80,11 @@ class DynamicRank:
 
     Attributes:
         targets: ``(out, in)`` of every layer that changes form, by name.
-        copies: How many matrices of that shape it has, and how many multiply a token (:func:`hf_drt.experts.copies`).
+        copies: How many matrices of that shape it has, and how many multiply a token (:func:`.targets.copies`).
         skipped: Reason of every linear layer that stays as it is, by name.
         fused_note: What share of the parameters stays dense in fused experts, if any does.
         plan: The resolved phases, with the windows that a trigger has added so far.
-        windows: The trigger's checks and decisions (:class:`hf_drt.adaptive.Windows`); None without a trigger.
+        windows: The trigger's checks and decisions (:class:`hf_drt.schedule.windows.Windows`); None without a trigger.
         phase: Index of the phase the model is in; None before the first.
         outline: As above; False once the plan is settled.
 

@@ -31,8 +31,7 @@ from types import TracebackType
 from transformers import HfArgumentParser, Seq2SeqTrainer, Trainer
 
 from hf_drt.config import DRTConfig
-from hf_drt.trainer import DRTTrainerMixin
-from hf_drt.trainer.arguments import PREFIX, DRTFields, checked_config
+from hf_drt.trainer import PREFIX, DRTFields, DRTTrainerMixin, checked_config
 
 PROGRAM = "python -m hf_drt.run"
 USAGE = f"{PROGRAM} (script.py | -m module) --drt_schedule SCHEDULE [other --drt_ flags] [the script's flags]"

@@ -13,8 +13,7 @@ except ImportError as error:
         f"hf_drt.trl needs TRL 1.16 or newer, which cannot be imported ({error}). Run: pip install -e '.[trl]'"
     ) from error
 
-from hf_drt.trainer import DRTTrainerMixin
-from hf_drt.trainer.arguments import DRTFields, Validated
+from hf_drt.trainer import DRTFields, DRTTrainerMixin, Validated
 
 
 @dataclass

@@ -13,16 +13,18 @@ from typer import Option
 
 from hf_drt.cli.output import print_json, print_table, progress
 from hf_drt.cli.source import load, local_folder
-from hf_drt.comparison import (
+from hf_drt.forms import Dense
+from hf_drt.inspect import (
+    Checkpoint,
     LogitDifference,
+    StoredLayer,
     WeightDifference,
     common_layers,
     logit_difference,
+    read_checkpoint,
     weight_differences,
 )
-from hf_drt.estimate import batch_spec
-from hf_drt.forms import Dense
-from hf_drt.inspection import Checkpoint, StoredLayer, read_checkpoint
+from hf_drt.simulate import batch_spec
 
 
 def compare(

@@ -11,9 +11,9 @@ from typer import Option
 from hf_drt.cli.output import progress
 from hf_drt.cli.source import load, local_folder
 from hf_drt.config import Export
+from hf_drt.export import save_export
 from hf_drt.forms import Adapter
-from hf_drt.inspection import read_checkpoint
-from hf_drt.trainer.exporting import save_export
+from hf_drt.inspect import read_checkpoint
 
 # What lies beside the weights of a model and belongs to it; a checkpoint's optimizer, states and card do not.
 _BESIDE = (

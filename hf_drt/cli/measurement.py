@@ -13,10 +13,9 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback
 
 from hf_drt.config import DRTConfig
-from hf_drt.estimate import BatchSpec
 from hf_drt.schedule import Plan, form_text
-from hf_drt.trainer import DRTTrainer, DRTTrainingArguments
-from hf_drt.trainer.refusals import unused
+from hf_drt.simulate import BatchSpec
+from hf_drt.trainer import DRTTrainer, DRTTrainingArguments, unused
 
 
 @dataclass(frozen=True)

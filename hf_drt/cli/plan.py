@@ -16,11 +16,10 @@ from hf_drt.cli.plan_tables import as_json, print_estimate
 from hf_drt.cli.source import build, has_weights, read_config
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
-from hf_drt.estimate import BatchSpec, Layer, Proposal, RunEstimate, batch_spec, estimate_run, propose
-from hf_drt.pretrained import resolved_plan
-from hf_drt.schedule import Plan, Run, Schedule
-from hf_drt.timeline import draw_timeline
-from hf_drt.trainer.lr import simulated_curve
+from hf_drt.planning import resolved_plan
+from hf_drt.schedule import Plan, Run, Schedule, draw_timeline
+from hf_drt.simulate import BatchSpec, Layer, Proposal, RunEstimate, batch_spec, estimate_run, propose
+from hf_drt.trainer import simulated_curve
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _WINDOWS = (

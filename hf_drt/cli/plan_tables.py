@@ -7,9 +7,9 @@ import typer
 from hf_drt.cli.measurement import PhaseTime
 from hf_drt.cli.output import duration, in_terminal, mib, print_table
 from hf_drt.config import DRTConfig
-from hf_drt.estimate import Proposal, RunEstimate, StepCost
 from hf_drt.forms import Dense, form_to_dict
-from hf_drt.timeline import BLOCKS, LETTERS, timeline
+from hf_drt.schedule import BLOCKS, LETTERS, timeline
+from hf_drt.simulate import Proposal, RunEstimate, StepCost
 
 
 def print_estimate(

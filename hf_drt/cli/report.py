@@ -42,7 +42,7 @@ def _looks_like_a_page(path: Path) -> bool:
 
 def _figure_writer() -> Callable:
     try:
-        from hf_drt.report.figures import write_figures
+        from hf_drt.report import write_figures
     except ImportError as error:
         raise ImportError(f"--figures needs the package '{error.name}': pip install -e '.[report]'.") from None
     return write_figures

@@ -9,7 +9,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
-from hf_drt.state import STATE_NAME, CheckpointError, read_state
+from hf_drt.checkpoint import STATE_NAME, CheckpointError, read_state
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _PREFIX = "AutoModelFor"

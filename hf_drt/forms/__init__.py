@@ -1,7 +1,16 @@
 """One linear map, several parametrizations: Dense | Factored | Adapter."""
 
-from hf_drt.forms.conversion import Conversion
-from hf_drt.forms.convert import check, check_rank, convert, decompose, decomposition_shapes, empty_like, prepare
+from hf_drt.forms.conversion import Conversion, rounding
+from hf_drt.forms.convert import (
+    check,
+    check_rank,
+    convert,
+    decompose,
+    decomposition_shapes,
+    empty_like,
+    prepare,
+    rank_limit,
+)
 from hf_drt.forms.layout import ConvShape, Layout, is_transposed
 from hf_drt.forms.modules import (
     AdapterLinear,
@@ -14,20 +23,24 @@ from hf_drt.forms.modules import (
     weight_shape,
 )
 from hf_drt.forms.plain import odd_tensors, own_behaviour
-from hf_drt.forms.resolve import (
-    break_even_of,
-    break_even_rank,
-    is_query_or_key,
-    resolve_form,
-    resolve_rank,
-    stays_dense,
-)
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form, flops_of, form_from_dict, form_to_dict, parameters_of
-from hf_drt.forms.stack import ExpertStack, attach, dense_key, layer_of, place_of, stack_count, stored_transposed
+from hf_drt.forms.stack import (
+    LEAVES,
+    ExpertStack,
+    attach,
+    dense_key,
+    layer_of,
+    place_of,
+    stack_count,
+    stored_transposed,
+)
 from hf_drt.forms.stack_modules import AdapterStack, FactoredStack
-from hf_drt.forms.structures import merged, tensor_shapes
+from hf_drt.forms.stack_weight import StackWeight
+from hf_drt.forms.structures import NAMES, halves, merged, tensor_shapes
 
 __all__ = [
+    "LEAVES",
+    "NAMES",
     "Adapter",
     "AdapterLinear",
     "AdapterStack",
@@ -41,9 +54,8 @@ __all__ = [
     "Form",
     "Layout",
     "LowRankLinear",
+    "StackWeight",
     "attach",
-    "break_even_of",
-    "break_even_rank",
     "check",
     "check_rank",
     "convert",
@@ -56,7 +68,7 @@ __all__ = [
     "form_from_dict",
     "form_of",
     "form_to_dict",
-    "is_query_or_key",
+    "halves",
     "is_transposed",
     "layer_of",
     "layout_of",
@@ -66,10 +78,9 @@ __all__ = [
     "parameters_of",
     "place_of",
     "prepare",
-    "resolve_form",
-    "resolve_rank",
+    "rank_limit",
+    "rounding",
     "stack_count",
-    "stays_dense",
     "stored_transposed",
     "tensor_shapes",
     "trainable_weights",

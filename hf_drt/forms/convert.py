@@ -8,7 +8,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from hf_drt.cp import cp, cp_limit, equal_norms
 from hf_drt.forms.conversion import Conversion, Merge
 from hf_drt.forms.convolution import AdapterConv, FactoredConv
 from hf_drt.forms.modules import (
@@ -29,8 +28,7 @@ from hf_drt.forms.specs import Adapter, Dense, Factored, Form
 from hf_drt.forms.stack_math import of_each, random_rows, stacked_truncation
 from hf_drt.forms.stack_modules import AdapterStack, FactoredStack
 from hf_drt.forms.structures import halves, plus_product, tensor_shapes
-from hf_drt.truncation import Truncation, balanced, truncated_product, truncated_svd
-from hf_drt.tucker import tucker2
+from hf_drt.linalg import Truncation, balanced, cp, cp_limit, equal_norms, truncated_product, truncated_svd, tucker2
 
 
 def convert(module: nn.Module, form: Form, generator: torch.Generator | None = None) -> Conversion:
@@ -56,7 +54,7 @@ def decompose(module: nn.Module, form: Form) -> tuple[Tensor, ...] | None:
     """What a conversion to ``form`` needs of the layer's decomposition, or None: the one expensive part of
     :func:`prepare`.
 
-    For 'svd' a :class:`hf_drt.truncation.Truncation` of rank min(form.rank, rank of the layer's own factors); a layer
+    For 'svd' a :class:`hf_drt.linalg.Truncation` of rank min(form.rank, rank of the layer's own factors); a layer
     that is factored by it is decomposed by QR and an r x r matrix. Of fused experts each is decomposed for itself, and
     all parts but the error get a leading dimension E. For 'tucker' and 'cp' the factors, in the order of
     :func:`hf_drt.forms.tensor_shapes`, and the relative Frobenius error.

@@ -17,7 +17,7 @@ from hf_drt.forms.lazy import EffectiveWeight
 from hf_drt.forms.plain import strip
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form
 from hf_drt.forms.structures import NAMES, halves, merged
-from hf_drt.spectral import full_precision, working_dtype
+from hf_drt.linalg import full_precision, working_dtype
 
 
 def layout_of(module: nn.Module) -> Layout:

@@ -35,8 +35,9 @@ _HOOKS = {
     "_load_state_dict_pre_hooks": "load state dict pre",
     "_load_state_dict_post_hooks": "load state dict post",
 }
-# FSDP2 keeps the state dict of the layers that it manages by hooks, which it, and hf_drt.sharding, set anew on others.
-_OF_FSDP = ("torch.distributed.fsdp.", "hf_drt.sharding")
+# FSDP2 keeps the state dict of the layers that it manages by hooks, which it, and hf_drt.engines.fsdp2, set anew on
+# others.
+_OF_FSDP = ("torch.distributed.fsdp.", "hf_drt.engines.fsdp2")
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 # What a class may define for itself without its layers computing, loading or saving anything else.
 _HARMLESS = {

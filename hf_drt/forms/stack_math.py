@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_drt.forms.modules import kaiming_rows
-from hf_drt.truncation import Truncation
+from hf_drt.linalg import Truncation
 
 
 def stacked_truncation(truncate: Callable[..., Truncation], *tensors: Tensor, rank: int) -> Truncation:

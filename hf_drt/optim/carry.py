@@ -5,12 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from hf_drt.engines import full, sharded_like
 from hf_drt.forms import trainable_weights
 from hf_drt.optim.groups import spliced_groups
 from hf_drt.optim.moments import State, moment_keys, project
 from hf_drt.optim.owners import Group, owners, set_owners
-from hf_drt.sharding import full, sharded_like
-from hf_drt.surgery import Swap
+from hf_drt.targets import Swap
 
 
 def unwrap(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_drt.forms import LowRankLinear, form_of, layout_of, trainable_weights
-from hf_drt.spectral import working_dtype
+from hf_drt.linalg import working_dtype
 
 State = dict[str, Any]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_drt.state import STATE_NAME, CheckpointError, read_state
+from hf_drt.checkpoint import STATE_NAME, CheckpointError, read_state
 
 LOG_NAME = "trainer_state.json"
 _WHAT = (

@@ -6,9 +6,13 @@ from hf_drt.schedule.counts import whole_number
 from hf_drt.schedule.plan import Phase, Plan, form_text
 from hf_drt.schedule.presets import PRESETS
 from hf_drt.schedule.schedule import Entry, Schedule
+from hf_drt.schedule.timeline import BLOCKS, LETTERS, draw_timeline, timeline
 from hf_drt.schedule.trigger import Check, Trigger
+from hf_drt.schedule.windows import Windows
 
 __all__ = [
+    "BLOCKS",
+    "LETTERS",
     "PRESETS",
     "Boundary",
     "Check",
@@ -18,8 +22,11 @@ __all__ = [
     "Run",
     "Schedule",
     "Trigger",
+    "Windows",
+    "draw_timeline",
     "form_text",
     "least_budget",
     "lr_drops",
+    "timeline",
     "whole_number",
 ]

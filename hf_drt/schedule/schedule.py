@@ -61,7 +61,7 @@ def _parse_rank(text: str, entry: str) -> int | float | str:
 class Schedule:
     """The phases as written. ``str()`` gives text that parses to an equal schedule.
 
-    With a ``trigger`` full-rank windows are added to the one phase during the run (:mod:`hf_drt.adaptive`).
+    With a ``trigger`` full-rank windows are added to the one phase during the run (:mod:`hf_drt.schedule.windows`).
     """
 
     entries: tuple[Entry, ...]

@@ -1,14 +1,29 @@
 """All knowledge of transformers.Trainer."""
 
-from hf_drt.trainer.arguments import DRTSeq2SeqTrainingArguments, DRTTrainingArguments
+from hf_drt.trainer.arguments import (
+    PREFIX,
+    DRTFields,
+    DRTSeq2SeqTrainingArguments,
+    DRTTrainingArguments,
+    Validated,
+    checked_config,
+)
 from hf_drt.trainer.callback import DRTCallback
+from hf_drt.trainer.lr import simulated_curve
 from hf_drt.trainer.mixin import DRTSeq2SeqTrainer, DRTTrainer, DRTTrainerMixin
+from hf_drt.trainer.refusals import unused
 
 __all__ = [
+    "PREFIX",
     "DRTCallback",
+    "DRTFields",
     "DRTSeq2SeqTrainer",
     "DRTSeq2SeqTrainingArguments",
     "DRTTrainer",
     "DRTTrainerMixin",
     "DRTTrainingArguments",
+    "Validated",
+    "checked_config",
+    "simulated_curve",
+    "unused",
 ]

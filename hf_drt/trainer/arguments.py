@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_drt.config import DRTConfig
-from hf_drt.idle_settings import refuse_without_schedule
+from hf_drt.planning import refuse_without_schedule
 from hf_drt.schedule import Schedule
 
 PREFIX = "drt_"

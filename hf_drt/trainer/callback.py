@@ -12,22 +12,18 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, get_last_checkpoint
 
+from hf_drt.checkpoint import write_state
 from hf_drt.config import DRTConfig
-from hf_drt.controller import DynamicRank, Transition
+from hf_drt.controller import DynamicRank
 from hf_drt.optim import form_group_options
-from hf_drt.pretrained import resolved_plan
+from hf_drt.planning import resolved_plan
 from hf_drt.schedule import Run, Schedule
-from hf_drt.state import write_state
 from hf_drt.trainer.checkpoint import random_state_files
 from hf_drt.trainer.delivery import deliver
 from hf_drt.trainer.lr import existing_curve, is_fused
 from hf_drt.trainer.meter import PhaseMeter
-from hf_drt.trainer.refusals import (
-    refuse_anchors_with_scaler,
-    refuse_lone_process,
-    refuse_own_rate,
-    refuse_unused,
-)
+from hf_drt.trainer.refusals import refuse_anchors_with_scaler, refuse_lone_process, refuse_own_rate, refuse_unused
+from hf_drt.transition import Transition
 
 logger = logging.getLogger(__name__)
 

@@ -18,13 +18,19 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, WEIGHTS_NAME
 
+from hf_drt.checkpoint import (
+    STATE_NAME,
+    CheckpointError,
+    Shapes,
+    read_state,
+    stored_shapes,
+    transformers_models,
+    weight_files,
+)
 from hf_drt.controller import DynamicRank
-from hf_drt.declaration import transformers_models
 from hf_drt.forms import dense_key, form_from_dict, layer_of, layout_of, tensor_shapes
 from hf_drt.optim import unwrap
-from hf_drt.state import STATE_NAME, CheckpointError, read_state
 from hf_drt.trainer.fsdp_files import check_engine, check_fsdp_files, is_fsdp_checkpoint
-from hf_drt.weight_files import Shapes, stored_shapes, weight_files
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_drt.controller import DynamicRank
+from hf_drt.engines import is_sharded
 from hf_drt.export import low_rank_layers, merge_errors
 from hf_drt.forms import FactoredLinear
-from hf_drt.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 

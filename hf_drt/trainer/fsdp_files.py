@@ -5,7 +5,7 @@ from pathlib import Path
 
 from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 
-from hf_drt.state import CheckpointError
+from hf_drt.checkpoint import CheckpointError
 
 _METADATA = ".metadata"  # written last, once every process has written its shards
 

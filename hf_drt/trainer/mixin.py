@@ -33,24 +33,18 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from hf_drt.checkpoint import STATE_NAME, CheckpointError, read_state
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
-from hf_drt.ddp import renewed_reducer
-from hf_drt.idle_settings import refuse_without_schedule
+from hf_drt.engines import is_sharded, renewed_reducer
+from hf_drt.export import check_export
 from hf_drt.optim import form_group_options
-from hf_drt.pretrained import resolution
+from hf_drt.planning import refuse_without_schedule, resolution
 from hf_drt.schedule import Run, Schedule
-from hf_drt.sharding import is_sharded
-from hf_drt.state import STATE_NAME, CheckpointError, read_state
 from hf_drt.trainer.aside import hidden_token, metrics_set_aside, upcast_bases
 from hf_drt.trainer.callback import DRTCallback, updates_per_epoch
-from hf_drt.trainer.checkpoint import (
-    checked_state,
-    last_complete_checkpoint,
-    readable_state,
-)
+from hf_drt.trainer.checkpoint import checked_state, last_complete_checkpoint, readable_state
 from hf_drt.trainer.delivery import Delivery, deliver
-from hf_drt.trainer.exporting import check_export
 from hf_drt.trainer.jit import save_at_step_end
 from hf_drt.trainer.meter import PhaseMeter
 from hf_drt.trainer.outermost import call_with, wrap_overrides
@@ -58,12 +52,7 @@ from hf_drt.trainer.probe import Probe
 from hf_drt.trainer.publishing import PublishingMixin
 from hf_drt.trainer.push import Publisher
 from hf_drt.trainer.rates import RunRates
-from hf_drt.trainer.refusals import (
-    refuse_own_rate_of,
-    refuse_unsupported,
-    refuse_unused,
-    warn_of_another_engine,
-)
+from hf_drt.trainer.refusals import refuse_own_rate_of, refuse_unsupported, refuse_unused, warn_of_another_engine
 from hf_drt.trainer.restore import begin, optimizer_made, restore
 from hf_drt.trainer.saving import recover, written_whole
 from hf_drt.trainer.search import checked_search, settings_of

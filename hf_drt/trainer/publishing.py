@@ -13,7 +13,7 @@ from typing import Any
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from hf_drt.hub.card import complete_card, renew_card
+from hf_drt.export import complete_card, renew_card
 from hf_drt.trainer.push import Publisher, phase_tag
 from hf_drt.trainer.saving import finish
 from hf_drt.trainer.summary import run_summary

@@ -15,8 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
+from hf_drt.export import MODEL_FILES
 from hf_drt.schedule import Plan
-from hf_drt.trainer.leftovers import MODEL_FILES
 from hf_drt.trainer.saving import CHECKPOINT_FILES
 from hf_drt.trainer.write_errors import is_write_error, remedy
 

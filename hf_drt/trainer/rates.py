@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers.training_args import OptimizerNames
 
+from hf_drt.checkpoint import CheckpointError
 from hf_drt.controller import DynamicRank
-from hf_drt.pretrained import Resolution
+from hf_drt.planning import Resolution
 from hf_drt.schedule import Plan
-from hf_drt.state import CheckpointError
 from hf_drt.trainer.lr import Curve, Groups, StandIn, existing_curve, group_options, is_fused, stepped, twin, untouched
 from hf_drt.trainer.refusals import refuse_anchors_with_scaler
 

@@ -13,11 +13,10 @@ from transformers.trainer_utils import HubStrategy
 
 from hf_drt.config import DRTConfig
 from hf_drt.forms import stack_count, weight_shape
-from hf_drt.idle_settings import Usage, idle_settings, refuse_idle, usage_of
 from hf_drt.optim import OPTIMIZERS, check_rate, form_group_options, has_own_rate, qualified_name, unwrap
-from hf_drt.pretrained import lowrank_kind
+from hf_drt.planning import Usage, idle_settings, lowrank_kind, refuse_idle, usage_of
 from hf_drt.schedule import Schedule
-from hf_drt.selection import find_targets
+from hf_drt.targets import find_targets
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +117,7 @@ def refuse_unused(model: nn.Module, config: DRTConfig) -> None:
 
     Raises:
         ValueError: No target layer; 'lowrank' for weights of which it is not clear whether they are trained; or a
-            setting that nothing uses (:mod:`hf_drt.idle_settings`).
+            setting that nothing uses (:mod:`hf_drt.planning.idle_settings`).
     """
     refuse_idle(_usage(model, config))
 

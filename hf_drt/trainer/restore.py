@@ -13,9 +13,10 @@ from typing import Any
 
 from transformers import Trainer
 
-from hf_drt.controller import DynamicRank, Transition
-from hf_drt.structure import MADE_IN
+from hf_drt.checkpoint import MADE_IN
+from hf_drt.controller import DynamicRank
 from hf_drt.trainer.checkpoint import check_optimizer
+from hf_drt.transition import Transition
 
 _PARAMETERS = ("params", "model", "optimizer_dict")  # what Trainer takes in place of its own parameter groups
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_drt.state import STATE_NAME
-from hf_drt.trainer.leftovers import set_aside
+from hf_drt.checkpoint import STATE_NAME
+from hf_drt.export import set_aside
 from hf_drt.trainer.write_errors import is_write_error, remedy
 
 logger = logging.getLogger(__name__)

@@ -3,8 +3,8 @@
 from typing import Any
 
 from hf_drt.controller import DynamicRank
+from hf_drt.export import PhaseSummary, RunSummary
 from hf_drt.forms import Dense
-from hf_drt.hub.card import PhaseSummary, RunSummary
 
 
 def run_summary(controller: DynamicRank, history: list[dict[str, Any]], export: str, repository: str) -> RunSummary:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from hf_drt.checkpoint import CheckpointError
 from hf_drt.controller import DynamicRank
+from hf_drt.engines import is_sharded
 from hf_drt.optim import remembered
-from hf_drt.sharding import is_sharded
-from hf_drt.state import CheckpointError
 from hf_drt.trainer.aside import kept_attributes
 
 

@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from hf_drt.config import Export
-from hf_drt.export import marked_state_dict
+from hf_drt.export import dense_tensors, marked_state_dict, save_export
 from hf_drt.trainer.aside import runtime_names
-from hf_drt.trainer.exporting import dense_tensors, save_export
 from hf_drt.trainer.written import check_written
 
 State = dict[str, Tensor] | None

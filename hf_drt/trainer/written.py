@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
+from hf_drt.checkpoint import METHOD, CheckpointError
 from hf_drt.config import Export
-from hf_drt.declaration import METHOD
+from hf_drt.engines import is_sharded
 from hf_drt.export import dense_weight, low_rank_layers
 from hf_drt.forms import LowRankLinear
-from hf_drt.sharding import is_sharded
-from hf_drt.state import CheckpointError
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from transformers import TrainerCallback, set_seed
 
 from hf_drt import DRTConfig, DRTTrainer, DRTTrainingArguments, effective_weight, find_targets
 from hf_drt.forms.modules import FactoredLinear
-from hf_drt.idle_settings import settings_given
-from hf_drt.spectral import effective_rank, factored_singular_values, singular_values
+from hf_drt.linalg.spectral import effective_rank, factored_singular_values, singular_values
+from hf_drt.planning.idle_settings import settings_given
 from hf_drt.trainer.memory import read_peak, reset_peak
 from hf_drt.trainer.refusals import unused
 

@@ -29,7 +29,7 @@ from transformers import AutoConfig, BertConfig, LlamaConfig, PretrainedConfig, 
 
 from hf_drt import DRTTrainer, DRTTrainingArguments
 from hf_drt.cli.measurement import StepTimes, random_rows
-from hf_drt.estimate import batch_spec
+from hf_drt.simulate import batch_spec
 
 SCHEDULE = "factored@0 dense@40% adapter@80%"
 MINIATURE = {

@@ -16,7 +16,8 @@ from speed_layers import backward_of
 from torch import nn
 
 from hf_drt import DRTConfig
-from hf_drt.forms import Dense, Form, convert, decompose, empty_like, flops_of, resolve_form, weight_shape
+from hf_drt.forms import Dense, Form, convert, decompose, empty_like, flops_of, weight_shape
+from hf_drt.planning import resolve_form
 
 # Batch, and (size of the image, input channels, output channels, kernel).
 SHAPES = {

@@ -4,7 +4,7 @@
 
 What it shows, in CPU seconds on one thread, medians of rounds in which all ways have their turn: for a random matrix
 and for one whose singular values fall as 1 / sqrt(i), the time of subspace iteration, of the Gram matrix and of a full
-SVD, and the relative excess of the Frobenius error over that of the full SVD. `hf_drt.truncation` chooses by these
+SVD, and the relative excess of the Frobenius error over that of the full SVD. `hf_drt.linalg` chooses by these
 timings; its choice is marked. A second table has the time of all singular values, as an effective rank needs them.
 """
 
@@ -14,8 +14,8 @@ import speed_kit as kit
 import torch
 from torch import Tensor
 
-from hf_drt import truncation
-from hf_drt.spectral import gram_singular_values
+from hf_drt.linalg import truncation
+from hf_drt.linalg.spectral import gram_singular_values
 
 
 def matrices(shape: tuple[int, int]) -> dict[str, Tensor]:

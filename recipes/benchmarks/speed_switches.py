@@ -18,7 +18,7 @@ import torch
 
 from hf_drt import DynamicRank
 from hf_drt.forms import FactoredLinear, effective_weight
-from hf_drt.spectral import effective_rank
+from hf_drt.linalg.spectral import effective_rank
 
 # From, to, and the start of the adapter.
 SWITCHES = [

@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny
 
-from hf_drt.inspection import read_checkpoint
+from hf_drt.inspect.checkpoint import read_checkpoint
 
 
 def test_a_training_checkpoint(hf_drt, checkpoint):

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from hf_drt import DRTConfig, DynamicRank
-from hf_drt.estimate import batch_spec, estimate_run
+from hf_drt.simulate import batch_spec, estimate_run
 
 SMALL = ("--batch-size", 2, "--seq-length", 8, "--rank-multiple", 4)
 

@@ -21,8 +21,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from hf_drt import DRTConfig, DynamicRank
+from hf_drt.engines.fsdp2 import gathered
 from hf_drt.forms import effective_weight, trainable_weights
-from hf_drt.sharding import gathered
 
 STEPS, ROWS, ACCUMULATION = 12, 8, 2
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from processes import accelerate, final, launch
 
-from hf_drt.distributed import shares
+from hf_drt.engines.decompose import shares
 
 SGD = {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.05, "save_strategy": "steps", "save_steps": 7}
 

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
-from hf_drt.sharding import SEAMS
+from hf_drt.engines.fsdp2 import SEAMS
 
 WORKER = Path(__file__).with_name("fsdp_worker.py")
 ADAM = {"optimizer": "AdamW", "options": {"lr": 3e-3, "eps": 1e-5}}

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from accelerate.utils import DDPCommunicationHookType
 from watches import WATCHES
 
-import hf_drt.distributed
+import hf_drt.engines.decompose
 from hf_drt import DRTTrainer, dense_state_dict
 
 
@@ -79,11 +79,11 @@ def failing(rank: int | None):
     def decompose(module, form):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
 
-    kept = hf_drt.distributed.decompose
+    kept = hf_drt.engines.decompose.decompose
     if rank is not None and rank == dist.get_rank():
-        hf_drt.distributed.decompose = decompose
+        hf_drt.engines.decompose.decompose = decompose
     yield
-    hf_drt.distributed.decompose = kept
+    hf_drt.engines.decompose.decompose = kept
 
 
 def errors(trainer, resume: str | None, failing_rank: int | None) -> list[str]:

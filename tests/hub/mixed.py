@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_drt import Adapter, Dense, Factored, convert, declare, find_targets, form_of
 from hf_drt.forms import AdapterLinear
-from hf_drt.surgery import Swap, replace
+from hf_drt.targets.surgery import Swap, replace
 
 FORMS = (Dense(), Factored(4), Adapter(4, 8.0), Adapter(6, 16.0, "principal"))
 

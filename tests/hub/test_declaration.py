@@ -11,8 +11,8 @@ from mixed import forms, mixed
 from torch import nn
 
 from hf_drt import Dense, DRTConfig, DynamicRank, convert, declare
-from hf_drt.declaration import declaration, undeclared
-from hf_drt.surgery import Swap, replace
+from hf_drt.checkpoint.declaration import declaration, undeclared
+from hf_drt.targets.surgery import Swap, replace
 
 
 def declared(model) -> set[str]:

@@ -9,9 +9,10 @@ import transformers as T
 from mixed import edit_block
 
 from hf_drt import Adapter, CheckpointError, DRTConfig, DynamicRank, Factored, convert, declare, form_of
-from hf_drt.forms import resolve_form, weight_shape
+from hf_drt.forms import weight_shape
 from hf_drt.forms.convert import rank_limit
-from hf_drt.surgery import Swap, replace
+from hf_drt.planning import resolve_form
+from hf_drt.targets.surgery import Swap, replace
 
 # (out, channels, kernel): narrow to wide, wide to narrow, one channel in, one out, 1x1, and a matrix.
 CONVOLUTIONS = {

@@ -9,7 +9,7 @@ import transformers as T
 from mixed import edit_block, edit_weights, mixed
 
 from hf_drt import Adapter, CheckpointError
-from hf_drt.hub import NativeConfig, register_native_format
+from hf_drt.export import NativeConfig, register_native_format
 
 LAYER = "model.layers.0.self_attn.k_proj"  # Factored(rank=4), of shape (32, 32)
 

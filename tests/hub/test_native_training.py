@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from hf_drt import Adapter, DRTConfig, DRTTrainer, DynamicRank, Factored, find_targets
-from hf_drt.declaration import declaration
+from hf_drt.checkpoint.declaration import declaration
 
 CYCLE = "adapter:4@0 factored:4@2 dense@4 factored:6@6"
 AUTO = {"llama": T.AutoModelForCausalLM, "vit": T.AutoModelForImageClassification, "mixtral": T.AutoModelForCausalLM}

@@ -12,19 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_drt import (
-    Adapter,
-    Dense,
-    DRTConfig,
-    DynamicRank,
-    Factored,
-    convert,
-    dense_state_dict,
-    find_targets,
-    form_of,
-)
-from hf_drt.hub.peft import CONFIG_NAME, WEIGHTS_NAME, base_state_dict, load_peft_adapter, save_peft_adapter
-from hf_drt.surgery import Swap, replace
+from hf_drt import Adapter, Dense, DRTConfig, DynamicRank, Factored, convert, dense_state_dict, find_targets, form_of
+from hf_drt.export import CONFIG_NAME, WEIGHTS_NAME, base_state_dict, load_peft_adapter, save_peft_adapter
+from hf_drt.targets.surgery import Swap, replace
 
 peft = pytest.importorskip("peft")
 

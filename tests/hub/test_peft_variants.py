@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hf_drt.hub.peft import CONFIG_NAME, WEIGHTS_NAME, load_peft_adapter
-from hf_drt.hub.peft.variants import CONVERTIBLE_STARTS, PLAIN_FIELDS, PLAIN_STARTS, VARIANTS
+from hf_drt.export import CONFIG_NAME, WEIGHTS_NAME, load_peft_adapter
+from hf_drt.export.peft.variants import CONVERTIBLE_STARTS, PLAIN_FIELDS, PLAIN_STARTS, VARIANTS
 
 peft = pytest.importorskip("peft")
 from peft.tuners.lora import config as lora  # noqa: E402

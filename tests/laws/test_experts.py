@@ -9,15 +9,15 @@ import transformers as T
 from forms import FORMS, PAIRS, ids
 
 from hf_drt import DRTConfig, DynamicRank
-from hf_drt.declaration import declare
-from hf_drt.estimate import batch_spec, estimate_run
-from hf_drt.experts import copies
-from hf_drt.export import dense_state_dict
+from hf_drt.checkpoint.declaration import declare
+from hf_drt.export import save_peft_adapter
+from hf_drt.export.dense import dense_state_dict
 from hf_drt.forms import Adapter, Dense, Factored, dense_key, effective_weight, form_of, layer_of, prepare
-from hf_drt.hub.peft import save_peft_adapter
 from hf_drt.optim.moments import MomentKeys, project
-from hf_drt.selection import find_targets
-from hf_drt.surgery import Swap, replace
+from hf_drt.simulate import batch_spec, estimate_run
+from hf_drt.targets.experts import copies
+from hf_drt.targets.selection import find_targets
+from hf_drt.targets.surgery import Swap, replace
 
 SIZE = {
     "vocab_size": tiny.VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,

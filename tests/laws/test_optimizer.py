@@ -12,10 +12,11 @@ from transformers import Trainer
 from hf_drt import DRTConfig, DynamicRank, Plan
 from hf_drt.forms import Adapter, Dense, Factored, convert, prepare, trainable_weights
 from hf_drt.optim import StepRules, carry_groups, carry_moments, frobenius_decay_, rewarmup_factor
-from hf_drt.optim.groups import FORM, FROBENIUS, LR_SCALE
+from hf_drt.optim.groups import FROBENIUS, LR_SCALE
 from hf_drt.optim.moments import MomentKeys, project
+from hf_drt.optim.owners import FORM
 from hf_drt.schedule import Phase
-from hf_drt.surgery import Swap, replace
+from hf_drt.targets.surgery import Swap, replace
 
 ADAM = MomentKeys(("exp_avg",), ("exp_avg_sq",))
 pairs = pytest.mark.parametrize(("before", "after"), PAIRS, ids=ids)

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_drt import DRTConfig
-from hf_drt.pretrained import budget_of
+from hf_drt.planning.resolve import budget_of
 from hf_drt.schedule import Run, Schedule
 
 BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hf_drt.state import write_state
+from hf_drt.checkpoint.state_file import write_state
 
 LAYERS = [f"model.layers.{block}.{part}" for block in (0, 2, 10) for part in ("self_attn.q_proj", "mlp.up_proj")]
 

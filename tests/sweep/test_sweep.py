@@ -6,16 +6,16 @@ import pytest
 import torch
 from transformers import PretrainedConfig
 
-from hf_drt.sweep import pool
-from hf_drt.sweep.__main__ import main
-from hf_drt.sweep.attempt import FAILED, NOTHING, PASSED, UNBUILT, Result, attempt, built
-from hf_drt.sweep.catalog import model_types
-from hf_drt.sweep.cycle import TOLERANCE, Blind, Fault, _altered, _compare, forward
-from hf_drt.sweep.inputs import learned
-from hf_drt.sweep.own_inputs import INPUTS
-from hf_drt.sweep.own_sizes import CONFIGS
-from hf_drt.sweep.shrink import Variant, tiny_config
-from hf_drt.sweep.table import short, summary
+from tests.sweep import pool
+from tests.sweep.__main__ import main
+from tests.sweep.attempt import FAILED, NOTHING, PASSED, UNBUILT, Result, attempt, built
+from tests.sweep.catalog import model_types
+from tests.sweep.cycle import TOLERANCE, Blind, Fault, _altered, _compare, forward
+from tests.sweep.inputs import learned
+from tests.sweep.own_inputs import INPUTS
+from tests.sweep.own_sizes import CONFIGS
+from tests.sweep.shrink import Variant, tiny_config
+from tests.sweep.table import short, summary
 
 DIVERSE = (
     "bert", "clip", "gpt2", "llama4_text", "llava", "longcat_flash", "mixtral", "reformer", "t5", "vit", "whisper",
@@ -141,7 +141,7 @@ def test_a_model_that_takes_a_session_with_the_frames_of_a_film_goes_through_all
 def test_a_type_whose_outputs_do_not_feel_its_layers_passes_with_larger_weights_alone(monkeypatch):
     result = attempt("sam_vision_model", "SamVisionModel")  # begins with weights of 1e-10
     assert (result.outcome, result.facts["enlivened"], result.facts["error"] > 0) == (PASSED, True, True)
-    monkeypatch.setattr("hf_drt.sweep.attempt.enlivened", lambda model: model)
+    monkeypatch.setattr("tests.sweep.attempt.enlivened", lambda model: model)
     result = attempt("sam_vision_model", "SamVisionModel")
     assert (result.outcome, result.cause) == (UNBUILT, "no output depends on the target layers")
 

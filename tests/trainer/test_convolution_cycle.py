@@ -106,7 +106,7 @@ def test_frobenius_decay_is_of_two_factors():
 
 def test_peft_computes_what_an_svd_adapter_computes(tmp_path):
     peft = pytest.importorskip("peft")
-    from hf_drt.hub.peft import save_peft_adapter
+    from hf_drt.export import save_peft_adapter
 
     model = tiny.resnet()
     DynamicRank(model, DRTConfig(schedule="adapter@0", rank_multiple=4, seed=1), 10).apply(0)
@@ -124,7 +124,7 @@ def test_peft_computes_what_an_svd_adapter_computes(tmp_path):
 
 @pytest.mark.parametrize("decomposition", ["tucker", "cp"])
 def test_peft_does_not_have_other_adapters(tmp_path, decomposition):
-    from hf_drt.hub.peft import save_peft_adapter
+    from hf_drt.export import save_peft_adapter
 
     model = tiny.resnet()
     DynamicRank(model, DRTConfig(schedule="adapter@0", rank_multiple=4, decomposition=decomposition), 10).apply(0)
@@ -136,7 +136,7 @@ def test_peft_does_not_have_other_adapters(tmp_path, decomposition):
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 def test_a_saved_model_can_be_inspected(tmp_path, decomposition, schedule):
     from hf_drt.forms import effective_weight
-    from hf_drt.inspection import read_checkpoint
+    from hf_drt.inspect.checkpoint import read_checkpoint
 
     model = tiny.resnet()
     DynamicRank(model, DRTConfig(schedule=schedule, decomposition=decomposition, rank_multiple=4), 10).apply(0)

@@ -12,10 +12,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
-import hf_drt.trainer.leftovers as leftovers
+import hf_drt.export.leftovers as leftovers
 from hf_drt import DRTTrainer
-from hf_drt.hub.peft import base_state_dict
-from hf_drt.state import write_state
+from hf_drt.checkpoint.state_file import write_state
+from hf_drt.export import base_state_dict
 from hf_drt.trainer.saving import MARK
 
 SETTINGS = {
@@ -235,7 +235,7 @@ def test_a_model_and_a_base_folder_of_the_users_are_moved_aside_by_an_adapter(tm
 
 @pytest.mark.parametrize("again", [False, True], ids=["one process", "a process each"])
 def test_files_of_our_own_are_replaced(tmp_path, another_process, again, caplog):
-    caplog.set_level(logging.WARNING, "hf_drt.trainer.leftovers")
+    caplog.set_level(logging.WARNING, "hf_drt.export.leftovers")
     for export in ("adapter", "adapter", "dense", "native"):
         run(tmp_path, export)
         if again:
@@ -289,7 +289,7 @@ def test_nothing_is_moved_if_the_model_is_refused(tmp_path, monkeypatch):
     def refuse(model):
         raise ValueError("PEFT has no way to express it")
 
-    monkeypatch.setattr("hf_drt.trainer.exporting.check_adapters", refuse)
+    monkeypatch.setattr("hf_drt.export.exporting.check_adapters", refuse)
     with pytest.raises(ValueError, match="PEFT has no way"):
         trainer.save_model()
     assert tree(tmp_path) == before

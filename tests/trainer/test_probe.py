@@ -17,9 +17,9 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from hf_drt import DRTConfig, DRTTrainer, DRTTrainerMixin, DynamicRank
-from hf_drt.function_error import FunctionError, largest_difference
 from hf_drt.trainer.meter import PhaseMeter
 from hf_drt.trainer.probe import main_output
+from hf_drt.transition.function_error import FunctionError, largest_difference
 
 SHORT = {"drt_schedule": "factored@0 dense@2 adapter@4", "max_steps": 6, "gradient_accumulation_steps": 1}
 

@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler as of_torch
 from transformers import Trainer, set_seed
 
 from hf_drt import DRTCallback, DRTTrainer
-from hf_drt.state import CheckpointError
+from hf_drt.checkpoint.state_file import CheckpointError
 
 # Ends at 1e-3: half of the peak comes at another step from 1e-2 than from the arguments' rate of 3e-3.
 POLYNOMIAL = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1e-3}}

@@ -12,7 +12,7 @@ import tiny
 from test_resume import assert_equal_runs
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-import hf_drt.transition
+import hf_drt.transition.change
 from hf_drt import DRTCallback, DRTTrainer
 
 SAVING = {"save_strategy": "steps", "save_steps": 5}
@@ -96,14 +96,14 @@ def test_a_jit_checkpoint_goes_on_bitwise_whenever_the_signal_comes(straight, tm
 def test_a_jit_checkpoint_asked_for_in_the_middle_of_a_switch_goes_on_bitwise(straight, tmp_path, monkeypatch):
     """Between the model, which has its new layers, and the optimizer, which has not."""
     trainer = tiny.trainer(tmp_path, enable_jit_checkpoint=True)
-    replace = hf_drt.transition.replace
+    replace = hf_drt.transition.change.replace
 
     def replace_and_terminate(*args):
         replace(*args)
         if trainer.state.global_step == 16:
             terminate()
 
-    monkeypatch.setattr(hf_drt.transition, "replace", replace_and_terminate)
+    monkeypatch.setattr(hf_drt.transition.change, "replace", replace_and_terminate)
     trainer.train()
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-17"]
@@ -183,7 +183,7 @@ import conftest, tiny, torch
 torch.set_num_threads(1)
 from transformers import TrainerCallback
 import hf_drt.controller as controller
-import hf_drt.transition as transition
+import hf_drt.transition.change as transition
 folder, place, step = sys.argv[1], sys.argv[2], int(sys.argv[3])
 trainer = tiny.trainer(folder, save_strategy="steps", save_steps=5)
 

@@ -13,7 +13,7 @@ import transformers.modeling_utils
 from transformers import TrainerState
 
 import hf_drt.trainer.callback
-from hf_drt.state import STATE_NAME
+from hf_drt.checkpoint.state_file import STATE_NAME
 
 # In the order in which they are written.
 FILES = [

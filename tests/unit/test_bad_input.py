@@ -30,12 +30,12 @@ from hf_drt import (
     empty_like,
     find_targets,
 )
+from hf_drt.checkpoint.state_file import STATE_NAME, read_state, write_state
+from hf_drt.export.exporting import check_export
 from hf_drt.forms import form_from_dict
 from hf_drt.optim import moment_keys
 from hf_drt.schedule import Run
-from hf_drt.state import STATE_NAME, read_state, write_state
-from hf_drt.surgery import Swap, replace
-from hf_drt.trainer.exporting import check_export
+from hf_drt.targets.surgery import Swap, replace
 from hf_drt.trainer.refusals import refuse_unsupported
 
 NAN = math.nan

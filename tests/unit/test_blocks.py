@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_drt import DRTConfig, DynamicRank, Factored, convert, dense_state_dict, find_targets
-from hf_drt.blocks import block_roots
 from hf_drt.compress import compress, plan_compression
-from hf_drt.surgery import Swap, replace
+from hf_drt.targets.blocks import block_roots
+from hf_drt.targets.surgery import Swap, replace
 
 D = 8
 

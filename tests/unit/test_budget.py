@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_drt.budget import allocate
+from hf_drt.compress.allocation import allocate
 
 
 def total(curves, chosen, side):

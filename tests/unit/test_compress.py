@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_drt import Adapter, Dense, Factored, convert, dense_state_dict, effective_weight, find_targets, form_of
 from hf_drt.compress import compress, plan_compression
-from hf_drt.surgery import Swap, replace
+from hf_drt.targets.surgery import Swap, replace
 
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from hf_drt.cost import plan_cost
 from hf_drt.forms import Adapter, Dense, Factored
+from hf_drt.planning.cost import plan_cost
 from hf_drt.schedule import Run, Schedule
 
 LLAMA = [(1024, 1024)] * 4 + [(2752, 1024)] * 2 + [(1024, 2752)]  # d = 1024, 4 d x d and 3 of d x 8/3 d

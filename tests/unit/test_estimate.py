@@ -9,7 +9,7 @@ import transformers as T
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_drt import Adapter, Dense, DRTConfig, DynamicRank, Factored, Plan, Run, Schedule, find_targets
-from hf_drt.estimate import (
+from hf_drt.simulate import (
     OPTIMIZERS,
     Layer,
     SimulationError,
@@ -19,7 +19,7 @@ from hf_drt.estimate import (
     propose,
     simulate_step,
 )
-from hf_drt.transition import empty_forms
+from hf_drt.transition.change import empty_forms
 
 ROWS, LENGTH = 2, 8
 D, F, L, V = 32, 64, 2, tiny.VOCAB  # of tiny.llama

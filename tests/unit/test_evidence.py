@@ -11,9 +11,9 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_drt import Adapter, DRTConfig, DRTTrainer, DynamicRank, Factored, form_of
-from hf_drt.evidence import evidence_of_training
-from hf_drt.sweep.catalog import model_class, model_types
-from hf_drt.sweep.shrink import VARIANTS, tiny_config
+from hf_drt.planning.evidence import evidence_of_training
+from tests.sweep.catalog import model_class, model_types
+from tests.sweep.shrink import VARIANTS, tiny_config
 
 CONFIG = DRTConfig(schedule="lowrank@0 dense@50%", rank=4)
 REFUSED = r"'lowrank' in the schedule .* but the model has been trained: .* Set start='pretrained' .* start='scratch'"

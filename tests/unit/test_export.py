@@ -9,8 +9,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_drt import Adapter, Factored, convert, dense_state_dict, merge_errors
-from hf_drt.surgery import Swap, replace
-from hf_drt.trainer.exporting import report_merge, save_export
+from hf_drt.export.exporting import report_merge, save_export
+from hf_drt.targets.surgery import Swap, replace
 
 OUT, IN, RANK = 24, 40, 4
 LAYERS = {"linear": lambda: nn.Linear(IN, OUT), "conv1d": lambda: Conv1D(OUT, IN)}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_drt import DRTConfig, DynamicRank, find_targets
-from hf_drt.holders import held_elsewhere
+from hf_drt.targets.holders import held_elsewhere
 
 NAME = "model.layers.0.mlp.up_proj"
 

@@ -9,9 +9,9 @@ from transformers import Trainer, TrainingArguments
 
 from hf_drt import DRTCallback, DRTConfig, DRTTrainer, DRTTrainingArguments, DynamicRank, Plan, Run, Schedule, run
 from hf_drt.cli.measurement import measured
-from hf_drt.estimate import batch_spec
-from hf_drt.idle_settings import IDLE, Usage, settings_given
+from hf_drt.planning.idle_settings import IDLE, Usage, settings_given
 from hf_drt.schedule import Phase
+from hf_drt.simulate import batch_spec
 from hf_drt.trainer.arguments import turn_off
 
 # Every field: a value that differs from the default, with what is needed beside it; a schedule in which it has an

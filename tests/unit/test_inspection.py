@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_drt import Adapter, CheckpointError, Dense, Factored, convert, declare, dense_state_dict, find_targets
-from hf_drt.inspection import Spectrum, read_checkpoint, spectra
-from hf_drt.surgery import Swap, replace
+from hf_drt.inspect.checkpoint import Spectrum, read_checkpoint, spectra
+from hf_drt.targets.surgery import Swap, replace
 
 
 def mixed(kind="llama"):
@@ -96,7 +96,7 @@ def test_shards_are_read_as_one_file_is(tmp_path):
 
 def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch):
     tiny.llama().save_pretrained(tmp_path)
-    import hf_drt.inspection as inspection
+    import hf_drt.inspect.checkpoint as inspection
 
     read = []
     original = inspection.StoredLayer.tensor

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from hf_drt.cp import cp, cp_limit
 from hf_drt.forms.structures import khatri_rao
-from hf_drt.tucker import tucker2
+from hf_drt.linalg.cp import cp, cp_limit
+from hf_drt.linalg.tucker import tucker2
 
 tensorly = pytest.importorskip("tensorly")
 SHAPES = [(16, 12, 3, 3), (12, 16, 3, 3), (24, 20, 1, 7), (10, 6, 5)]

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_drt import DRTCallback, DRTConfig, DynamicRank, find_targets
 from hf_drt.compress import compress
-from hf_drt.hub.peft import load_peft_adapter
+from hf_drt.export import load_peft_adapter
 
 LORA = peft.LoraConfig(target_modules=["q_proj", "up_proj"])
 MODELS = {

@@ -18,7 +18,7 @@ from hf_drt.compress import compress
 from hf_drt.forms import ExpertStack, trainable_weights
 from hf_drt.forms.modules import with_weight
 from hf_drt.forms.plain import own_behaviour
-from hf_drt.surgery import Swap, replace
+from hf_drt.targets.surgery import Swap, replace
 
 CYCLE = "factored:2@0 dense@2 adapter:2@4 dense@6"
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import get_linear_schedule_with_warmup
 
 from hf_drt import DRTConfig, DynamicRank
-from hf_drt.forms import Dense, Factored, is_query_or_key
+from hf_drt.forms import Dense, Factored
+from hf_drt.planning import is_query_or_key
 from hf_drt.schedule import PRESETS, Boundary, Entry, Phase, Plan, Run, Schedule, lr_drops
 from hf_drt.trainer.lr import existing_curve, simulated_curve
 

@@ -11,10 +11,11 @@ import transformers as T
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_drt import Adapter, DRTConfig, DynamicRank, Factored, Selection, convert, find_targets, form_of, selection
-from hf_drt.blocks import block_roots
+from hf_drt import Adapter, DRTConfig, DynamicRank, Factored, Selection, convert, find_targets, form_of
 from hf_drt.forms import plain
-from hf_drt.surgery import Swap, replace
+from hf_drt.targets import selection
+from hf_drt.targets.blocks import block_roots
+from hf_drt.targets.surgery import Swap, replace
 
 # ---- architectures
 

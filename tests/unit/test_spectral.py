@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_drt import spectral
-from hf_drt.spectral import (
+from hf_drt.linalg import spectral
+from hf_drt.linalg.spectral import (
     effective_rank,
     factored_singular_values,
     gram_singular_values,
@@ -19,7 +19,7 @@ from hf_drt.spectral import (
     svd,
     truncation_error,
 )
-from hf_drt.truncation import Truncation, balanced, truncated_product, truncated_svd
+from hf_drt.linalg.truncation import Truncation, balanced, truncated_product, truncated_svd
 
 SHAPES = [(8, 8), (12, 5), (5, 12), (1, 7), (7, 1), (40, 30)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_drt import truncation
 from hf_drt.forms import Adapter, Dense, Factored, convert, effective_weight
-from hf_drt.spectral import effective_rank, full_precision, gram_singular_values
-from hf_drt.truncation import truncated_product, truncated_svd
+from hf_drt.linalg import truncation
+from hf_drt.linalg.spectral import effective_rank, full_precision, gram_singular_values
+from hf_drt.linalg.truncation import truncated_product, truncated_svd
 
 LinAlgError = torch.linalg.LinAlgError
 SHAPES = [(192, 192), (320, 160), (160, 320)]

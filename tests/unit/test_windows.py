@@ -4,8 +4,8 @@ import pytest
 import tiny
 
 from hf_drt import DRTConfig, DynamicRank
-from hf_drt.adaptive import Windows
 from hf_drt.schedule import Check, Phase, Plan, Run, Schedule, Trigger
+from hf_drt.schedule.windows import Windows
 
 START = Plan((Phase(0, "factored"),), 100)
 

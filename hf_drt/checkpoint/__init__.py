@@ -1,0 +1,31 @@
+"""What a checkpoint says of the forms of its layers: state file, run state, the block of config.json."""
+
+from hf_drt.checkpoint.block import AGAIN, DeclaredLayer, read_block
+from hf_drt.checkpoint.declaration import METHOD, declare, transformers_models, undeclared
+from hf_drt.checkpoint.run_state import LASTING, MADE_IN, check_plan, check_structure, stored_plan, structure
+from hf_drt.checkpoint.safetensors_files import Shapes, shapes_by_file, stored_shapes, weight_files
+from hf_drt.checkpoint.state_file import STATE_NAME, CheckpointError, read_state, write_state
+
+__all__ = [
+    "AGAIN",
+    "LASTING",
+    "MADE_IN",
+    "METHOD",
+    "STATE_NAME",
+    "CheckpointError",
+    "DeclaredLayer",
+    "Shapes",
+    "check_plan",
+    "check_structure",
+    "declare",
+    "read_block",
+    "read_state",
+    "shapes_by_file",
+    "stored_plan",
+    "stored_shapes",
+    "structure",
+    "transformers_models",
+    "undeclared",
+    "weight_files",
+    "write_state",
+]

@@ -1,0 +1,74 @@
+"""The block of ``config.json`` that declares low-rank layers, read and checked; :mod:`.declaration` writes it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hf_drt.checkpoint.declaration import FORMAT_VERSION
+from hf_drt.checkpoint.state_file import CheckpointError
+from hf_drt.forms import Adapter, Factored, form_from_dict
+
+AGAIN = "Save or download the checkpoint again."
+
+
+@dataclass(frozen=True)
+class DeclaredLayer:
+    """A low-rank layer of a checkpoint: its name in the model that was saved, ``(out, in)`` and form."""
+
+    name: str
+    shape: tuple[int, int]
+    form: Factored | Adapter
+
+
+def read_block(block: dict[str, Any]) -> list[DeclaredLayer]:
+    """The layers that a block declares.
+
+    Raises:
+        CheckpointError: It is of a newer format, or damaged.
+    """
+    version, layers = block.get("format_version"), block.get("layers")
+    if not _is_whole(version) or version < 1:
+        raise CheckpointError(f"quantization_config has format_version {version!r}: config.json is damaged. {AGAIN}")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"the checkpoint has native format version {version}; this hf_drt reads 1 to {FORMAT_VERSION}. "
+            "Upgrade hf_drt."
+        )
+    if not isinstance(layers, dict) or not layers:
+        raise CheckpointError(
+            f"quantization_config declares the layers {layers!r}; allowed is a JSON object of one entry or more. "
+            f"config.json is damaged. {AGAIN}"
+        )
+    return [_read_layer(name, entry) for name, entry in layers.items()]
+
+
+def _read_layer(name: str, entry: Any) -> DeclaredLayer:
+    try:
+        fields = dict(entry)
+        out, into = fields.pop("shape")
+        form = form_from_dict(fields)
+        fits = _is_whole(out) and _is_whole(into) and isinstance(form, (Factored, Adapter))
+        fits = fits and _may_fit(form, out, into)
+    except (TypeError, ValueError, KeyError):
+        fits = False
+    if not fits:
+        raise CheckpointError(
+            f"quantization_config describes {name} as {entry!r}; allowed are a shape [out, in], and a form 'factored' "
+            "or 'adapter' of a rank in 1..min(out, in), of a convolution up to what its decomposition allows. "
+            f"config.json is damaged. {AGAIN}"
+        )
+    return DeclaredLayer(name, (out, into), form)
+
+
+def _may_fit(form: Factored | Adapter, out: int, into: int) -> bool:
+    """Whether there is a layer of this shape that has the form: the block does not tell a convolution's kernel, by
+    which the model's own layer is compared (:mod:`hf_drt.export.names`)."""
+    match form.decomposition:
+        case "tucker":
+            return form.rank <= out and form.rank_in <= into
+        case "cp":
+            return form.rank <= into
+    return form.rank <= min(out, into)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,107 @@
+"""A change of form on several processes: decompositions shared out, and failures of one raised on all."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hf_drt.engines.fsdp2 import gathered
+from hf_drt.forms import Form, decompose, decomposition_shapes, weight_shape
+from hf_drt.linalg import working_dtype
+
+
+@dataclass(frozen=True)
+class Job:
+    """One layer to be decomposed for a form."""
+
+    module: nn.Module
+    form: Form
+
+
+def processes() -> int:
+    """Number of processes that train together; 1 where torch.distributed is not in use."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def shares(costs: list[float], count: int) -> list[int]:
+    """Owner of every job: the costliest first, each to the process that has the least so far."""
+    load, owner = [0.0] * count, [0] * len(costs)
+    for job in sorted(range(len(costs)), key=lambda j: -costs[j]):
+        owner[job] = min(range(count), key=lambda process: load[process])
+        load[owner[job]] += costs[job]
+    return owner
+
+
+def decompositions(jobs: list[Job]) -> Iterator[tuple[Tensor, ...] | None]:
+    """:func:`hf_drt.forms.decompose` of every job in turn, each done by one process and sent to all.
+
+    All processes end with the same bits, whatever their hardware, and must take all results. On one process each is
+    made when it is asked for. Of a sharded model a process holds the whole weight of one layer at a time.
+
+    Raises:
+        ValueError: A decomposition failed on any process; raised on all of them, since one that waits for another
+            would wait for ever. The process itself raises what happened there, such as running out of memory.
+    """
+    if processes() == 1:
+        yield from (decompose(gathered(job.module), job.form) for job in jobs)
+        return
+    owners = shares([_cost(job) for job in jobs], processes())
+    own: dict[int, tuple[Tensor, ...] | None] = {}
+    error: Exception | None = None
+    for index, module in _in_rounds(jobs, owners):
+        try:
+            own[index] = decompose(module, jobs[index].form)
+        except Exception as failure:
+            error = failure
+    raise_everywhere(error, jobs)
+    for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
+        yield _broadcast(job, owner, own.pop(index, None))
+
+
+def _in_rounds(jobs: list[Job], owners: list[int]) -> Iterator[tuple[int, nn.Module]]:
+    """This process's jobs, and their layers with whole weights. In each round, in which all processes gather together,
+    every owner gets its next one."""
+    queues = [[i for i, owner in enumerate(owners) if owner == process] for process in range(processes())]
+    for positions in zip_longest(*queues):
+        mine = None
+        for index in sorted(i for i in positions if i is not None):
+            if decomposition_shapes(jobs[index].module, jobs[index].form) is None:
+                continue
+            whole = gathered(jobs[index].module)
+            if owners[index] == dist.get_rank():
+                mine = (index, whole)
+            del whole
+        if mine is not None:
+            yield mine
+
+
+def _cost(job: Job) -> float:
+    out, into = weight_shape(job.module)
+    return float(out * into * min(out, into))
+
+
+def raise_everywhere(error: Exception | None, jobs: list[Job]) -> None:
+    """Raise on all processes what one of them has found. Collective."""
+    device = next(jobs[0].module.parameters()).device if jobs else torch.device("cpu")
+    failed = torch.tensor([float(error is not None)], device=device)
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    if error is not None:
+        raise error
+    if failed.item():
+        raise ValueError("the change of form failed on another process; its log has the reason.")
+
+
+def _broadcast(job: Job, owner: int, part: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+    """One result to all processes. Whether there is one follows from the form, so no process has to ask."""
+    shapes = decomposition_shapes(job.module, job.form)
+    if shapes is None:
+        return None
+    if part is None:
+        like = next(job.module.parameters())
+        part = tuple(torch.empty(shape, dtype=working_dtype(like.dtype), device=like.device) for shape in shapes)
+    for tensor in part:
+        dist.broadcast(tensor, src=owner)
+    return part

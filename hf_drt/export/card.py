@@ -1,0 +1,156 @@
+"""The section of a model card that says how a model was trained in changing rank, and how to load it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import ModelCard
+
+from hf_drt.schedule import draw_timeline, timeline
+
+TAGS = ("hf_drt", "dynamic-rank-training", "low-rank")
+TIMELINE_NAME = "drt_timeline.png"
+
+CITATION = """\
+@article{shin2025dynamic,
+  title         = {Dynamic Rank Adjustment for Accurate and Efficient Neural Network Training},
+  author        = {Shin, Hyuntak and Jung, Aecheon and Hong, Sungeun and Lee, Sunwoo},
+  year          = {2025},
+  eprint        = {2508.08625},
+  archivePrefix = {arXiv}
+}"""
+
+_LOADING = {
+    "dense": "The weights are an ordinary dense model, which loads anywhere, without `hf_drt`.",
+    "native": "The weights are in low-rank form. `pip install hf_drt`, and `import hf_drt` before `from_pretrained`; "
+    "everything else is as usual. Without it transformers says 'Unknown quantization type, got hf_drt' and stops at a "
+    "size mismatch.",
+    "adapter": "The weights are a PEFT adapter. It belongs to the base in the folder `base`, and to no other.",
+}
+_WHOLE = """\
+from transformers import {name}
+
+model = {name}.from_pretrained("{repository}")"""
+_CODE = {
+    "dense": _WHOLE,
+    "native": "import hf_drt\n" + _WHOLE,
+    "adapter": """\
+from peft import PeftModel
+from transformers import {name}
+
+base = {name}.from_pretrained("{repository}", subfolder="base")
+model = PeftModel.from_pretrained(base, "{repository}")""",
+}
+
+
+@dataclass(frozen=True)
+class PhaseSummary:
+    """One phase, as it ran or was planned.
+
+    Attributes:
+        kind: Form of the target layers.
+        start, end: Update steps ``[start, end)``.
+        ranks: Smallest and largest rank of a target layer; None where all are dense.
+        flops: Multiply-adds of the target layers relative to dense training.
+        trainable: Trainable parameters of the model; None if the phase was not reached, as in the next two.
+        seconds: Wall-clock time.
+        effective_rank: Mean over the target layers, at the last measurement.
+    """
+
+    kind: Literal["dense", "factored", "adapter"]
+    start: int
+    end: int
+    ranks: tuple[int, int] | None
+    flops: float
+    trainable: int | None = None
+    seconds: float | None = None
+    effective_rank: float | None = None
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a card tells of a run.
+
+    Attributes:
+        phases: In order.
+        layers: Number of target layers.
+        flops, parameters: Averages of the plan relative to dense training of the target layers.
+        export: Form in which the weights beside the card are stored.
+        repository: ``user/name`` on the Hub, or a folder.
+        model_class: Name of the class that loads them.
+    """
+
+    phases: tuple[PhaseSummary, ...]
+    layers: int
+    flops: float
+    parameters: float
+    export: Literal["dense", "native", "adapter"]
+    repository: str
+    model_class: str
+
+
+def renew_card(folder: str | Path) -> None:
+    """Take the name of PEFT, for which the Trainer would ask the model to be one of PEFT's, out of an earlier card."""
+    path = Path(folder) / "README.md"
+    if path.is_file():
+        card = ModelCard.load(path)
+        card.data.library_name = "transformers"
+        card.save(path)
+
+
+def complete_card(folder: str | Path, run: RunSummary) -> None:
+    """Add the method to the model card ``README.md`` in a folder: metadata, picture and :func:`method_section`."""
+    path = Path(folder) / "README.md"
+    card = ModelCard.load(path)
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *TAGS]))
+    card.data.library_name = "peft" if run.export == "adapter" else "transformers"
+    picture = draw_timeline(run.phases, path.with_name(TIMELINE_NAME))
+    card.text = f"{card.text.rstrip()}\n\n{method_section(run, picture)}\n"
+    card.save(path)
+
+
+def method_section(run: RunSummary, picture: bool = False) -> str:
+    """Markdown: method, timeline, table of phases, cost against dense, how to load the weights, citation.
+
+    Args:
+        run: From the trainer.
+        picture: Whether :data:`TIMELINE_NAME` lies beside the card.
+    """
+    return "\n\n".join(
+        (
+            "## Dynamic-rank training",
+            f"Trained with `hf_drt`: {run.layers} linear layers changed between full-rank and low-rank form during the "
+            f"run ([arXiv 2508.08625](https://arxiv.org/abs/2508.08625)). By plan they take {run.flops:.2f} of their "
+            f"dense training FLOPs, with {run.parameters:.2f} of their trainable parameters on average.",
+            *([f"![phases of the run]({TIMELINE_NAME})"] if picture else []),
+            f"```\n{timeline(run.phases)}\n```",
+            _table(run.phases),
+            f"### Loading\n\n{_LOADING[run.export]}\n\n```python\n{_code(run)}\n```",
+            f"### Citation\n\n```bibtex\n{CITATION}\n```",
+        )
+    )
+
+
+def _code(run: RunSummary) -> str:
+    return _CODE[run.export].format(name=run.model_class, repository=run.repository)
+
+
+def _table(phases: tuple[PhaseSummary, ...]) -> str:
+    header = "| phase | form | update steps | rank | trainable parameters | FLOPs / dense | seconds | effective rank |"
+    rows = [
+        f"| {index} | {p.kind} | {p.start} to {p.end} | {_ranks(p.ranks)} | {_number(p.trainable, ',')} "
+        f"| {p.flops:.2f} | {_number(p.seconds, ',.0f')} | {_number(p.effective_rank, '.1f')} |"
+        for index, p in enumerate(phases)
+    ]
+    return "\n".join([header, "|---|---|---|---|---|---|---|---|", *rows])
+
+
+def _ranks(ranks: tuple[int, int] | None) -> str:
+    if ranks is None:
+        return "full"
+    low, high = ranks
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _number(value: float | None, pattern: str) -> str:
+    return "-" if value is None else format(value, pattern)

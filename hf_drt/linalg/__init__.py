@@ -1,0 +1,36 @@
+"""Matrices only: the SVD and its cheap ways, spectra and ranks, Tucker and CP."""
+
+from hf_drt.linalg.cp import cp, cp_limit, equal_norms
+from hf_drt.linalg.spectral import (
+    effective_rank,
+    factored_singular_values,
+    full_precision,
+    gram_singular_values,
+    retained_energy,
+    singular_values,
+    stable_rank,
+    truncation_error,
+    working_dtype,
+)
+from hf_drt.linalg.truncation import Truncation, balanced, truncated_product, truncated_svd
+from hf_drt.linalg.tucker import tucker2
+
+__all__ = [
+    "Truncation",
+    "balanced",
+    "cp",
+    "cp_limit",
+    "effective_rank",
+    "equal_norms",
+    "factored_singular_values",
+    "full_precision",
+    "gram_singular_values",
+    "retained_energy",
+    "singular_values",
+    "stable_rank",
+    "truncated_product",
+    "truncated_svd",
+    "truncation_error",
+    "tucker2",
+    "working_dtype",
+]

@@ -1,0 +1,117 @@
+"""Whether a plan can do on a model's layers what it says: checks that come before anything is touched."""
+
+import logging
+from typing import Any
+
+from torch import nn
+
+from hf_drt.config import DRTConfig
+from hf_drt.forms import Dense, Form
+from hf_drt.planning.ranks import break_even_of, stays_dense
+from hf_drt.schedule import Phase, Plan, Trigger, whole_number
+
+logger = logging.getLogger(__name__)
+
+Shapes = dict[str, tuple[int, int]]
+
+
+def check_arguments(model: Any, max_steps: Any, plan: Any, trigger: Any, seed: Any) -> None:
+    """What :class:`hf_drt.DynamicRank` is given beside its settings.
+
+    Raises:
+        TypeError: The model, plan or trigger is of another type.
+        ValueError: The seed or ``max_steps`` is no such number, or the plan is of another length.
+    """
+    for name, value, kind, way in (
+        ("model", model, nn.Module, "Pass the model itself."),
+        ("plan", plan, Plan | None, "Pass Schedule.parse(text).resolve(Run(max_steps)), or the text as the config."),
+        ("trigger", trigger, Trigger | None, "Pass Schedule.parse(text).trigger."),
+    ):
+        if not isinstance(value, kind):
+            expected = "an nn.Module" if kind is nn.Module else f"a {name.capitalize()} or None"
+            raise TypeError(f"{name} must be {expected}, got {value!r}. {way}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}.")
+    if max_steps is not None:
+        whole_number("max_steps", max_steps)
+    if plan is not None and max_steps not in (None, plan.max_steps):
+        raise ValueError(f"max_steps is {max_steps}, but the plan is of {plan.max_steps} update steps. Leave it out.")
+
+
+def check_phase(phase: Phase, forms: dict[str, Form], targets: Shapes, config: DRTConfig) -> None:
+    """Refuse a low-rank phase in which no layer would be in low rank; say in the log which layers stay dense, and why.
+
+    Args:
+        phase: Of the plan.
+        forms: The form of every target layer in it, by name.
+        targets: ``(out, in)`` of every target layer, by name.
+        config: The settings that the forms come from.
+
+    Raises:
+        ValueError: All layers would stay dense, or the Frobenius decay has no product of two factors to act on.
+    """
+    if phase.kind == "dense":
+        return
+    _check_frobenius_decay(forms, config)
+    dense = [name for name, form in forms.items() if form == Dense()]
+    kept = [name for name in dense if stays_dense(phase.kind, name, config)]
+    if len(dense) == len(targets):
+        raise ValueError(_all_dense(phase, kept, targets, config))
+    if kept:
+        logger.info(
+            "phase '%s': %d of %d layers, query and key projections, stay dense (dense_query_key).",
+            phase, len(kept), len(targets),
+        )  # fmt: skip
+    if forced := [name for name in dense if name not in kept]:
+        logger.warning(
+            "phase '%s': %d of %d layers stay dense, since their rank would reach break-even: %s",
+            phase, len(forced), len(targets), ", ".join(forced),
+        )  # fmt: skip
+
+
+def _check_frobenius_decay(forms: dict[str, Form], config: DRTConfig) -> None:
+    if config.frobenius_decay and any(getattr(f, "decomposition", "svd") != "svd" for f in forms.values()):
+        raise ValueError(
+            f"frobenius_decay is the decay of a product U V, and decomposition='{config.decomposition}' "
+            "has more factors. Use decomposition='svd', or leave frobenius_decay out."
+        )
+
+
+def _all_dense(phase: Phase, kept: list[str], targets: Shapes, config: DRTConfig) -> str:
+    if len(kept) == len(targets):
+        return (
+            f"phase '{phase}' leaves all {len(kept)} layers dense: they are query and key projections, which "
+            "dense_query_key keeps. Set dense_query_key to False, or include more layers."
+        )
+    name, shape = next((name, shape) for name, shape in targets.items() if name not in kept)
+    limit = break_even_of(shape, config.decomposition)
+    return (
+        f"phase '{phase}' leaves all {len(targets)} layers dense: their ranks reach break-even, e.g. "
+        f"{limit:.4g} for {name} of shape (out, in) = {shape}, from where factors cost "
+        "more than W. Lower the rank (in the schedule, rank_pattern, rank or rank_ratio), or rank_multiple "
+        "for small layers."
+    )
+
+
+def check_room_for_windows(plan: Plan, flops: float, limit: float) -> None:
+    """Refuse a plan to which a trigger could add no full-rank window.
+
+    Args:
+        plan: Before any window.
+        flops: Its share of the dense training FLOPs.
+        limit: The budget that the whole run may take of them.
+
+    Raises:
+        ValueError: It is not one low-rank phase, or takes the budget by itself.
+    """
+    if len(plan) > 1 or plan.phases[0].kind == "dense":
+        raise ValueError(
+            f"a trigger adds full-rank windows to a plan of one low-rank phase, got the plan '{plan}'. Leave "
+            "the trigger out, or give a plan such as 'factored@0'."
+        )
+    if flops >= limit:
+        raise ValueError(
+            f"'{plan}' alone takes {flops:.3f} of the dense training FLOPs, and the budget is {limit:g}: no "
+            "full-rank window could begin. Lower the rank (rank_ratio, rank, rank_pattern; rank_multiple in small "
+            "layers), or raise the budget."
+        )

@@ -1,0 +1,268 @@
+"""Settings that would have no effect, by what would use them: each is refused before a run, never passed over.
+
+:data:`IDLE` has a row for every field of :class:`hf_drt.DRTConfig`. A setting counts as set if it differs from its
+default.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from hf_drt.config import DRTConfig
+from hf_drt.planning.ranks import stays_dense
+from hf_drt.schedule import Plan, Schedule, form_text
+
+Rank = int | float | str | None
+Shapes = dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What decides whether a setting has an effect.
+
+    Attributes:
+        config: All settings.
+        schedule: Of ``config.schedule``; None where a plan was made by hand.
+        phases: Kind and rank of every phase; kind 'lowrank' is resolved, a rank 'budget' may not be.
+        targets: Shape of every target layer, by name.
+        grows: Whether a trigger adds phases during the run.
+        in_trainer: Whether a Trainer drives the run, and evaluates, saves and logs in it.
+    """
+
+    config: DRTConfig
+    schedule: Schedule | None
+    phases: Sequence[tuple[str, Rank]]
+    targets: Shapes
+    grows: bool
+    in_trainer: bool
+
+    @property
+    def low_rank(self) -> list[Rank]:
+        """The ranks of all low-rank phases."""
+        return [rank for kind, rank in self.phases if kind != "dense"]
+
+    @property
+    def switches(self) -> bool:
+        """Whether a change of phase may happen after the first one."""
+        return self.grows or len(self.phases) > 1
+
+    @property
+    def asks_for_rank(self) -> bool:
+        """Whether ``rank`` or ``rank_ratio`` decides the rank of any layer in any phase."""
+        return None in self.low_rank and any(not self._has_pattern(name) for name in self.targets)
+
+    def _has_pattern(self, name: str) -> bool:
+        return any(re.search(pattern, name) for pattern in self.config.rank_pattern or {})
+
+
+def usage_of(config: DRTConfig, schedule: Schedule, lowrank: str, targets: Shapes) -> Usage:
+    """In a Trainer, of a schedule that is not resolved yet; ``lowrank`` is what 'lowrank' stands for."""
+    phases = [(lowrank if entry.kind == "lowrank" else entry.kind, entry.rank) for entry in schedule.entries]
+    return Usage(config, schedule, phases, targets, schedule.trigger is not None, in_trainer=True)
+
+
+def usage_of_plan(config: DRTConfig, plan: Plan, targets: Shapes, grows: bool, in_trainer: bool) -> Usage:
+    """Of a resolved plan; ``config.schedule``, if there is one, is what it was made of."""
+    schedule = None if config.schedule is None else Schedule.parse(config.schedule)
+    return Usage(config, schedule, [(phase.kind, phase.rank) for phase in plan.phases], targets, grows, in_trainer)
+
+
+def refuse_without_schedule(config: DRTConfig) -> None:
+    """Refuse settings of dynamic-rank training that is off.
+
+    Raises:
+        ValueError: A setting is set, but no schedule.
+    """
+    if config.schedule is None and (given := settings_given(config)):
+        raise ValueError(
+            f"{_listed(config, given)}, but there is no schedule: dynamic-rank training is off, and the run would be "
+            f"plain training. Set schedule (drt_schedule), e.g. 'paper', or leave {' and '.join(given)} out."
+        )
+
+
+def refuse_idle(usage: Usage) -> None:
+    """Refuse the first setting that would have no effect.
+
+    Raises:
+        ValueError: The message says what would use it.
+    """
+    for name, reason in idle_settings(usage):
+        phases = " ".join(form_text(kind, rank) for kind, rank in usage.phases)
+        raise ValueError(
+            f"{name} is {getattr(usage.config, name)!r}, and would have no effect: {reason} Or leave {name} out. "
+            f"(The phases are {phases}.)"
+        )
+
+
+def idle_settings(usage: Usage) -> Iterator[tuple[str, str]]:
+    """Settings that would have no effect, each with the reason and what would use it."""
+    for name in settings_given(usage.config):
+        if (reason := IDLE[name](usage)) is not None:
+            yield name, reason
+
+
+def settings_given(config: DRTConfig) -> list[str]:
+    """The fields that differ from their defaults, but for the schedule."""
+    default = DRTConfig(schedule=config.schedule, decomposition=config.decomposition)
+    names = [f.name for f in fields(config) if f.name not in ("schedule", "decomposition", "dense_query_key")]
+    given = [name for name in names if _value(config, name) != _value(default, name)]
+    given += ["decomposition"] if config.decomposition != DRTConfig.decomposition else []
+    # True or False may say what holds anyway, as 16 may in a configuration that was another schedule's before.
+    given += ["dense_query_key"] if config.keeps_query_key != default.keeps_query_key else []
+    return [name for name in given if name != "adapter_alpha" or config.adapter_alpha != DRTConfig().adapter_alpha]
+
+
+def _value(config: DRTConfig, name: str) -> Any:
+    """A setting's value; an empty list or dict says as much as None."""
+    value = getattr(config, name)
+    return None if value in ([], (), {}) else value
+
+
+def _listed(config: DRTConfig, names: Sequence[str]) -> str:
+    return ", ".join(f"{name} is {getattr(config, name)!r}" for name in names)
+
+
+# ---- the table: why a setting has no effect, and what would use it; None where it has one
+
+Reason = Callable[[Usage], str | None]
+
+
+def _always(usage: Usage) -> None:
+    return None
+
+
+def _needs_phase(kind: str) -> Reason:
+    def reason(usage: Usage) -> str | None:
+        if any(phase == kind for phase, _ in usage.phases):
+            return None
+        return f"only {kind} phases use it, and there is none. Write one into the schedule, e.g. {kind}@80%."
+
+    return reason
+
+
+def _needs_low_rank(usage: Usage) -> str | None:
+    if usage.low_rank:
+        return None
+    return "only low-rank phases use it, and all are dense. Write one into the schedule, e.g. lowrank@0."
+
+
+def _rank(usage: Usage) -> str | None:
+    if usage.asks_for_rank:
+        return None
+    if reason := _needs_low_rank(usage):
+        return reason
+    if None in usage.low_rank:
+        return "rank_pattern gives every target layer its rank. Take layers out of rank_pattern."
+    return (
+        "every low-rank phase has a rank of its own, in the schedule or by the budget. Write a phase without one, e.g. "
+        "lowrank@0."
+    )
+
+
+def _rank_ratio(usage: Usage) -> str | None:
+    if usage.config.rank is None:
+        return _rank(usage)
+    return f"rank={usage.config.rank} takes its place. Give one of the two."
+
+
+def _rank_multiple(usage: Usage) -> str | None:
+    by_setting = usage.asks_for_rank and usage.config.rank is None
+    shares = [*usage.low_rank, *(usage.config.rank_pattern or {}).values()]
+    if by_setting or (usage.low_rank and any(isinstance(rank, (float, str)) for rank in shares)):
+        return None
+    return _needs_low_rank(usage) or (
+        "it rounds ranks that are given as shares, and all are absolute. Give a share, e.g. rank_ratio=0.25."
+    )
+
+
+def _decomposition(usage: Usage) -> str | None:
+    if any(max(getattr(shape, "kernel", (1,))) > 1 for shape in usage.targets.values()):
+        return _needs_low_rank(usage)
+    return (
+        f"it is for convolutions, and none of the {len(usage.targets)} target layers is one with a kernel. Linear "
+        "layers and 1 x 1 convolutions are always 'svd'."
+    )
+
+
+def _budget(usage: Usage) -> str | None:
+    if usage.grows or (usage.schedule is not None and usage.schedule.uses_budget):
+        return None
+    return (
+        "neither a rank nor a boundary of the schedule depends on a budget. Use the preset auto or adaptive, or write "
+        "a boundary @budget, e.g. 'factored@0 dense@budget'."
+    )
+
+
+def _dense_query_key(usage: Usage) -> str | None:
+    if reason := _needs_phase("factored")(usage):
+        return reason
+    keeping = replace(usage.config, dense_query_key=True)
+    if any(stays_dense("factored", name, keeping) for name in usage.targets):
+        return None
+    return (
+        f"none of the {len(usage.targets)} target layers is a query or key projection to which rank_pattern gives no "
+        "rank. Include such layers."
+    )
+
+
+def _start(usage: Usage) -> str | None:
+    if usage.schedule is not None and any(entry.kind == "lowrank" for entry in usage.schedule.entries):
+        return None
+    return "it says what 'lowrank' stands for, which the schedule does not contain. Write lowrank in it."
+
+
+def _needs_switch(usage: Usage) -> str | None:
+    if usage.switches:
+        return None
+    return "it is for switches, and one phase lasts to the end. Write a further phase, e.g. dense@80%."
+
+
+def _rewarmup_start(usage: Usage) -> str | None:
+    return None if usage.config.rewarmup_steps else "there is no re-warm-up. Set rewarmup_steps."
+
+
+def _needs_trainer(usage: Usage) -> str | None:
+    if usage.in_trainer:
+        return None
+    return "DRTTrainer uses it; a training loop of your own evaluates, saves and logs by itself."
+
+
+def _log_rank_per_layer(usage: Usage) -> str | None:
+    return None if usage.config.log_rank_steps else "effective ranks are not logged. Set log_rank_steps."
+
+
+def _first(*reasons: Reason) -> Reason:
+    return lambda usage: next((reason for idle in reasons if (reason := idle(usage)) is not None), None)
+
+
+IDLE: dict[str, Reason] = {
+    "schedule": _always,
+    "rank_ratio": _rank_ratio,
+    "rank": _rank,
+    "rank_pattern": _needs_low_rank,
+    "decomposition": _decomposition,
+    "rank_multiple": _rank_multiple,
+    "include": _always,  # ranks are logged, and costs counted, of the selected layers in dense phases too
+    "exclude": _always,
+    "blocks": _always,
+    "ignore_source": _always,  # the selection itself refuses a pattern that overrides nothing
+    "budget": _budget,
+    "dense_query_key": _dense_query_key,
+    "start": _start,
+    "adapter_alpha": _needs_phase("adapter"),
+    "adapter_init": _needs_phase("adapter"),
+    "moments": _needs_switch,
+    "rewarmup_steps": _needs_switch,
+    "rewarmup_start": _rewarmup_start,
+    "factored_lr_scale": _needs_phase("factored"),
+    "adapter_lr_scale": _needs_phase("adapter"),
+    "frobenius_decay": _needs_phase("factored"),
+    "log_rank_steps": _needs_trainer,
+    "log_rank_per_layer": _first(_needs_trainer, _log_rank_per_layer),
+    "evaluate_at_switch": _first(_needs_trainer, _needs_switch),
+    "save_at_switch": _first(_needs_trainer, _needs_switch),
+    "export": _needs_trainer,
+    "tag_phases": _needs_trainer,  # tags the end of the last phase too
+    "seed": _always,
+}

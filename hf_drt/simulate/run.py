@@ -1,0 +1,209 @@
+"""A whole run: every phase of a plan as a simulated step, its cost against dense training, and what to beware of."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hf_drt.config import DRTConfig
+from hf_drt.controller import DynamicRank
+from hf_drt.forms import Adapter, Dense, Factored, Form, flops_of, form_of, layer_of
+from hf_drt.planning import break_even_of, stays_dense
+from hf_drt.simulate.batch import BatchSpec
+from hf_drt.simulate.step import StepCost, simulate_step
+from hf_drt.transition import empty_forms
+
+
+@dataclass(frozen=True)
+class PhaseEstimate:
+    """One phase.
+
+    Attributes:
+        kind: Form of the target layers.
+        start, end: Update steps ``[start, end)``.
+        ranks: Smallest and largest rank of a target layer; None where all are dense.
+        step: Cost of each of its update steps.
+    """
+
+    kind: str
+    start: int
+    end: int
+    ranks: tuple[int, int] | None
+    step: StepCost
+
+    @property
+    def steps(self) -> int:
+        """Update steps."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class LayerEstimate:
+    """One target layer.
+
+    Attributes:
+        shape: ``(out, in)``.
+        break_even: Rank at which factors cost as much as W, ``out in / (out + in)``.
+        rows: Vectors that it multiplies in an update step's forward passes.
+        forms: In every phase.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    break_even: float
+    rows: int
+    forms: tuple[Form, ...]
+
+    def share(self, phase: int) -> float:
+        """FLOPs in a phase over those of the dense layer."""
+        return flops_of(self.forms[phase], self.shape) / flops_of(Dense(), self.shape)
+
+
+@dataclass(frozen=True)
+class RunEstimate:
+    """A run of a model by a plan.
+
+    Attributes:
+        phases: In order.
+        dense: An update step of dense training, to compare with.
+        layers: The target layers.
+        switch_extra: Bytes that a switch may need beyond the larger of its two phases: one layer's weight, gradient and
+            optimizer state, at most.
+        warnings: What costs more than it saves.
+    """
+
+    phases: tuple[PhaseEstimate, ...]
+    dense: StepCost
+    layers: tuple[LayerEstimate, ...]
+    switch_extra: int
+    warnings: tuple[str, ...]
+
+    @property
+    def steps(self) -> int:
+        """Update steps of the run."""
+        return self.phases[-1].end
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the whole run."""
+        return sum(phase.steps * phase.step.flops for phase in self.phases)
+
+    @property
+    def share(self) -> float:
+        """FLOPs of the whole run over those of dense training."""
+        return self.flops / (self.steps * self.dense.flops)
+
+    @property
+    def trainable(self) -> float:
+        """Trainable parameters, averaged over the update steps, over those of dense training."""
+        return sum(phase.steps * phase.step.trainable for phase in self.phases) / (self.steps * self.dense.trainable)
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the phase that needs most."""
+        return max(phase.step.peak for phase in self.phases)
+
+
+def estimate_run(
+    controller: DynamicRank,
+    batch: BatchSpec,
+    *,
+    optimizer: str = "adamw_torch",
+    accumulation: int = 1,
+    autocast: torch.dtype | None = None,
+    tick: Callable[[], None] = lambda: None,
+) -> RunEstimate:
+    """What a run costs.
+
+    Args:
+        controller: Plan and model; the model is dense and on the meta device, and is so again afterwards.
+        batch, optimizer, accumulation, autocast: As in :func:`hf_drt.simulate.simulate_step`.
+        tick: Called after each simulated step, of which there are as many as different phases, and one.
+
+    Raises:
+        SimulationError: The cost of the model does not follow from its shapes.
+    """
+    costs: dict[tuple[Form, ...], StepCost] = {}
+    names = list(controller.targets)
+
+    def cost(forms: dict[str, Form]) -> StepCost:
+        key = tuple(forms.values())
+        if key not in costs:
+            _put(controller, forms)
+            costs[key] = simulate_step(
+                controller.model, batch, optimizer=optimizer, accumulation=accumulation, autocast=autocast, watch=names
+            )
+            tick()
+        return costs[key]
+
+    plain: dict[str, Form] = dict.fromkeys(names, Dense())
+    by_phase = [controller.forms(index) for index in range(len(controller.plan))]
+    try:
+        dense = cost(plain)
+        phases = tuple(_phase(controller, index, forms, cost(forms)) for index, forms in enumerate(by_phase))
+    finally:
+        _put(controller, plain)
+    decomposition = controller.config.decomposition
+    layers = tuple(
+        LayerEstimate(
+            name, shape, break_even_of(shape, decomposition), dense.rows[name], tuple(forms[name] for forms in by_phase)
+        )
+        for name, shape in controller.targets.items()
+    )
+    warnings = [controller.fused_note] if controller.fused_note else []
+    warnings += _warnings(phases, layers, dense, controller.config)
+    return RunEstimate(phases, dense, layers, _switch_extra(controller, dense), tuple(warnings))
+
+
+def _put(controller: DynamicRank, forms: dict[str, Form]) -> None:
+    model = controller.model
+    empty_forms(model, {name: form for name, form in forms.items() if form_of(layer_of(model, name)) != form})
+
+
+def _phase(controller: DynamicRank, index: int, forms: dict[str, Form], step: StepCost) -> PhaseEstimate:
+    plan = controller.plan
+    ranks = [form.rank for form in forms.values() if not isinstance(form, Dense)]
+    span = (min(ranks), max(ranks)) if ranks else None
+    return PhaseEstimate(plan.phases[index].kind, plan.phases[index].start, plan.end_of(index), span, step)
+
+
+def _switch_extra(controller: DynamicRank, dense: StepCost) -> int:
+    """The largest layer with gradient and state; decompositions are in float32 or better."""
+    sizes = (controller.copies[name][0] * out * into for name, (out, into) in controller.targets.items())
+    largest = max(sizes)
+    item = max(p.element_size() for p in controller.model.parameters())
+    return largest * (max(4, item) + item + dense.optimizer * item // max(1, dense.gradients))
+
+
+def _warnings(
+    phases: tuple[PhaseEstimate, ...], layers: tuple[LayerEstimate, ...], dense: StepCost, config: DRTConfig
+) -> list[str]:
+    found = []
+    for index, phase in enumerate(phases):
+        title = f"phase {index} ({phase.kind})"
+        kept = [layer for layer in layers if stays_dense(phase.kind, layer.name, config)]
+        found += [f"{title}: {len(kept)} query and key projections stay dense (dense_query_key)"] if kept else []
+        dense_here = [layer for layer in layers if phase.kind != "dense" and layer.forms[index] == Dense()]
+        stays = [layer for layer in dense_here if layer not in kept]
+        found += [f"{title}: {_layers(stays)} stay dense: the rank reaches break-even"] if stays else []
+        dearer = [layer for layer in layers if isinstance(layer.forms[index], Adapter) and layer.share(index) > 1]
+        if dearer:
+            worst = max(layer.share(index) for layer in dearer)
+            found.append(
+                f"{title}: {_layers(dearer)} cost more FLOPs than dense (up to x {worst:.2f}), as adapters do above a "
+                "third of break-even"
+            )
+        idle = [layer for layer in layers if isinstance(layer.forms[index], Factored) and layer.share(index) > 0.9]
+        found += [f"{title}: {_layers(idle)} save less than a tenth: near break-even"] if idle else []
+        if phase.kind != "dense" and phase.step.flops >= dense.flops and not dearer:
+            found.append(f"{title}: an update step takes as many FLOPs as a dense one, or more")
+        if phase.step.peak > dense.peak:
+            found.append(f"{title}: the peak of memory is above that of dense training")
+    return found
+
+
+def _layers(layers: list[LayerEstimate]) -> str:
+    """How many, and the first with its rank of break-even."""
+    first = layers[0]
+    plural = f"{len(layers)} layers" if len(layers) > 1 else "1 layer"
+    return f"{plural} (e.g. {first.name}, {first.shape[0]} x {first.shape[1]}, break-even {first.break_even:.4g})"

@@ -1,0 +1,14 @@
+"""Which layers of a model change form, and how a layer is put in the place of another."""
+
+from hf_drt.targets.experts import copies
+from hf_drt.targets.selection import Selection, find_targets, is_layer
+from hf_drt.targets.surgery import Swap, replace
+
+__all__ = [
+    "Selection",
+    "Swap",
+    "copies",
+    "find_targets",
+    "is_layer",
+    "replace",
+]

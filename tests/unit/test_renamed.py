@@ -1,0 +1,32 @@
+"""Modules that moved are found under their old names for one release."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import hf_drt
+from hf_drt.renamed import RENAMED
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_the_old_name_gives_the_module_and_a_warning(old, new, monkeypatch):
+    monkeypatch.delitem(sys.modules, old, raising=False)
+    spec = importlib.import_module(new).__spec__
+    with pytest.warns(FutureWarning, match=rf"{old} is now {new}; the old name goes with the next release"):
+        assert importlib.import_module(old) is importlib.import_module(new)
+    assert importlib.import_module(new).__spec__ is spec
+
+
+def test_names_can_be_imported_from_an_old_path():
+    code = "from hf_drt.hub.peft import save_peft_adapter as old; from hf_drt.export import save_peft_adapter as new; "
+    code += "print(old is new)"
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "True\n"
+
+
+def test_another_name_is_still_unknown():
+    with pytest.raises(ModuleNotFoundError, match=r"hf_drt\.nothing"):
+        importlib.import_module("hf_drt.nothing")
+    assert hf_drt.__spec__ is not None
