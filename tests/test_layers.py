@@ -12,22 +12,23 @@ ROOT = Path(__file__).parents[1] / "hf_drt"
 ALLOWED = {
     "messages":   set(),
     "renamed":    set(),
+    "registry":   set(),
     "config":     set(),
     "schedule":   set(),
     "linalg":     set(),
     "forms":      {"linalg"},
     "targets":    {"forms"},
-    "engines":    {"linalg", "forms"},
+    "engines":    {"forms", "linalg", "registry"},
     "checkpoint": {"forms", "messages", "schedule"},
     "planning":   {"config", "engines", "forms", "schedule", "targets"},
-    "optim":      {"config", "engines", "forms", "linalg", "targets"},
+    "optim":      {"config", "engines", "forms", "linalg", "registry", "targets"},
     "transition": {"engines", "forms", "optim", "targets"},
     "controller": {"checkpoint", "config", "engines", "forms", "linalg", "optim", "planning", "schedule", "targets",
                    "transition"},
     "compress":   {"checkpoint", "config", "forms", "linalg", "planning", "targets"},
     "inspect":    {"checkpoint", "forms", "linalg", "planning", "schedule"},
     "simulate":   {"config", "controller", "forms", "planning", "schedule", "transition"},
-    "export":     {"checkpoint", "config", "forms", "linalg", "messages", "schedule", "targets"},
+    "export":     {"checkpoint", "config", "engines", "forms", "linalg", "messages", "registry", "schedule", "targets"},
     "trainer":    {"checkpoint", "config", "controller", "engines", "export", "forms", "optim", "planning", "schedule",
                    "targets", "transition"},
     "report":     {"checkpoint", "schedule"},
@@ -36,7 +37,7 @@ ALLOWED = {
     "run":        {"config", "trainer"},
     "trl":        {"trainer"},
 }
-STDLIB_ONLY = {"config", "messages", "renamed", "schedule"}
+STDLIB_ONLY = {"config", "messages", "registry", "renamed", "schedule"}
 KNOWS_TRANSFORMERS = {"trainer", "export", "run", "cli"}
 # fmt: on
 
