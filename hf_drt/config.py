@@ -3,21 +3,45 @@
 import json
 import math
 import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
+
+from hf_drt.registry import EXPORTERS
 
 Start = Literal["auto", "scratch", "pretrained"]
 AdapterInit = Literal["zero", "principal"]
 Moments = Literal["project", "reset"]
-Export = Literal["dense", "native", "adapter"]
 Decomposition = Literal["svd", "tucker", "cp"]
 _PAPER_ALPHA = {"svd": 16.0, "tucker": 1.0, "cp": 64.0}
 
 _RANK_BY_BUDGET = re.compile(r"^\s*auto\b|:budget\b")
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+class _Help(Mapping[str, str]):
+    """Metadata of a field whose help lists the members of a registry: made when it is asked for."""
+
+    def __init__(self, text: Callable[[], str]):
+        self._text = text
+
+    def __getitem__(self, key: str) -> str:
+        if key != "help":
+            raise KeyError(key)
+        return self._text()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("help",))
+
+    def __len__(self) -> int:
+        return 1
+
+    def copy(self) -> dict[str, str]:
+        """As parsers ask for it, who take ``metadata`` for a dict."""
+        return dict(self)
+
+
+def _option(default: Any, help: str | Callable[[], str]) -> Any:
+    return field(default=default, metadata={"help": help} if isinstance(help, str) else _Help(help))
 
 
 @dataclass(frozen=True)
@@ -113,11 +137,8 @@ class DRTConfig:
         "Evaluate at the end of every phase but the last (after eval_delay); with load_best_model_at_end save as well.",
     )
     save_at_switch: bool = _option(False, "Save a checkpoint at the end of every phase but the last.")
-    export: Export = _option(
-        "dense",
-        "Form in which the Trainer saves and pushes the model: 'dense' (an ordinary model, loads anywhere; the model "
-        "itself is one too, once training is over), 'native' (in the form of its phase, loads after 'import hf_drt') "
-        "or 'adapter' (a PEFT adapter, beside its base model).",
+    export: str = _option(
+        "dense", lambda: f"Form in which the Trainer saves and pushes the model: {EXPORTERS.described()}."
     )
     tag_phases: bool = _option(
         False, "Push the end of every phase to the Hub as a revision of its own, e.g. 'phase-1-dense'."
@@ -158,10 +179,11 @@ class DRTConfig:
             ("start", Start),
             ("adapter_init", AdapterInit),
             ("moments", Moments),
-            ("export", Export),
             ("decomposition", Decomposition),
         ):
             _require(getattr(self, name) in get_args(choices), self, name, f"one of {', '.join(get_args(choices))}")
+        if self.export != "dense":  # known without a look
+            EXPORTERS.find(self.export)
         for name in ("rewarmup_steps", "log_rank_steps"):
             value = getattr(self, name)
             _require(_is_int(value) and value >= 0, self, name, "a whole number of at least 0", "The unit is steps.")
@@ -188,6 +210,12 @@ class DRTConfig:
     def selection(self) -> dict[str, list[str] | None]:
         """The settings that select layers, as :func:`hf_drt.find_targets` takes them."""
         return {name: getattr(self, name) for name in ("include", "exclude", "blocks", "ignore_source")}
+
+    def changed(self) -> dict[str, Any]:
+        """The settings that differ from their defaults, by name, without the schedule."""
+        default = DRTConfig(schedule=self.schedule)
+        names = (f.name for f in fields(self) if f.name != "schedule")
+        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(default, name)}
 
     @property
     def budget_chooses_rank(self) -> bool:

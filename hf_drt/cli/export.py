@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 from torch import Tensor
@@ -10,10 +10,10 @@ from typer import Option
 
 from hf_drt.cli.output import progress
 from hf_drt.cli.source import load, local_folder
-from hf_drt.config import Export
 from hf_drt.export import save_export
 from hf_drt.forms import Adapter
 from hf_drt.inspect import read_checkpoint
+from hf_drt.registry import EXPORTERS
 
 # What lies beside the weights of a model and belongs to it; a checkpoint's optimizer, states and card do not.
 _BESIDE = (
@@ -25,16 +25,15 @@ _BESIDE = (
 def export(
     source: Annotated[str, typer.Argument(help="A checkpoint-N of a run, or the folder of a model in any form.")],
     target: Annotated[Path, typer.Argument(help="Folder to write; it must not exist, or be empty.")],
-    format: Annotated[str, Option(help=f"One of {', '.join(get_args(Export))}.")] = "dense",
+    format: Annotated[str, Option(help=f"One of {EXPORTERS.described()}.")] = "dense",
     task: Annotated[str | None, Option(help="E.g. causal-lm; by default what the configuration says.")] = None,
 ) -> None:
     """Write a checkpoint as a dense model, a native one, or a PEFT adapter with its base.
 
     Tokenizer and processor files are copied along.
     """
-    if format not in get_args(Export):
-        allowed = ", ".join(get_args(Export))
-        raise typer.BadParameter(f"'{format}' is none; allowed are {allowed}.", param_hint="--format")
+    if format not in EXPORTERS:
+        raise typer.BadParameter(f"'{format}' is none; allowed are {', '.join(EXPORTERS)}.", param_hint="--format")
     folder = local_folder(source)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is no empty folder. Give another target, or remove it.")

@@ -1,11 +1,13 @@
 """The section of a model card that says how a model was trained in changing rank, and how to load it."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub import ModelCard
 
+from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import draw_timeline, timeline
 
 TAGS = ("hf_drt", "dynamic-rank-training", "low-rank")
@@ -20,27 +22,7 @@ CITATION = """\
   archivePrefix = {arXiv}
 }"""
 
-_LOADING = {
-    "dense": "The weights are an ordinary dense model, which loads anywhere, without `hf_drt`.",
-    "native": "The weights are in low-rank form. `pip install hf_drt`, and `import hf_drt` before `from_pretrained`; "
-    "everything else is as usual. Without it transformers says 'Unknown quantization type, got hf_drt' and stops at a "
-    "size mismatch.",
-    "adapter": "The weights are a PEFT adapter. It belongs to the base in the folder `base`, and to no other.",
-}
-_WHOLE = """\
-from transformers import {name}
-
-model = {name}.from_pretrained("{repository}")"""
-_CODE = {
-    "dense": _WHOLE,
-    "native": "import hf_drt\n" + _WHOLE,
-    "adapter": """\
-from peft import PeftModel
-from transformers import {name}
-
-base = {name}.from_pretrained("{repository}", subfolder="base")
-model = PeftModel.from_pretrained(base, "{repository}")""",
-}
+HOME = "https://github.com/hf-drt/hf_drt"
 
 
 @dataclass(frozen=True)
@@ -75,7 +57,9 @@ class RunSummary:
         phases: In order.
         layers: Number of target layers.
         flops, parameters: Averages of the plan relative to dense training of the target layers.
-        export: Form in which the weights beside the card are stored.
+        schedule: As the user wrote it.
+        settings: Those that differ from their defaults, by name, without the schedule.
+        export: Name of the exporter that has written the weights beside the card.
         repository: ``user/name`` on the Hub, or a folder.
         model_class: Name of the class that loads them.
     """
@@ -84,7 +68,9 @@ class RunSummary:
     layers: int
     flops: float
     parameters: float
-    export: Literal["dense", "native", "adapter"]
+    schedule: str
+    settings: dict[str, Any]
+    export: str
     repository: str
     model_class: str
 
@@ -103,14 +89,14 @@ def complete_card(folder: str | Path, run: RunSummary) -> None:
     path = Path(folder) / "README.md"
     card = ModelCard.load(path)
     card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *TAGS]))
-    card.data.library_name = "peft" if run.export == "adapter" else "transformers"
+    card.data.library_name = EXPORTERS[run.export].library
     picture = draw_timeline(run.phases, path.with_name(TIMELINE_NAME))
     card.text = f"{card.text.rstrip()}\n\n{method_section(run, picture)}\n"
     card.save(path)
 
 
 def method_section(run: RunSummary, picture: bool = False) -> str:
-    """Markdown: method, timeline, table of phases, cost against dense, how to load the weights, citation.
+    """Markdown: method, settings, timeline, table of phases, cost against dense, how to load the weights, citation.
 
     Args:
         run: From the trainer.
@@ -119,20 +105,32 @@ def method_section(run: RunSummary, picture: bool = False) -> str:
     return "\n\n".join(
         (
             "## Dynamic-rank training",
-            f"Trained with `hf_drt`: {run.layers} linear layers changed between full-rank and low-rank form during the "
-            f"run ([arXiv 2508.08625](https://arxiv.org/abs/2508.08625)). By plan they take {run.flops:.2f} of their "
-            f"dense training FLOPs, with {run.parameters:.2f} of their trainable parameters on average.",
-            *([f"![phases of the run]({TIMELINE_NAME})"] if picture else []),
-            f"```\n{timeline(run.phases)}\n```",
+            f"Trained with [`hf_drt`]({HOME}) (`pip install git+{HOME}`): {run.layers} linear layers changed between "
+            "full-rank and low-rank form during the run ([arXiv 2508.08625](https://arxiv.org/abs/2508.08625)). By "
+            f"plan these target layers take {run.flops:.2f} of their dense training FLOPs, with "
+            f"{run.parameters:.2f} of their trainable parameters on average.",
+            _settings(run),
+            f"![phases of the run]({TIMELINE_NAME})" if picture else f"```\n{timeline(run.phases)}\n```",
             _table(run.phases),
-            f"### Loading\n\n{_LOADING[run.export]}\n\n```python\n{_code(run)}\n```",
+            f"### Loading\n\n{EXPORTERS[run.export].loading}\n\n```python\n{_code(run)}\n```",
             f"### Citation\n\n```bibtex\n{CITATION}\n```",
         )
     )
 
 
 def _code(run: RunSummary) -> str:
-    return _CODE[run.export].format(name=run.model_class, repository=run.repository)
+    return EXPORTERS[run.export].code.format(name=run.model_class, repository=run.repository)
+
+
+def _settings(run: RunSummary) -> str:
+    """The schedule and what else was set, as the training arguments have them."""
+    rows = {"schedule": run.schedule} | run.settings
+    lines = (f"| `drt_{name}` | `{_cell(value)}` |" for name, value in rows.items())
+    return "\n".join(["| setting | value |", "|---|---|", *lines])
+
+
+def _cell(value: Any) -> str:
+    return (value if isinstance(value, str) else json.dumps(value)).replace("|", "\\|")
 
 
 def _table(phases: tuple[PhaseSummary, ...]) -> str:

@@ -18,7 +18,7 @@ def _prefixed_fields() -> list[tuple]:
     for f in fields(DRTConfig):
         # A command line carries a dict as JSON text; DRTConfig reads both.
         kind = str | None if f.name == "rank_pattern" else hints[f.name]
-        made.append((PREFIX + f.name, kind, field(default=f.default, metadata=dict(f.metadata))))
+        made.append((PREFIX + f.name, kind, field(default=f.default, metadata=f.metadata)))
     return made
 
 

@@ -17,6 +17,7 @@ from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.optim import form_group_options
 from hf_drt.planning import resolved_plan
+from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Run, Schedule
 from hf_drt.trainer.checkpoint import random_state_files
 from hf_drt.trainer.delivery import deliver
@@ -104,7 +105,7 @@ class DRTCallback(TrainerCallback):
                 "factored_lr_scale, adapter_lr_scale and frobenius_decay need parameter groups from before the "
                 "scheduler is made. Use DRTTrainer."
             )
-        if self.config.export == "adapter" or self.config.tag_phases:
+        if not EXPORTERS[self.config.export].by_plain_trainer or self.config.tag_phases:
             raise ValueError(
                 "export=adapter and tag_phases need DRTTrainer's own way to save and to push, which a plain Trainer "
                 "does not have. Use DRTTrainer, or leave them out."
@@ -241,7 +242,7 @@ class DRTCallback(TrainerCallback):
     ) -> None:
         if state.global_step != self.controller.plan.end_of(self.meter.phase):  # stopped early, within a phase
             self._log(state, self.meter.row())
-        if not self.in_drt_trainer and self.config.export == "dense":
+        if not self.in_drt_trainer and EXPORTERS[self.config.export].in_place:
             deliver(self.controller, kwargs["optimizer"])
 
     def write_state(self, folder: str, step: int, args: TrainingArguments) -> None:

@@ -40,6 +40,7 @@ from hf_drt.engines import is_sharded, renewed_reducer
 from hf_drt.export import check_export
 from hf_drt.optim import form_group_options
 from hf_drt.planning import refuse_without_schedule, resolution
+from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Run, Schedule
 from hf_drt.trainer.aside import hidden_token, metrics_set_aside, upcast_bases
 from hf_drt.trainer.callback import DRTCallback, updates_per_epoch
@@ -373,8 +374,8 @@ class DRTTrainerMixin(PublishingMixin):
         self._drt_callback.write_state(folder, self.state.global_step, self.args)
 
     def _drt_deliver(self) -> None:
-        """At the end of training: the model itself in the form of ``drt_export``, if that is dense."""
-        if self._drt_config().export == "dense":
+        """At the end of training: the model itself in the form of ``drt_export``, where it can take it."""
+        if EXPORTERS[self._drt_config().export].in_place:
             with self._drt_around_switch():
                 deliver(self.drt, self.optimizer)
 

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress
 
-from hf_drt.export import MODEL_FILES
+from hf_drt.export import model_files
 from hf_drt.schedule import Plan
 from hf_drt.trainer.saving import CHECKPOINT_FILES
 from hf_drt.trainer.write_errors import is_write_error, remedy
@@ -175,7 +175,7 @@ class Publisher:
             revision=branch,
             ignore_patterns=list(_IGNORED) if root else None,
             # What is not uploaded now is of an earlier push.
-            delete_patterns=list(MODEL_FILES if root else CHECKPOINT_FILES),
+            delete_patterns=list(model_files() if root else CHECKPOINT_FILES),
         )
         if upload.tag is not None:
             self._tag(api, repository, upload.tag, commit.oid)
@@ -205,7 +205,7 @@ class Publisher:
 
 
 def _is_model_file(name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in MODEL_FILES)
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in model_files())
 
 
 def phase_tag(plan: Plan, step: int) -> str | None:

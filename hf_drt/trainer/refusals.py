@@ -15,6 +15,7 @@ from hf_drt.config import DRTConfig
 from hf_drt.forms import stack_count, weight_shape
 from hf_drt.optim import OPTIMIZERS, check_rate, form_group_options, has_own_rate, qualified_name, unwrap
 from hf_drt.planning import Usage, idle_settings, lowrank_kind, refuse_idle, usage_of
+from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Schedule
 from hf_drt.targets import find_targets
 
@@ -136,7 +137,7 @@ def _usage(model: nn.Module, config: DRTConfig) -> Usage:
 
 def _refuse_nameless(model: nn.Module, config: DRTConfig) -> None:
     """Raise where the form that is to be saved is declared in a configuration that the model does not have."""
-    if config.export == "dense" or any(isinstance(module, PreTrainedModel) for module in model.modules()):
+    if not EXPORTERS[config.export].declared or any(isinstance(module, PreTrainedModel) for module in model.modules()):
         return
     raise ValueError(
         f"export={config.export} is declared in the configuration of a model of transformers, and there is none in "
@@ -147,21 +148,14 @@ def _refuse_nameless(model: nn.Module, config: DRTConfig) -> None:
 
 def _refuse_experts(trainer: Any, config: DRTConfig) -> None:
     """Raise where fused experts are selected, but could not change form or be saved at the end."""
-    fsdp = _fsdp_version(trainer) is not None
-    if not fsdp and config.export != "adapter":
-        return
     targets = find_targets(trainer.model, **config.selection).targets
     name = next((name for name, layer in targets.items() if stack_count(layer) is not None), None)
-    if name is not None and fsdp:
+    if name is not None and _fsdp_version(trainer) is not None:
         raise ValueError(
             f"fused experts cannot change form under FSDP, and {name} is selected. Keep them dense: "
             "drt_exclude=['experts']; or use DistributedDataParallel (torchrun alone)."
         )
-    if name is not None:
-        raise ValueError(
-            f"export=adapter saves a LoRA of PEFT, which lays out adapters of fused experts in another way, and {name} "
-            "is selected. Keep the experts dense: drt_exclude=['experts']; or use export=dense or native."
-        )
+    EXPORTERS[config.export].check_targets(targets)
 
 
 def refuse_own_rate(optimizer: torch.optim.Optimizer, config: DRTConfig, schedule: Schedule) -> None:

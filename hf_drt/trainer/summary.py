@@ -37,6 +37,15 @@ def run_summary(controller: DynamicRank, history: list[dict[str, Any]], export: 
                 effective_rank=row.get("drt_effective_rank_mean"),
             )
         )
-    model_class = type(controller.model).__name__
-    layers = len(controller.targets)
-    return RunSummary(tuple(phases), layers, cost.flops, cost.parameters, export, repository, model_class)
+    config = controller.config
+    return RunSummary(
+        phases=tuple(phases),
+        layers=len(controller.targets),
+        flops=cost.flops,
+        parameters=cost.parameters,
+        schedule=config.schedule or str(controller.initial_plan),
+        settings=config.changed(),
+        export=export,
+        repository=repository,
+        model_class=type(controller.model).__name__,
+    )

@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_drt.config import Export
-from hf_drt.export import dense_tensors, marked_state_dict, save_export
+from hf_drt.export import check_written, marked_state_dict, save_export
+from hf_drt.registry import EXPORTERS
 from hf_drt.trainer.aside import runtime_names
-from hf_drt.trainer.written import check_written
 
 State = dict[str, Tensor] | None
 
@@ -33,7 +32,7 @@ class ModelWriter:
         checkpoint: Whether it is a checkpoint that is written now.
     """
 
-    def __init__(self, trainer: Any, export: Callable[[], Export], state_file: Callable[[str], None]):
+    def __init__(self, trainer: Any, export: Callable[[], str], state_file: Callable[[str], None]):
         self._trainer, self._export, self._state_file = trainer, export, state_file
         self.checkpoint = False
         self._inside = False
@@ -94,6 +93,5 @@ class ModelWriter:
         """A gathered state dict in the form that is written; converted once, it stays as it is."""
         if not state:
             return state
-        if self.checkpoint or self._export() == "native":
-            return marked_state_dict(self._trainer.model, state)
-        return dense_tensors(self._trainer.model, state)
+        model = self._trainer.model
+        return marked_state_dict(model, state) if self.checkpoint else EXPORTERS[self._export()].converted(model, state)

@@ -138,7 +138,10 @@ def test_a_dense_model_and_its_card(hub, name, tmp_path):
 
 def check_section(text: str, parameters: int, name: str) -> None:
     assert text.count("## Dynamic-rank training\n") == 1
-    assert "▒" * 20 + "█" * 20 + "▒" * 20 + "  6 update steps" in text
+    assert text.count("drt_timeline.png") == 1
+    assert "█" not in text  # the picture tells it
+    assert "| `drt_schedule` | `adapter:4@0 dense@2 adapter:8@4` |\n| `drt_log_rank_steps` | `2` |" in text
+    assert "`pip install git+https://github.com/hf-drt/hf_drt`" in text
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(("| 0 |", "| 1 |", "| 2 |"))]
     assert [row[:4] for row in rows] == [
         ["0", "adapter", "0 to 2", "4"], ["1", "dense", "2 to 4", "full"], ["2", "adapter", "4 to 6", "8"],

@@ -10,8 +10,7 @@ from forms import FORMS, PAIRS, ids
 
 from hf_drt import DRTConfig, DynamicRank
 from hf_drt.checkpoint.declaration import declare
-from hf_drt.export import save_peft_adapter
-from hf_drt.export.dense import dense_state_dict
+from hf_drt.export import dense_state_dict, save_peft_adapter
 from hf_drt.forms import Adapter, Dense, Factored, dense_key, effective_weight, form_of, layer_of, prepare
 from hf_drt.optim.moments import MomentKeys, project
 from hf_drt.simulate import batch_spec, estimate_run

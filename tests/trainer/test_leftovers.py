@@ -289,7 +289,7 @@ def test_nothing_is_moved_if_the_model_is_refused(tmp_path, monkeypatch):
     def refuse(model):
         raise ValueError("PEFT has no way to express it")
 
-    monkeypatch.setattr("hf_drt.export.exporting.check_adapters", refuse)
+    monkeypatch.setattr("hf_drt.export.peft.exporter.check_adapters", refuse)
     with pytest.raises(ValueError, match="PEFT has no way"):
         trainer.save_model()
     assert tree(tmp_path) == before

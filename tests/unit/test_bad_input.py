@@ -31,7 +31,7 @@ from hf_drt import (
     find_targets,
 )
 from hf_drt.checkpoint.state_file import STATE_NAME, read_state, write_state
-from hf_drt.export.exporting import check_export
+from hf_drt.export import check_export
 from hf_drt.forms import form_from_dict
 from hf_drt.optim import moment_keys
 from hf_drt.schedule import Run

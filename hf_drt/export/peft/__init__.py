@@ -4,6 +4,7 @@ Both are ``W + s B A`` with the same order of operations. Only the two files of 
 PEFT itself is not imported.
 """
 
+from hf_drt.export.peft.exporter import AdapterExporter
 from hf_drt.export.peft.files import CONFIG_NAME, WEIGHTS_NAME
 from hf_drt.export.peft.load import load_peft_adapter
 from hf_drt.export.peft.save import base_state_dict, check_adapters, save_peft_adapter, write_adapter
@@ -11,6 +12,7 @@ from hf_drt.export.peft.save import base_state_dict, check_adapters, save_peft_a
 __all__ = [
     "CONFIG_NAME",
     "WEIGHTS_NAME",
+    "AdapterExporter",
     "base_state_dict",
     "check_adapters",
     "load_peft_adapter",

@@ -14,8 +14,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_drt.checkpoint import AGAIN, METHOD, CheckpointError, DeclaredLayer, declare, read_block
-from hf_drt.export.names import candidates, matched
-from hf_drt.export.weights import check_weights
+from hf_drt.export.native.names import candidates, matched
+from hf_drt.export.native.weights import check_weights
 from hf_drt.forms import AdapterLinear, LowRankLinear, empty_like, layer_of
 from hf_drt.messages import some
 from hf_drt.targets import Swap, replace

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from hf_drt.checkpoint import AGAIN, CheckpointError, DeclaredLayer, Shapes, stored_shapes
-from hf_drt.export.names import candidates
+from hf_drt.export.native.names import candidates
 from hf_drt.forms import Dense, layout_of, tensor_shapes
 
 
