@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_drt.export import CONFIG_NAME, WEIGHTS_NAME, load_peft_adapter
+from hf_drt.export.peft.patterns import _as_in_peft, _matcher
 from hf_drt.export.peft.variants import CONVERTIBLE_STARTS, PLAIN_FIELDS, PLAIN_STARTS, VARIANTS
 
 peft = pytest.importorskip("peft")
 from peft.tuners.lora import config as lora  # noqa: E402
+from peft.utils.other import get_pattern_key  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs" / "peft.md"
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
@@ -291,3 +293,27 @@ def test_the_documentation_has_a_row_for_every_variant_and_says_what_is_done():
             field in READ or field in REFUSED or field in ("alora_invocation_tokens", "arrow_config", "megatron_config")
         )
         assert way_out.replace("`", "") == ("" if done == "read" else variant.way_out), field
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        ("q_proj", "model.layers.0.self_attn.q_proj"),
+        ("q_proj", "model.layers.0.self_attn.q_proj2"),
+        ("proj", "model.q_proj"),
+        (r"^model\.layers\.0\.q_proj", "model.layers.0.q_proj"),
+        (r"layers\.(0|1)\.q", "layers.1.q"),
+        (r"layers\.(0|1)\.q", "layers.2.q"),
+        ("model.q", "model.q"),
+        ("modelxq", "model.q"),
+        ("a(b)", "a(b)"),
+    ],
+)
+def test_patterns_match_by_pefts_own_rule(pattern, name, monkeypatch):
+    assert get_pattern_key([pattern, "other"], name) == (pattern if _as_in_peft(pattern, name) else name)
+    _matcher.cache_clear()
+    assert _matcher()(pattern, name) == _as_in_peft(pattern, name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+    _matcher.cache_clear()
+    assert _matcher() is _as_in_peft  # without PEFT
+    _matcher.cache_clear()

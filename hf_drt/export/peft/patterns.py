@@ -4,7 +4,10 @@ PEFT takes the first pattern that matches a layer's name, and sorts them as it s
 say something else than was trained: the ranks stand in the tensors' shapes too, the alphas nowhere else.
 """
 
+import functools
+import importlib.util
 import re
+from collections.abc import Callable
 from typing import Any
 
 
@@ -43,8 +46,23 @@ def _matching(name: str, patterns: dict[str, Any] | None) -> list[Any]:
 
 def _matches(pattern: str, name: str) -> bool:
     try:
-        return re.match(rf"(.*\.)?({pattern})$", name) is not None
+        return _matcher()(pattern, name)
     except re.error as error:
         raise ValueError(
             f"rank_pattern or alpha_pattern holds {pattern!r}, which is not a regular expression: {error}."
         ) from None
+
+
+@functools.cache
+def _matcher() -> Callable[[str, str], bool]:
+    """PEFT's own rule where it is installed, which a later release may change; else that of PEFT 0.21."""
+    if importlib.util.find_spec("peft") is None:
+        return _as_in_peft
+    from peft.utils.other import get_pattern_key
+
+    # It gives the name back where no pattern matches: in brackets the pattern cannot read like the name.
+    return lambda pattern, name: get_pattern_key([f"(?:{pattern})"], name) != name
+
+
+def _as_in_peft(pattern: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
