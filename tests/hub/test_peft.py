@@ -237,7 +237,7 @@ def test_what_peft_cannot_express_is_refused_and_nothing_written(make, arguments
 def test_a_base_that_transformers_cannot_save_is_refused(tmp_path):
     model = Nested()
     change(model, {"layers.0.a": Adapter(2)})
-    with pytest.raises(ValueError, match=r"Nested has no save_pretrained\. Save hf_drt\.hub\.peft\.base_state_dict"):
+    with pytest.raises(ValueError, match=r"Nested has no save_pretrained\. Save hf_drt\.export\.base_state_dict"):
         save_peft_adapter(model, tmp_path / "adapter", base_folder=tmp_path / "base")
     assert list(tmp_path.iterdir()) == []
 

@@ -167,7 +167,7 @@ def _check_base_folder(model: nn.Module, folder: str | os.PathLike, base_folder:
     if not hasattr(model, "save_pretrained"):
         raise ValueError(
             f"base_folder needs a transformers model; {type(model).__name__} has no save_pretrained. Save "
-            "hf_drt.export.peft.base_state_dict(model) in your own way, and leave base_folder out."
+            "hf_drt.export.base_state_dict(model) in your own way, and leave base_folder out."
         )
     if Path(folder).resolve() == Path(base_folder).resolve():
         raise ValueError(
