@@ -78,10 +78,10 @@ def draw_figures(runs: Sequence[RunData]) -> Iterator[tuple[str, Figure]]:
     for index, (run, name) in enumerate(zip(ranked, names, strict=True)):
         twin = f"-{index}" if names.count(name) > 1 else ""
         yield f"effective-rank-{name}{twin}", _heat_map(run, run.ranks, limits)
-    dynamic = [(index, run) for index, run in enumerate(runs) if run.phases]
-    if dynamic:
-        yield "phases", _phase_bars(dynamic)
-        yield "switches", _switch_bars(dynamic)
+    changing = [(index, run) for index, run in enumerate(runs) if run.changes]
+    if changing:
+        yield "phases", _phase_bars(changing)
+        yield "switches", _switch_bars(changing)
 
 
 def _slug(text: str) -> str:
@@ -95,7 +95,7 @@ def _slug(text: str) -> str:
 def _curve(runs: Sequence[RunData], name: str, heading: str) -> Figure:
     """One curve of all runs, over steps and, where a run has them, over seconds."""
     axis_names = [axis for axis in _UNITS if axis == "steps" or any(run.clock.total is not None for run in runs)]
-    strips = sum(run.dynamic for run in runs)
+    strips = sum(run.changes for run in runs)
     figure = Figure(figsize=(7, 2.5 + 0.1 * strips), layout="constrained")
     panels = figure.subplots(1, len(axis_names), sharey=True, squeeze=False)[0]
     for panel, axis in zip(panels, axis_names, strict=True):
@@ -118,7 +118,7 @@ def _legend(figure: Figure, panel: Axes, runs: Sequence[RunData], forms: bool) -
     """The runs in the first row and, where strips need them, the forms in the second."""
     rows = [[(line, line.get_gid()) for line in panel.lines if line.get_gid()]]
     if forms:
-        kinds = dict.fromkeys(phase.kind or "unknown" for run in runs for phase in run.phases)
+        kinds = dict.fromkeys(phase.kind or "unknown" for run in runs if run.changes for phase in run.phases)
         rows.append([(Patch(**_form_style(kind), alpha=0.65, linewidth=0), kind) for kind in kinds])
     columns = min(6, max(map(len, rows)))
     blank = (Patch(alpha=0), "")
@@ -151,9 +151,9 @@ def _marker(index: int) -> dict[str, str | float]:
 
 def _shade(panel: Axes, runs: Sequence[RunData], axis: str) -> None:
     """The phases behind the curves, with their names, if one run has any; else as one strip per run above them."""
-    dynamic = [(index, run) for index, run in enumerate(runs) if run.phases]
-    alone = len(dynamic) == 1
-    for row, (index, run) in enumerate(reversed(dynamic)):
+    changing = [(index, run) for index, run in enumerate(runs) if run.changes]
+    alone = len(changing) == 1
+    for row, (index, run) in enumerate(reversed(changing)):
         low, high = (0.0, 1.0) if alone else (1.02 + 0.05 * row, 1.06 + 0.05 * row)
         for phase in run.phases:
             start, end = _span(phase, axis)

@@ -102,7 +102,7 @@ def run_json(run: RunData) -> dict[str, Any]:
         "name": run.name,
         "timed": run.clock.total is not None,
         "end": {"steps": max(last, run.step), "seconds": run.clock.total},
-        "phases": [_phase_json(phase) for phase in run.phases],
+        "phases": [_phase_json(phase) for phase in run.phases if run.changes],
         "series": {name: _series_json(thinned(series)) for name, series in run.series.items()},
         "ranks": _ranks_json(run.ranks) if run.ranks else None,
     }
@@ -168,10 +168,10 @@ def _asset(name: str) -> str:
 
 
 def _lead(runs: Sequence[RunData]) -> str:
-    dynamic = sum(run.dynamic for run in runs)
+    changing = sum(run.changes for run in runs)
     if len(runs) == 1:
-        return f"One run, {runs[0].step:,} update steps" + ("" if dynamic else ", without phases") + "."
-    return f"{len(runs)} runs side by side, {dynamic} of them with phases."
+        return f"One run, {runs[0].step:,} update steps" + ("" if changing else ", without phases") + "."
+    return f"{len(runs)} runs side by side, {changing} of them with phases."
 
 
 def _sections(runs: Sequence[RunData]) -> list[str]:
@@ -191,7 +191,9 @@ def _overview(runs: Sequence[RunData]) -> str:
     head = "".join(f'<th scope="col">{_named(index, run)}</th>' for index, run in enumerate(runs))
     first, *rest = overview(runs)
     body = _row(first, "text") + "".join(map(_row, rest))
-    return _scroll(f'<table class="overview"><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>')
+    # Phones show the runs in as many columns as fit under the name of each row.
+    table = f'<table class="overview" style="--runs: {len(runs)}">'
+    return _scroll(f"{table}<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>")
 
 
 def _grouped(runs: Sequence[RunData], table: Table, what: str) -> str:
@@ -229,7 +231,7 @@ def _remarks(runs: Sequence[RunData]) -> str:
 
 
 def _legend(runs: Sequence[RunData]) -> str:
-    kinds = dict.fromkeys(phase.kind or "unknown" for run in runs for phase in run.phases)
+    kinds = dict.fromkeys(phase.kind or "unknown" for run in runs if run.changes for phase in run.phases)
     if not kinds:
         return ""
     items = "".join(f'<span><i class="{kind}"></i>{escape(kind)}</span>' for kind in kinds)

@@ -40,6 +40,7 @@ class PhaseData:
         tokens_per_second, samples_per_second: Throughput over all processes.
         peak_memory: MiB.
         trainable: Parameters of the whole model.
+        ranks: Lowest and highest rank of a target layer in low-rank form.
         effective_rank: Mean over the target layers, last measured.
     """
 
@@ -56,6 +57,7 @@ class PhaseData:
     samples_per_second: float | None = None
     peak_memory: float | None = None
     trainable: int | None = None
+    ranks: tuple[int, int] | None = None
     effective_rank: float | None = None
 
     @property
@@ -121,8 +123,13 @@ class RunData:
 
     @property
     def dynamic(self) -> bool:
-        """Whether it was trained in dynamic rank."""
+        """Whether it was trained by this package, which measures it, be it dense throughout."""
         return bool(self.phases)
+
+    @property
+    def changes(self) -> bool:
+        """Whether it has phases to tell apart: a run that is dense from its beginning to its end has none."""
+        return any(phase.kind != "dense" for phase in self.phases) or self.planned > 1
 
 
 def read_runs(folders: Sequence[str | os.PathLike]) -> list[RunData]:
@@ -267,6 +274,7 @@ def _phases(
                 samples_per_second=own.get("drt_samples_per_second"),
                 peak_memory=own.get("drt_peak_memory_mib"),
                 trainable=own.get("drt_trainable_parameters"),
+                ranks=(own["drt_rank_min"], own["drt_rank_max"]) if "drt_rank_max" in own else None,
                 effective_rank=own.get("drt_effective_rank_mean"),
             )
         )

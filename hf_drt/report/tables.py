@@ -88,7 +88,7 @@ def overview(runs: Sequence[RunData]) -> list[Row]:
 
 
 def _phase_columns(runs: Sequence[RunData]) -> list[_Column]:
-    metrics = main_metrics([run for run in runs if run.phases])
+    metrics = main_metrics([run for run in runs if run.changes])
     if not metrics:
         return [*_PHASE_COLUMNS]
 
@@ -100,17 +100,20 @@ def _phase_columns(runs: Sequence[RunData]) -> list[_Column]:
 
 def phase_table(runs: Sequence[RunData]) -> Table:
     """One row per phase: what it cost and where it led. A bar is a share of the largest number of all runs."""
-    phases = [(run, phase) for run in runs for phase in run.phases]
+    phases = [(run, phase) for run in runs if run.changes for phase in run.phases]
+    ranked = any(phase.ranks for _, phase in phases)
     columns = [column for column in _phase_columns(runs) if any(column.read(*each) is not None for each in phases)]
     largest = {c.name: max(value for each in phases if (value := c.read(*each)) is not None) for c in columns}
 
     def row(run: RunData, phase: PhaseData) -> Row:
         values = [(column, column.read(run, phase)) for column in columns]
         cells = (Cell(number(v, c.pattern), share(v, largest[c.name]) if c.bar else None) for c, v in values)
-        return (Cell(phase.numbered), *cells)
+        rank = (Cell(_ranks(phase)),) if ranked else ()
+        return (Cell(phase.numbered), *rank, *cells)
 
-    groups = {index: tuple(row(run, phase) for phase in run.phases) for index, run in enumerate(runs) if run.phases}
-    return Table(("phase", *(column.name for column in columns)), groups)
+    groups = {index: tuple(row(run, phase) for phase in run.phases) for index, run in enumerate(runs) if run.changes}
+    names = ("phase", *(("rank",) if ranked else ()), *(column.name for column in columns))
+    return Table(names, groups)
 
 
 def switch_table(runs: Sequence[RunData]) -> Table:
@@ -128,7 +131,8 @@ def switch_table(runs: Sequence[RunData]) -> Table:
             *(Cell(number(error, ".2g")) for error in errors),
         )
 
-    return Table(header, {i: tuple(row(run, s) for s in run.switches) for i, run in enumerate(runs) if run.switches})
+    changing = [(index, run) for index, run in enumerate(runs) if run.changes and run.switches]
+    return Table(header, {index: tuple(row(run, switch) for switch in run.switches) for index, run in changing})
 
 
 def notes(run: RunData) -> list[str]:
@@ -153,6 +157,14 @@ def notes(run: RunData) -> list[str]:
     if any(not math.isfinite(point.value) for point in run.series.get("loss", ())):
         found.append("has losses that are no numbers: it has diverged.")
     return found
+
+
+def _ranks(phase: PhaseData) -> str:
+    """Rank of the target layers, the lowest to the highest where they differ."""
+    if phase.ranks is None:
+        return "full" if phase.kind == "dense" else "–"
+    low, high = phase.ranks
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def number(value: float | None, pattern: str, unit: str = "") -> str:

@@ -1,11 +1,14 @@
 """The main recipe, small: trains, prints its table, resumes, loads, and refuses what it cannot use."""
 
 import math
+import shlex
 
 import pretrain_clm
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_drt.report import read_runs, write_page
 
 SMALL = [
     "--max_texts", "12", "--hidden_size", "64", "--layers", "1", "--vocab_size", "400", "--block_size", "32",
@@ -82,3 +85,21 @@ def test_it_takes_a_model_and_texts_of_ones_own(tmp_path):
 def test_bad_flags_are_refused_with_a_reason(tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, *flags)
+
+
+def test_the_command_to_compare_with_dense_runs(tmp_path, capsys, monkeypatch):
+    flags = [*SMALL, "--drt_rank", "8", "--drt_exclude", "q_proj", "k_proj", "--cache_dir", str(tmp_path / "cache")]
+    monkeypatch.setattr("sys.argv", ["pretrain_clm.py", *flags, "--output_dir", str(tmp_path / "low rank")])
+    pretrain_clm.main(["--drt_schedule", "paper", *flags, "--output_dir", str(tmp_path / "low rank")])
+    out = capsys.readouterr().out
+    rows = [line.split("│") for line in out.splitlines() if line.startswith("│")]
+    assert [row[3].strip() for row in rows] == ["8", "full", "8"]
+    assert "eff. rank is the mean effective rank of their weights" in out
+    (command,) = [line for line in out.splitlines() if line.startswith("Compare with dense: ")]
+    first, report = command.removeprefix("Compare with dense: ").split(" && ")
+    words = shlex.split(first)
+    assert not any(word.startswith("--drt_") for word in words)
+    assert pretrain_clm.main(words[2:]).drt is None
+    _, _, *folders = shlex.split(report)
+    write_page(read_runs(folders), tmp_path / "report.html")
+    assert "low rank-dense" in (tmp_path / "report.html").read_text()

@@ -36,7 +36,8 @@ def rows(final: float = 2.0) -> list[dict[str, Any]]:
     """Ten steps in factored form of 1 s, a switch of 2 s, ten dense steps of 0.5 s; the first switch takes 1 s."""
     return [
         {"step": 0, "drt_phase": 0, "drt_switch_seconds": 1.0, "drt_truncation_error": 0.7, "drt_merge_error": 0.0,
-         "drt_trainable_parameters": 100, "drt_plan_flops": 0.75, "drt_plan_parameters": 0.5, "drt_seconds": 1.0},
+         "drt_trainable_parameters": 100, "drt_rank_min": 2, "drt_rank_max": 4, "drt_plan_flops": 0.75,
+         "drt_plan_parameters": 0.5, "drt_seconds": 1.0},
         {"step": 5, "loss": 4.0, "learning_rate": 0.1, "grad_norm": 1.5},
         {"step": 10, **ranks(3.0), "drt_phase": 0, "drt_phase_steps": 10, "drt_phase_seconds": 10.0,
          "drt_tokens_per_second": 80.0, "drt_samples_per_second": 8.0, "drt_peak_memory_mib": 64.0,

@@ -91,6 +91,19 @@ def test_everything_is_drawn_and_fits(opened, size, scheme):
     assert (sum(map(int, background[4:-1].split(","))) < 200) == (scheme == "dark")
 
 
+# Cells of the overview that are not wholly inside the window.
+CUT_OFF = """() => [...document.querySelectorAll("table.overview :is(th, td)")].filter((cell) => {
+    const box = cell.getBoundingClientRect();
+    return box.width && (box.left < 0 || box.right > document.documentElement.clientWidth);
+}).map((cell) => cell.textContent)"""
+
+
+def test_a_phone_shows_every_run_of_the_overview(opened):
+    page = opened("narrow")
+    assert page.evaluate(CUT_OFF) == []
+    assert page.locator("table.overview thead th:visible").count() == 3
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_long_numbers_fit(opened, tmp_path, size):
     rows = [

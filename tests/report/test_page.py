@@ -121,13 +121,13 @@ def test_phases_and_switches_in_tables(tmp_path):
     page = page_of(tmp_path, folders.dynamic_run(tmp_path / "run"))
     head, name, *rows = page.table("phases")
     assert head == [
-        "phase", "steps", "seconds", "tokens/s", "samples/s", "peak MiB", "trainable parameters", "effective rank",
-        "eval loss at the end",
+        "phase", "rank", "steps", "seconds", "tokens/s", "samples/s", "peak MiB", "trainable parameters",
+        "effective rank", "eval loss at the end",
     ]  # fmt: skip
     assert name == ["run"]
     assert rows == [
-        ["0 factored", "10", "10.0", "80", "8.0", "64", "100", "5.5", "3.250"],
-        ["1 dense", "10", "5.0", "160", "16.0", "96", "300", "7.5", "2.000"],
+        ["0 factored", "2 to 4", "10", "10.0", "80", "8.0", "64", "100", "5.5", "3.250"],
+        ["1 dense", "full", "10", "5.0", "160", "16.0", "96", "300", "7.5", "2.000"],
     ]
     bars = [attrs["style"] for _, attrs in page.tags if attrs.get("class") == "bar"]
     assert bars[:5] == ["--share:1.000", "--share:0.500", "--share:0.500", "--share:0.667", "--share:0.333"]
@@ -142,6 +142,18 @@ def test_a_plain_run_alone_has_no_phases(tmp_path):
     assert [name for name, _ in page.tables] == ["overview"]
     assert page.data["curves"] == ["loss", "eval_loss", "learning_rate"]
     assert "rankcharts" not in [attrs.get("id") for _, attrs in page.tags]
+
+
+def test_a_run_that_is_dense_throughout_is_measured_and_has_no_phases(tmp_path):
+    rows = [row for row in folders.rows() if row.get("drt_phase") != 1]
+    folders.write_plan(tmp_path / "dense" / "checkpoint-20", "dense@0", phase=0)
+    page = page_of(tmp_path, folders.write_log(tmp_path / "dense", rows), folders.dynamic_run(tmp_path / "ours"))
+    dense, ours = page.data["runs"]
+    assert (dense["phases"], len(ours["phases"])) == ([], 2)
+    assert "2 runs side by side, 1 of them with phases." in page.words["p"]
+    assert [row[0] for row in page.table("phases") if len(row) == 1] == ["ours"]
+    assert [row[0] for row in page.table("switches") if len(row) == 1] == ["ours"]
+    assert {row[0]: row[1] for row in page.table("overview")}["peak memory, MiB"] == "64"
 
 
 def test_without_ranks_by_layer_the_page_says_how_to_get_them(tmp_path):
