@@ -1,11 +1,25 @@
-"""Run offline, on few threads, without the messages of libraries under test."""
+# ruff: noqa: E402
+"""Run offline, on one thread a process, with caches of its own, without the messages of libraries under test."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Matrices this small gain nothing from a second thread, and lose much where another process wants the core: a second
+# worker of pytest-xdist does, and so do the processes that tests start, which inherit this. Before torch is imported.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+# Metrics and modules of code are copied there, and two workers would at once: a cache for each, and for what it starts.
+if "HF_HOME" not in os.environ:
+    os.environ["HF_HOME"] = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+if Path(os.environ["HF_HOME"]).name != worker:
+    os.environ["HF_HOME"] = str(Path(os.environ["HF_HOME"], worker))
 
 import pytest
 import torch
@@ -17,5 +31,4 @@ sys.path.insert(0, str(Path(__file__).parent))
 @pytest.fixture(autouse=True, scope="session")
 def _quiet() -> None:
     transformers.logging.disable_progress_bar()
-    # Matrices this small gain nothing from a second thread, and lose much where another process wants the core.
     torch.set_num_threads(1)

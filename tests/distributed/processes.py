@@ -1,4 +1,4 @@
-"""Runs of worker.py in processes of their own, under torchrun or accelerate launch."""
+"""Runs of worker.py in processes of their own: forked, or under torchrun or accelerate launch."""
 
 import json
 import socket
@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import torch
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -27,8 +28,7 @@ def free_port() -> int:
 
 
 def torchrun(folder: Path, processes: int) -> list[str]:
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
-    return [sys.executable, *(command if processes > 1 else [])]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
 
 
 def accelerate(folder: Path, processes: int) -> list[str]:
@@ -40,20 +40,27 @@ def accelerate(folder: Path, processes: int) -> list[str]:
 
 
 def launch_all(
-    folder: Path, processes: int, cells: dict[str, dict], launcher=torchrun, timeout: int = 300
+    folder: Path, processes: int, cells: dict[str, dict], launcher=None, timeout: int = 300
 ) -> dict[str, dict]:
-    """Train once for each of the settings, in one launch; what was seen of each. Files go to ``folder / name``."""
+    """Train once for each of the settings, in one launch; what was seen of each. Files go to ``folder / name``.
+
+    Without a launcher the processes are forked, with the environment that torchrun gives them.
+    """
     for name in cells:
         Path(folder, name).mkdir(parents=True, exist_ok=True)
-    command = [*launcher(folder, processes), str(WORKER), str(folder), json.dumps(cells)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    words = [str(WORKER), str(folder), json.dumps(cells)]
+    if launcher is None:
+        result = forked.distributed(*words, processes=processes, timeout=timeout)
+    else:
+        command = [*launcher(folder, processes), *words]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     # torchrun ends with a table of its own; what went wrong stands before it, in a process that aborts without any
     # traceback.
-    assert result.returncode == 0, result.stderr[: result.stderr.find("ChildFailedError")][-8000:]
+    assert result.returncode == 0, result.stderr.partition("ChildFailedError")[0][-8000:]
     return {name: json.loads(Path(folder, name, "seen.json").read_text()) for name in cells}
 
 
-def launch(folder: Path, processes: int, launcher=torchrun, **settings) -> dict:
+def launch(folder: Path, processes: int, launcher=None, **settings) -> dict:
     return launch_all(folder, processes, {"": settings}, launcher)[""]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from processes import accelerate, final, launch
+from processes import accelerate, final, launch, torchrun
 
 from hf_drt.engines.decompose import shares
 
@@ -12,7 +12,7 @@ SGD = {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.05, "sav
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    return folder, launch(folder, 2, gradient_accumulation_steps=2, **SGD)
+    return folder, launch(folder, 2, launcher=torchrun, gradient_accumulation_steps=2, **SGD)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,9 @@ def test_one_reduction_per_bucket_and_update_step(two):
     assert seen["reductions"] == [1] * 20
 
 
-def test_accelerate_launch_gives_the_same_bits_as_torchrun(two, tmp_path):
-    seen = launch(tmp_path, 2, launcher=accelerate, gradient_accumulation_steps=2, **SGD)
+@pytest.mark.parametrize("launcher", [accelerate, None], ids=["accelerate", "forked"])
+def test_other_launchers_give_the_same_bits_as_torchrun(two, tmp_path, launcher):
+    seen = launch(tmp_path, 2, launcher=launcher, gradient_accumulation_steps=2, **SGD)
     assert all(seen["equal"])
     assert len(seen["equal"]) == 20
     for name in ("final.pt", "optimizer.pt"):

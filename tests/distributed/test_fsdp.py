@@ -2,10 +2,9 @@
 
 import inspect
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
@@ -20,10 +19,8 @@ SGD = {"optimizer": "SGD", "options": {"lr": 0.05, "momentum": 0.9}}
 
 def run(folder: Path, processes: int, settings: dict) -> tuple[dict, list[dict[str, torch.Tensor]]]:
     folder.mkdir(parents=True)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(WORKER), str(folder), json.dumps(settings)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr.partition("ChildFailedError")[0][-6000:]
+    result = forked.distributed(WORKER, folder, json.dumps(settings), processes=processes, timeout=300)
+    assert result.returncode == 0, result.stderr[-6000:]
     return json.loads((folder / "seen.json").read_text()), torch.load(folder / "weights.pt")
 
 

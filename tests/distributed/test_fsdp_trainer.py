@@ -1,10 +1,9 @@
 """DRTTrainer when Accelerate runs FSDP2: two gloo processes, made to shard on the CPU, against one without it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import tiny
 import torch
@@ -20,10 +19,8 @@ WORKER = Path(__file__).with_name("fsdp_trainer_worker.py")
 
 def run(folder: Path, processes: int, **settings) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(WORKER), str(folder), json.dumps(settings)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    assert result.returncode == 0, result.stderr.partition("ChildFailedError")[0][-6000:]
+    result = forked.distributed(WORKER, folder, json.dumps(settings), processes=processes, timeout=400)
+    assert result.returncode == 0, result.stderr[-6000:]
     return json.loads((folder / "seen.json").read_text())
 
 

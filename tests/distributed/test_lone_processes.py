@@ -1,13 +1,12 @@
 """Processes that Accelerate does not join, and an engine that it does not set up: refused, or said."""
 
 import json
-import subprocess
 from pathlib import Path
 
+import forked
 import pytest
 import tiny
 import torch.distributed as dist
-from processes import torchrun
 
 from hf_drt import DRTCallback
 
@@ -20,8 +19,7 @@ FELL_BACK = "fsdp was asked for, but the model is not sharded: Accelerate trains
 
 
 def launched(folder: Path, processes: int = 2, **settings) -> list[dict]:
-    command = [*torchrun(folder, processes), str(LONE), str(folder), json.dumps(settings)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = forked.distributed(LONE, folder, json.dumps(settings), processes=processes)
     assert result.returncode == 0, result.stderr[-4000:]
     return [json.loads((folder / f"seen_{rank}.json").read_text()) for rank in range(processes)]
 

