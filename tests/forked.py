@@ -6,6 +6,7 @@ launcher or a fresh interpreter does is tested with real ones; everything else n
 
 import contextlib
 import functools
+import gc
 import multiprocessing
 import os
 import runpy
@@ -53,10 +54,10 @@ def distributed(*words: object, processes: int, timeout: float = 300, **environm
     return _finished(words, ranks, timeout)
 
 
-def start(*words: object, output: Path, **environment: str) -> ForkServerProcess:
-    """The running program of :func:`python`, which writes what it prints to files in the folder ``output``."""
+def start(*words: object, output: str | Path | None = None, **environment: str) -> ForkServerProcess:
+    """The running program of :func:`python`; what it prints goes to files in the folder ``output``, or nowhere."""
     process = _server().Process(
-        target=_become, args=([str(word) for word in words], {**os.environ, **environment}, str(output)), daemon=True
+        target=_become, args=([str(word) for word in words], {**os.environ, **environment}, output), daemon=True
     )
     # multiprocessing would import the main module again in the child, pytest with all its plugins.
     main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
@@ -113,10 +114,12 @@ def _texts(folders: list[Path], name: str) -> Iterator[str]:
 # ---- in the new process
 
 
-def _become(words: list[str], environment: dict[str, str], output: str) -> None:
+def _become(words: list[str], environment: dict[str, str], output: str | Path | None) -> None:
     """Be the program, as far as it can tell."""
     for name, stream in (("stdout", 1), ("stderr", 2)):
-        os.dup2(os.open(os.path.join(output, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        path = os.devnull if output is None else Path(output, name)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), stream)
+    gc.freeze()  # what was imported: neither looked through nor, for its marks, copied
     os.environ.clear()
     os.environ.update(environment)
     sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]

@@ -7,6 +7,7 @@ import tomllib
 from importlib import import_module
 from pathlib import Path
 
+import forked
 import pytest
 import tiny
 import transformers
@@ -35,12 +36,12 @@ def test_the_console_script_is_declared():
 
 def test_in_a_pipe(tmp_path):
     tiny.llama().save_pretrained(tmp_path)
-    command = [sys.executable, "-m", "hf_drt.cli"]
-    result = subprocess.run([*command, "inspect", str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-m", "hf_drt.cli", "inspect", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert result.stdout.isascii()
     assert result.stderr == ""  # no progress bar, no warning
-    failed = subprocess.run([*command, "inspect", "/no/such"], capture_output=True, text=True, cwd=ROOT)
+    failed = forked.python("-m", "hf_drt.cli", "inspect", "/no/such")
     assert (failed.returncode, failed.stdout) == (1, "")
     assert failed.stderr.startswith("hf-drt: error: there is no such path: /no/such.")
 

@@ -2,9 +2,8 @@
 
 import json
 import re
-import subprocess
-import sys
 
+import forked
 import mixed as kit
 import pytest
 import tiny
@@ -347,7 +346,7 @@ def test_what_a_user_without_hf_drt_sees(tmp_path):
         "import sys; sys.modules['hf_drt'] = None\n"
         f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = forked.python("-c", script, timeout=120)
     assert done.returncode == 1
     assert "Unknown quantization type, got hf_drt" in done.stderr
     assert re.search(r"k_proj\.weight *\| MISMATCH", done.stderr)

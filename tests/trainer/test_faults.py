@@ -1,14 +1,11 @@
 """Kills at any moment, files cut short, and engines around the model: the last complete checkpoint goes on."""
 
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import tiny
 import torch
@@ -92,14 +89,15 @@ def test_thirty_random_kills_lose_no_more_than_the_steps_since_the_last_save(tmp
     chance, kills, saved = random.Random(0), 0, 0
     while not (folder / "final.pt").exists():
         before = len(log.read_text().splitlines())
-        child = subprocess.Popen([sys.executable, "-c", code, str(folder)], stderr=subprocess.PIPE)
-        while len(log.read_text().splitlines()) == before and child.poll() is None:
+        child = forked.start("-c", code, folder, output=tmp_path)
+        while len(log.read_text().splitlines()) == before and child.is_alive():
             time.sleep(0.01)
         if kills < 30:
             time.sleep(chance.uniform(0.0, 0.35))
-            os.kill(child.pid, signal.SIGKILL)
+            child.kill()
             kills += 1
-        error = child.communicate(timeout=300)[1].decode()
+        child.join(300)
+        error = (tmp_path / "stderr").read_text()
         lines = [line.split() for line in log.read_text().splitlines()[before:]]
         assert lines, error[-2000:]
         assert int(lines[0][1]) >= saved, "went back behind a complete checkpoint"

@@ -2,14 +2,11 @@
 
 import copy
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import tiny
 import torch
@@ -155,15 +152,15 @@ trainer.train()
 def test_resume_after_kill_9_between_two_saves(straight, tmp_path, kill_at):
     _, expected = straight
     code = CHILD.format(tests=str(Path(__file__).parents[1]))
-    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL)
+    child = forked.start("-c", code, tmp_path)
     deadline = time.monotonic() + 120
     at = tmp_path / "at"
     while int((at.read_text() if at.exists() else "") or 0) < kill_at:
-        assert child.poll() is None
+        assert child.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
+    child.kill()
+    child.join()
     trainer = in_form(tmp_path)
     trainer.train(resume_from_checkpoint=True)
     assert_equal_runs(trainer, expected)

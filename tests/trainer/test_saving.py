@@ -6,10 +6,9 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import tiny
 import torch
@@ -404,8 +403,7 @@ with around_writes(f"checkpoint-{{step}}", killing(file, place)):
 @pytest.mark.parametrize(("place", "file"), STAGES[:-1])
 def test_kill_9_while_saving(straight, tmp_path, place, file):
     code = CHILD.format(paths=[str(Path(__file__).parents[1]), str(Path(__file__).parent)])
-    command = [sys.executable, "-c", code, str(tmp_path), "8", file, place]
-    child = subprocess.run(command, stdout=subprocess.DEVNULL, timeout=300, env=os.environ)
+    child = forked.python("-c", code, tmp_path, 8, file, place)
     assert child.returncode == -signal.SIGKILL
     assert {"checkpoint-4", "checkpoint-8"} == set(checkpoints(tmp_path))
     assert_equal_runs(goes_on(tmp_path, save_total_limit=1), straight[1])

@@ -2,11 +2,10 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import tiny
 from test_resume import assert_equal_runs
@@ -225,8 +224,7 @@ trainer.train()
 def ended_by(folder: Path, place: str, step: int) -> int:
     """The run in a process of its own, and the signal that ended it."""
     code = CHILD.format(tests=str(Path(__file__).parents[1]))
-    command = [sys.executable, "-c", code, str(folder), place, str(step)]
-    return -subprocess.run(command, stdout=subprocess.DEVNULL, timeout=300).returncode
+    return -forked.python("-c", code, folder, place, step).returncode
 
 
 def test_a_plain_sigterm_ends_the_process_and_the_run_goes_on_from_the_last_checkpoint(straight, tmp_path):
