@@ -8,10 +8,11 @@ import transformers as T
 from datasets import Dataset
 from torch import nn
 
-from hf_drt import DRTTrainer, DRTTrainingArguments
+from hf_drt import DRTConfig, DRTTrainer, DRTTrainingArguments
 
 VOCAB, LENGTH = 64, 8
 SIZES = {"vit": 8, "resnet": 16}  # of the pictures
+PHASES = "factored@0 dense@40% adapter@70%"
 
 
 def llama(**changes) -> nn.Module:
@@ -114,6 +115,11 @@ def logits(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     model.eval()
     with torch.no_grad():
         return model(**inputs).logits
+
+
+def config(**changes) -> DRTConfig:
+    """Settings of a plan with every form, for widths as small as these."""
+    return DRTConfig(**{"schedule": PHASES, "rank_multiple": 4} | changes)
 
 
 def arguments(folder, **changes) -> DRTTrainingArguments:
