@@ -1,9 +1,9 @@
 """Modules that moved are found under their old names for one release."""
 
 import importlib
-import subprocess
 import sys
 
+import forked
 import pytest
 
 import hf_drt
@@ -22,8 +22,8 @@ def test_the_old_name_gives_the_module_and_a_warning(old, new, monkeypatch):
 def test_names_can_be_imported_from_an_old_path():
     code = "from hf_drt.hub.peft import save_peft_adapter as old; from hf_drt.export import save_peft_adapter as new; "
     code += "print(old is new)"
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout == "True\n"
+    result = forked.python("-c", code)
+    assert (result.returncode, result.stdout) == (0, "True\n"), result.stderr
 
 
 def test_another_name_is_still_unknown():
