@@ -276,7 +276,7 @@ def _phases(
                 samples_per_second=own.get("drt_samples_per_second"),
                 peak_memory=own.get("drt_peak_memory_mib"),
                 trainable=_whole(own.get("drt_trainable_parameters")),
-                ranks=(own["drt_rank_min"], own["drt_rank_max"]) if "drt_rank_max" in own else None,
+                ranks=(int(own["drt_rank_min"]), int(own["drt_rank_max"])) if "drt_rank_max" in own else None,
                 effective_rank=own.get("drt_effective_rank_mean"),
             )
         )

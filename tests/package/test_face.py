@@ -50,3 +50,18 @@ def test_a_commit_is_checked_by_the_ruff_of_the_tests():
     assert [hook["entry"].split()[:2] for hook in repository["hooks"]] == [["ruff", "check"], ["ruff", "format"]]
     assert all(hook["additional_dependencies"] == [pinned] for hook in repository["hooks"])
     assert "==" in pinned
+
+
+def test_the_files_that_contributing_links_are_there():
+    links = re.findall(r"\]\(((?!https?:)[^)]+)\)", read("CONTRIBUTING.md"))
+    assert len(links) >= 6
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_contributing_names_the_checks_of_ci():
+    text = read("CONTRIBUTING.md")
+    commands = [
+        line for line in read(".ci/run").splitlines() if line.startswith(".venv/bin/") and "recipes" not in line
+    ]
+    assert commands
+    assert [command for command in commands if command not in text] == []
