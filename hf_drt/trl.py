@@ -10,7 +10,7 @@ try:
     from trl import SFTConfig, SFTTrainer
 except ImportError as error:
     raise ImportError(
-        f"hf_drt.trl needs TRL 1.16 or newer, which cannot be imported ({error}). Run: pip install -e '.[trl]'"
+        f"hf_drt.trl needs TRL 1.16 or newer, which cannot be imported ({error}). Run: pip install 'hf-drt[trl]'"
     ) from error
 
 from hf_drt.trainer import DRTFields, DRTTrainerMixin, Validated

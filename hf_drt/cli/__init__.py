@@ -9,7 +9,7 @@ def main() -> None:
         import rich  # noqa: F401
         import typer  # noqa: F401
     except ImportError as error:
-        sys.exit(f"hf-drt needs the package '{error.name}': pip install -e '.[cli]'.")
+        sys.exit(f"hf-drt needs the package '{error.name}': pip install 'hf-drt[cli]'.")
     from hf_drt.cli.app import app
 
     app(prog_name="hf-drt")

@@ -127,7 +127,7 @@ def _draw(read: Sequence[Spectrum], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("the picture needs matplotlib: pip install -e '.[report]'.") from None
+        raise ValueError("the picture needs matplotlib: pip install 'hf-drt[report]'.") from None
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for spectrum in read:

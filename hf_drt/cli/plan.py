@@ -135,7 +135,7 @@ def plan(
         print_estimate(f"{model}, {origin}; {load}", estimate, proposal, times, layers)
     if picture is not None:
         if not draw_timeline(estimate.phases, picture):
-            raise ValueError("the picture needs matplotlib: pip install -e '.[report]'.")
+            raise ValueError("the picture needs matplotlib: pip install 'hf-drt[report]'.")
         typer.echo(f"{picture} written", err=True)
 
 

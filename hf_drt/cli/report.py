@@ -44,5 +44,5 @@ def _figure_writer() -> Callable:
     try:
         from hf_drt.report import write_figures
     except ImportError as error:
-        raise ImportError(f"--figures needs the package '{error.name}': pip install -e '.[report]'.") from None
+        raise ImportError(f"--figures needs the package '{error.name}': pip install 'hf-drt[report]'.") from None
     return write_figures

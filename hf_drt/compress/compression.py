@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,8 @@ class Compression:
     @property
     def parameters(self) -> tuple[int, int]:
         """Stored weights of the target layers, before and after."""
-        return tuple(sum(layer.parameters[side] for layer in self.layers) for side in (0, 1))
+        before, after = (sum(layer.parameters[side] for layer in self.layers) for side in (0, 1))
+        return before, after
 
     @property
     def flops(self) -> float:
@@ -199,8 +201,8 @@ def plan_compression(
     Arguments and errors as there.
     """
     name, value = _criterion(rank=rank, rank_ratio=rank_ratio, energy=energy, parameters=parameters)
-    ranks = {name: value} if name in ("rank", "rank_ratio") else {}
-    chosen = {"include": include, "exclude": exclude, "blocks": blocks, "ignore_source": ignore_source}
+    ranks: dict[str, Any] = {name: value} if name in ("rank", "rank_ratio") else {}
+    chosen: dict[str, Any] = {"include": include, "exclude": exclude, "blocks": blocks, "ignore_source": ignore_source}
     DRTConfig(rank_multiple=rank_multiple, **chosen, **ranks)  # checks them
     selection = find_targets(model, **chosen)
     selection.log_notes()
@@ -214,8 +216,8 @@ def plan_compression(
         case "energy":
             forms = [layer.at(_energy_rank(layer, value, rank_multiple)) for layer in layers]
         case "rank":
-            forms = [layer.at(value) for layer in layers]
-        case "rank_ratio":
+            forms = [layer.at(int(value)) for layer in layers]
+        case _:  # rank_ratio
             forms = [layer.at(resolve_rank(layer.shape, float(value), rank_multiple)) for layer in layers]
     if all(form == layer.form for form, layer in zip(forms, layers, strict=True)):
         raise ValueError(

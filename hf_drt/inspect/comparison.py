@@ -99,6 +99,6 @@ def weight_differences(
             raise ValueError(f"{a.name} has shape {shapes}: they are of different models.")
         size = W_a.norm()
         relative = ((W_b - W_a).norm() / size).item() if size > 0 else float(W_b.norm() > 0)
-        ranks = tuple(effective_rank(singular_values(W)) for W in (W_a, W_b))
+        ranks = effective_rank(singular_values(W_a)), effective_rank(singular_values(W_b))
         yield WeightDifference(a, b, relative, ranks)
         tick()

@@ -21,6 +21,9 @@ class SVD(NamedTuple):
     Vh: Tensor
 
 
+# torch documents it, and declares it private.
+LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
+
 GRAM_FROM = 128  # min(m, n) from which the Gram matrix is quicker than the matrix itself
 GRAM_TOLERANCE = 1e-4
 
@@ -77,7 +80,7 @@ def svd(W: Tensor) -> SVD:
     for attempt in (_svd_lapack, _svd_double, _svd_gram):
         try:
             result = attempt(A)
-        except torch.linalg.LinAlgError:
+        except LinAlgError:
             continue
         if all(torch.isfinite(part).all() for part in result):
             return SVD(*(part.to(device=A.device, dtype=A.dtype) for part in result))
@@ -108,7 +111,7 @@ def singular_values(W: Tensor) -> Tensor:
     A = W.detach().to(working_dtype(W.dtype))
     try:
         S = torch.linalg.svdvals(A)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         return svd(A).S
     return S if torch.isfinite(S).all() else svd(A).S
 
@@ -128,7 +131,7 @@ def gram_singular_values(W: Tensor) -> Tensor:
     A = A / A.abs().amax()  # squares neither overflow nor vanish
     try:
         eigenvalues = torch.linalg.eigvalsh(A.mT @ A if A.shape[0] >= A.shape[1] else A @ A.mT)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         return singular_values(W)
     S = eigenvalues.flip(0).clamp_min(0).sqrt()
     eps = torch.finfo(S.dtype).eps

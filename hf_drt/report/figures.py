@@ -8,8 +8,10 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -23,7 +25,7 @@ _COLOURS = ("#0072b2", "#d55e00", "#008060", "#a8428a", "#7a6400", "#3b3f45")
 _MARKERS = ("o", "s", "^", "D")
 _FORMS = {"factored": "#f0862b", "dense": "#31688e", "adapter": "#7a9e26", "unknown": "#808080"}
 _UNITS = {"steps": "update steps", "seconds": "seconds of training"}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.titleweight": "bold",
@@ -72,12 +74,12 @@ def draw_figures(runs: Sequence[RunData]) -> Iterator[tuple[str, Figure]]:
         yield f"curve-{_slug(name)}", _curve(runs, name, title(name) if name != "loss" else "training loss")
     if any("drt_effective_rank_mean" in run.series for run in runs):
         yield "effective-rank", _curve(runs, "drt_effective_rank_mean", "effective rank, mean and lowest of the layers")
-    ranked = [run for run in runs if run.ranks]
-    names = [_slug(run.name) for run in ranked]
-    limits = _rank_limits(ranked)
-    for index, (run, name) in enumerate(zip(ranked, names, strict=True)):
+    ranked = [(run, run.ranks) for run in runs if run.ranks]
+    names = [_slug(run.name) for run, _ in ranked]
+    limits = _rank_limits([ranks for _, ranks in ranked])
+    for index, ((run, ranks), name) in enumerate(zip(ranked, names, strict=True)):
         twin = f"-{index}" if names.count(name) > 1 else ""
-        yield f"effective-rank-{name}{twin}", _heat_map(run, run.ranks, limits)
+        yield f"effective-rank-{name}{twin}", _heat_map(run, ranks, limits)
     changing = [(index, run) for index, run in enumerate(runs) if run.changes]
     if changing:
         yield "phases", _phase_bars(changing)
@@ -116,12 +118,12 @@ def _curve(runs: Sequence[RunData], name: str, heading: str) -> Figure:
 
 def _legend(figure: Figure, panel: Axes, runs: Sequence[RunData], forms: bool) -> None:
     """The runs in the first row and, where strips need them, the forms in the second."""
-    rows = [[(line, line.get_gid()) for line in panel.lines if line.get_gid()]]
+    rows: list[list[tuple[Artist, str]]] = [[(line, name) for line in panel.lines if (name := line.get_gid())]]
     if forms:
         kinds = dict.fromkeys(phase.kind or "unknown" for run in runs if run.changes for phase in run.phases)
         rows.append([(Patch(**_form_style(kind), alpha=0.65, linewidth=0), kind) for kind in kinds])
     columns = min(6, max(map(len, rows)))
-    blank = (Patch(alpha=0), "")
+    blank: tuple[Artist, str] = (Patch(alpha=0), "")
     rows = [row + [blank] * (-len(row) % columns) for row in rows]
     lines = [row[i : i + columns] for row in rows for i in range(0, len(row), columns)]
     entries = [line[column] for column in range(columns) for line in lines]  # a legend is filled column by column
@@ -132,7 +134,7 @@ def _line(panel: Axes, run: RunData, index: int, name: str, axis: str, thin: boo
     points = [p for p in run.series.get(name, ()) if math.isfinite(p.value)]
     xs = [p.step if axis == "steps" else p.seconds for p in points]
     known = [(x, p.value) for x, p in zip(xs, points, strict=True) if x is not None]
-    style = {"linestyle": "--", "linewidth": 0.8} if thin else _marker(index)
+    style: dict[str, Any] = {"linestyle": "--", "linewidth": 0.8} if thin else _marker(index)
     every = max(1, len(known) // 8)
     (line,) = panel.plot(
         [x for x, _ in known],
@@ -145,7 +147,7 @@ def _line(panel: Axes, run: RunData, index: int, name: str, axis: str, thin: boo
         line.set_gid(run.name)  # a label would not do: matplotlib leaves out those that begin with an underscore
 
 
-def _marker(index: int) -> dict[str, str | float]:
+def _marker(index: int) -> dict[str, Any]:
     return {"marker": _MARKERS[index % len(_MARKERS)], "markeredgecolor": "white", "markeredgewidth": 0.4}
 
 
@@ -179,7 +181,7 @@ def _span(phase: PhaseData, axis: str) -> tuple[float | None, float | None]:
     return (phase.start, phase.end) if axis == "steps" else (phase.begin, phase.finish)
 
 
-def _form_style(kind: str | None) -> dict[str, str | None]:
+def _form_style(kind: str | None) -> dict[str, Any]:
     kind = kind or "unknown"
     return {"facecolor": _FORMS[kind], "edgecolor": "white", "hatch": "////" if kind == "adapter" else None}
 
@@ -187,9 +189,9 @@ def _form_style(kind: str | None) -> dict[str, str | None]:
 # ---- effective rank, layer by time
 
 
-def _rank_limits(runs: Sequence[RunData]) -> tuple[float, float]:
+def _rank_limits(ranks: Sequence[RankMap]) -> tuple[float, float]:
     """Lowest and highest value of all runs, so that their colours mean the same."""
-    values = [value for run in runs for row in run.ranks.values for value in row if value is not None]
+    values = [value for one in ranks for row in one.values for value in row if value is not None]
     finite = [value for value in values if math.isfinite(value)]
     return min(finite, default=0.0), max(finite, default=1.0)
 
@@ -277,10 +279,10 @@ def _bars(panel: Axes, runs: Sequence[tuple[int, RunData]], values: Sequence[flo
     places = [place for group in _places(runs) for place in group]
     kinds = [phase.kind for _, run in runs for phase in run.phases]
     for place, value, kind in zip(places, values, kinds, strict=True):
-        finite = value is not None and math.isfinite(value)
-        panel.barh(place, value if finite else 0, height=0.72, **_form_style(kind), alpha=0.75, linewidth=0)
+        length = value if value is not None and math.isfinite(value) else 0
+        panel.barh(place, length, height=0.72, **_form_style(kind), alpha=0.75, linewidth=0)
         text = "–" if value is None else pattern.format(value)
-        panel.annotate(text, (value if finite else 0, place), (3, 0), textcoords="offset points", va="center", size=7)
+        panel.annotate(text, (length, place), (3, 0), textcoords="offset points", va="center", size=7)
     panel.margins(x=0.22)
     panel.set_xlim(left=0)
     panel.set_xticks([])

@@ -212,9 +212,9 @@ def _read_plan(files: RunFiles) -> Plan | None:
 
 def _grown(plan: Plan | None, switches: tuple[SwitchData, ...], files: RunFiles) -> Plan | None:
     """A trigger's plan ends with its checkpoint: windows that began later, every second phase, are in the log alone."""
-    later = [switch for switch in switches if plan and switch.phase >= len(plan)]
-    if not later or "windows" not in files.state:
+    if plan is None or files.state is None or "windows" not in files.state:
         return plan
+    later = [switch for switch in switches if switch.phase >= len(plan)]
     low = plan.phases[0]
     phases = [Phase(s.step, "dense") if s.phase % 2 else Phase(s.step, low.kind, low.rank) for s in later]
     try:
@@ -225,7 +225,9 @@ def _grown(plan: Plan | None, switches: tuple[SwitchData, ...], files: RunFiles)
 
 def _check_plan(plan: Plan | None, switches: tuple[SwitchData, ...], files: RunFiles) -> None:
     """A folder that was trained in twice holds files of two runs."""
-    for switch in switches if plan else ():
+    if plan is None:
+        return
+    for switch in switches:
         if switch.phase >= len(plan) or plan.phases[switch.phase].start != switch.step:
             raise RunError(
                 f"{files.log_path} and {files.state_folder} are of different runs: by the first, phase {switch.phase} "
@@ -268,17 +270,21 @@ def _phases(
                 end=end,
                 begin=clock.after_switch(start),
                 finish=clock.at(end),
-                steps=own.get("drt_phase_steps"),
+                steps=_whole(own.get("drt_phase_steps")),
                 seconds=own.get("drt_phase_seconds"),
                 tokens_per_second=own.get("drt_tokens_per_second"),
                 samples_per_second=own.get("drt_samples_per_second"),
                 peak_memory=own.get("drt_peak_memory_mib"),
-                trainable=own.get("drt_trainable_parameters"),
-                ranks=(own["drt_rank_min"], own["drt_rank_max"]) if "drt_rank_max" in own else None,
+                trainable=_whole(own.get("drt_trainable_parameters")),
+                ranks=(int(own["drt_rank_min"]), int(own["drt_rank_max"])) if "drt_rank_max" in own else None,
                 effective_rank=own.get("drt_effective_rank_mean"),
             )
         )
     return tuple(found)
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)
 
 
 def _rows_of(rows: Rows, phase: int, start: int, end: int) -> dict[str, float]:
@@ -293,7 +299,7 @@ def _rows_of(rows: Rows, phase: int, start: int, end: int) -> dict[str, float]:
 def _in_progress(rows: Rows, state: dict[str, Any] | None) -> Rows:
     """The row that the phase in progress would end with, from the last checkpoint's meter; none if it has ended."""
     meter = state.get("meter") if state else None
-    if not isinstance(meter, dict) or state.get("step", 0) < rows[-1]["step"]:
+    if state is None or not isinstance(meter, dict) or state.get("step", 0) < rows[-1]["step"]:
         return []
     if any("drt_phase_seconds" in row and row.get("drt_phase") == meter.get("phase") for row in rows):
         return []

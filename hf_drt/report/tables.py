@@ -242,8 +242,8 @@ def _switch_share(run: RunData) -> str:
     seconds = [switch.seconds for switch in run.switches if switch.seconds is not None]
     if not seconds:
         return "–"
-    text = number(sum(seconds), ",.2f", " s")
-    return f"{text} ({sum(seconds) / run.clock.total:.1%})" if run.clock.source == "measured" else text
+    text, total = number(sum(seconds), ",.2f", " s"), run.clock.total
+    return f"{text} ({sum(seconds) / total:.1%})" if run.clock.source == "measured" and total is not None else text
 
 
 def _rate(run: RunData, name: str, pattern: str) -> str:

@@ -93,9 +93,9 @@ class Boundary:
         raise ValueError(f"'{text}' is no phase boundary; allowed is {ALLOWED}.")
 
     def __post_init__(self) -> None:
-        if self.unit == "share" and not 0 <= self.value < 100:
+        if self.unit == "share" and not 0 <= float(self.value) < 100:
             raise ValueError(f"a boundary in % must lie in [0, 100), got {self}. A phase at 100% would never train.")
-        if self.is_anchor and not 0 < self.value < 1:
+        if self.is_anchor and not 0 < float(self.value) < 1:
             raise ValueError(f"an LR anchor must lie in (0, 1), got {self}. It is a share of the schedule's peak LR.")
 
     @property
@@ -124,15 +124,15 @@ class Boundary:
         """
         match self.unit:
             case "share":
-                return int(self.value / 100 * run.max_steps + 0.5)
+                return int(float(self.value) / 100 * run.max_steps + 0.5)
             case "steps":
-                return self.value
+                return int(self.value)
             case "epochs":
                 if run.steps_per_epoch is None:
                     raise ValueError(f"'@{self}' needs data of known length; give the boundary in % or steps.")
-                return int(self.value * run.steps_per_epoch + 0.5)
+                return int(float(self.value) * run.steps_per_epoch + 0.5)
             case "paper":
-                return _paper_step(self.value, run)
+                return _paper_step(str(self.value), run)
             case _:
                 return self._lr_step(run)
 
@@ -145,10 +145,10 @@ class Boundary:
         peak = max(run.curve)
         if peak <= 0:
             raise ValueError(f"'@{self}' needs a learning rate above 0, but the schedule's peak is {peak:g}.")
-        top = run.curve.index(peak)
+        top, anchor = run.curve.index(peak), float(self.value) * peak
         for step, lr in enumerate(run.curve):
-            below = self.unit == "lr_below" and step > top and lr < self.value * peak
-            above = self.unit == "lr_above" and lr > self.value * peak
+            below = self.unit == "lr_below" and step > top and lr < anchor
+            above = self.unit == "lr_above" and lr > anchor
             if below or above:
                 return step
         lowest = min(run.curve[top + 1 :], default=peak) / peak

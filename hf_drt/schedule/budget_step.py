@@ -1,6 +1,7 @@
 """What a budget decides of a plan: one rank, and one boundary."""
 
 import math
+from collections.abc import Callable, Sequence
 
 from hf_drt.schedule.boundary import Run
 from hf_drt.schedule.plan import Plan, form_text
@@ -20,12 +21,12 @@ def budget_rank(kind: str, run: Run) -> float:
     Raises:
         ValueError: There is no budget, or even the smallest of these ranks costs too much.
     """
-    _check_budget(run)
+    budget, cost = _budget_and_cost(run)
     for rank in RANKS:
-        if _with_full_rank(run.cost(kind, rank)) <= run.budget:
+        if _with_full_rank(cost(kind, rank)) <= budget:
             return rank
     raise ValueError(
-        f"no rank meets a budget of {run.budget:g}: of the dense training FLOPs the {kind} form takes at least "
+        f"no rank meets a budget of {budget:g}: of the dense training FLOPs the {kind} form takes at least "
         f"{least_budget(kind, run):.3f}, with {FULL_RANK_SHARE:.0%} of the run in full rank. Raise the budget, lower "
         "rank_multiple or rank_pattern, or write the schedule and its ranks by hand."
     )
@@ -33,14 +34,15 @@ def budget_rank(kind: str, run: Run) -> float:
 
 def least_budget(kind: str, run: Run) -> float:
     """The smallest budget for which :func:`budget_rank` finds a rank."""
-    return _with_full_rank(run.cost(kind, RANKS[-1]))
+    _, cost = _budget_and_cost(run)
+    return _with_full_rank(cost(kind, RANKS[-1]))
 
 
 def _with_full_rank(cost: float) -> float:
     return cost * (1 - FULL_RANK_SHARE) + FULL_RANK_SHARE
 
 
-def budget_step(index: int, starts: list[int | None], forms: list[Form], run: Run) -> int:
+def budget_step(index: int, starts: Sequence[int | None], forms: list[Form], run: Run) -> int:
     """The update step at which phase ``index`` starts, so that the plan's average cost is the run's budget.
 
     With ``c`` the cost of a step before the boundary and ``c'`` after it, both phases together in ``[s, e)``, and all
@@ -57,16 +59,17 @@ def budget_step(index: int, starts: list[int | None], forms: list[Form], run: Ru
         ValueError: There is no budget, both phases cost the same, or no boundary meets the budget; the message says
             which budgets could be met.
     """
-    _check_budget(run)
-    costs = [run.cost(*form) for form in forms]
+    budget, cost = _budget_and_cost(run)
+    costs = [cost(*form) for form in forms]
     before, after = costs[index - 1], costs[index]
     names = f"'{form_text(*forms[index - 1])}' and '{form_text(*forms[index])}'"
     if before == after:
         raise ValueError(f"{names} cost the same, so that no boundary between them is decided by a budget.")
-    ends = [*starts[1:], run.max_steps]
-    start, end = starts[index - 1], ends[index]
-    others = sum(cost * (ends[i] - starts[i]) for i, cost in enumerate(costs) if i not in (index - 1, index))
-    exact = (run.budget * run.max_steps - others + start * before - end * after) / (before - after)
+    given = [0 if start is None else start for start in starts]  # in place of the one that is sought, and not read
+    ends = [*given[1:], run.max_steps]
+    start, end = given[index - 1], ends[index]
+    others = sum(c * (ends[i] - given[i]) for i, c in enumerate(costs) if i not in (index - 1, index))
+    exact = (budget * run.max_steps - others + start * before - end * after) / (before - after)
     # A boundary that is off by less than float's rounding is no dearer.
     step = math.ceil(exact - 1e-9) if before < after else math.floor(exact + 1e-9)
     if end - start < 2:
@@ -78,7 +81,7 @@ def budget_step(index: int, starts: list[int | None], forms: list[Form], run: Ru
         nearest = ((others + (x - start) * before + (end - x) * after) / run.max_steps for x in (start + 1, end - 1))
         least, most = sorted(nearest)
         raise ValueError(
-            f"no boundary between {names} meets a budget of {run.budget:g}: this schedule takes a share of "
+            f"no boundary between {names} meets a budget of {budget:g}: this schedule takes a share of "
             f"dense training FLOPs from {least:.3f} to {most:.3f}. Change the budget or a rank, or train longer."
         )
     return step
@@ -90,18 +93,21 @@ def check_cost(plan: Plan, run: Run) -> None:
     Raises:
         ValueError: It does not.
     """
-    costs = [run.cost(phase.kind, phase.rank) * (plan.end_of(i) - phase.start) for i, phase in enumerate(plan.phases)]
-    if (share := sum(costs) / plan.max_steps) > run.budget + 1e-9:
+    budget, cost = _budget_and_cost(run)
+    costs = [cost(phase.kind, phase.rank) * (plan.end_of(i) - phase.start) for i, phase in enumerate(plan.phases)]
+    if (share := sum(costs) / plan.max_steps) > budget + 1e-9:
         raise ValueError(
             f"rank 'budget' leaves {FULL_RANK_SHARE:.0%} of the run for full rank, and '{plan}' takes {share:.3f} of "
-            f"dense training FLOPs, more than the budget of {run.budget:g}. Put a boundary at 'budget' too, e.g. "
+            f"dense training FLOPs, more than the budget of {budget:g}. Put a boundary at 'budget' too, e.g. "
             "'lowrank:budget@0 dense@budget', which is the preset auto, or shorten the dense phases."
         )
 
 
-def _check_budget(run: Run) -> None:
+def _budget_and_cost(run: Run) -> tuple[float, Callable[[str, int | float | None], float]]:
+    """Both, of a run that has them; else ValueError."""
     if run.budget is None or run.cost is None:
         raise ValueError(
             "a rank or boundary 'budget' needs budget=, a share of dense training FLOPs in (0, 1], and a model whose "
             "layers tell what a step costs."
         )
+    return run.budget, run.cost

@@ -116,7 +116,8 @@ def _vocabulary(config: Any) -> int:
 
 
 def _labels(model: nn.Module, rows: int, length: int) -> dict[str, Field]:
-    name, config = type(model).__name__, model.config
+    name = type(model).__name__
+    config: Any = model.config
     if name.endswith(_PER_SAMPLE):
         return {"labels": Field((rows,), max(2, config.num_labels))}
     if name.endswith(_PER_TOKEN):
@@ -132,6 +133,7 @@ def _labels(model: nn.Module, rows: int, length: int) -> dict[str, Field]:
 
 
 def _check_length(model: nn.Module, main: str, length: int) -> None:
-    limit = getattr(model.config.get_text_config(decoder=False), "max_position_embeddings", None)
+    config: Any = model.config
+    limit = getattr(config.get_text_config(decoder=False), "max_position_embeddings", None)
     if main == "input_ids" and isinstance(limit, int) and 0 < limit < length:
         raise ValueError(f"sequences of {length} tokens exceed the {limit} positions of {type(model).__name__}.")

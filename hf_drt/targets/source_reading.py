@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -24,6 +24,8 @@ _INITIAL = {"__init__", "_init_weights", "reset_parameters"}
 _FRAMEWORK = (nn.Module, object)
 # Its forward pass hands the weights to a kernel only if none of them has a __torch_function__, as low-rank ones do.
 _ASKS_FIRST = nn.TransformerEncoderLayer
+
+_Code = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 
 @dataclass
@@ -154,7 +156,7 @@ def _functions(value: Any) -> Iterator[Callable]:
 
 
 @cache
-def _tree(function: Callable) -> ast.AST:
+def _tree(function: Callable) -> _Code:
     """The function's code; in front of it a line that gives its indentation a reason.
 
     Raises:
@@ -162,14 +164,13 @@ def _tree(function: Callable) -> ast.AST:
     """
     source = inspect.getsource(function)
     tree = ast.parse(f"if True:\n{source}" if source[0].isspace() else source)
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-    code = next((node for node in ast.walk(tree) if isinstance(node, kinds)), None)
+    code = next((node for node in ast.walk(tree) if isinstance(node, _Code)), None)
     if code is None:
         raise TypeError(f"the source code of {function!r} holds no function")
     return code
 
 
-def _first_parameter(tree: ast.AST) -> str:
+def _first_parameter(tree: _Code) -> str:
     parameters = [*tree.args.posonlyargs, *tree.args.args]
     return parameters[0].arg if parameters else ""
 
@@ -238,7 +239,7 @@ def _is_open_lookup(node: ast.AST, alias: str) -> bool:
     return not isinstance(node.args[1], ast.Constant)
 
 
-def _calls(node: ast.AST, name: str) -> bool:
+def _calls(node: ast.AST, name: str) -> TypeGuard[ast.Call]:
     return isinstance(node, ast.Call) and _is_name(node.func, name)
 
 

@@ -44,7 +44,7 @@ class StandIn(torch.optim.Optimizer):
         """One with the options that the optimizer's groups have now."""
         return cls(group_options(optimizer), optimizer.defaults)
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Nothing: there is nothing to train."""
 
 

@@ -47,12 +47,12 @@ def call_with(method: Callable[..., Any], args: tuple, kwargs: dict, changed: di
     Args:
         changed: Position and new value by name; one that the method does not take is left out.
     """
-    args = list(args)
+    positional = list(args)
     parameters = inspect.signature(method).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name, (position, value) in changed.items():
-        if len(args) > position:
-            args[position] = value
+        if len(positional) > position:
+            positional[position] = value
         elif name in parameters or takes_any:
             kwargs = kwargs | {name: value}
-    return method(*args, **kwargs)
+    return method(*positional, **kwargs)

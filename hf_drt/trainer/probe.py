@@ -40,10 +40,11 @@ class Probe:
 
 def _copied(inputs: Any) -> Any:
     """The batch, so that a model that writes into its inputs does not write into those of the training."""
+    kind: Any = type(inputs)
     if isinstance(inputs, Mapping):
-        return type(inputs)({key: _copied(value) for key, value in inputs.items()})
-    if type(inputs) in (tuple, list):
-        return type(inputs)(_copied(value) for value in inputs)
+        return kind({key: _copied(value) for key, value in inputs.items()})
+    if kind in (tuple, list):
+        return kind(_copied(value) for value in inputs)
     return inputs.clone() if torch.is_tensor(inputs) else inputs
 
 

@@ -54,7 +54,7 @@ def _state(model: nn.Module) -> Iterator[Any]:
                 yield from value.values()
 
 
-def _restorer(value: Any) -> Callable[[], None] | None:
+def _restorer(value: Any) -> Callable[[], Any] | None:
     """Brings a mutable ``value`` back to what it is now, in place; None if it is of another kind."""
     if type(value) in _MAPPINGS:
         return _restorer_of(value, lambda: tuple(value.items()), lambda kept: (value.clear(), value.update(kept)))
@@ -94,7 +94,7 @@ def _restorer_of_tensor(tensor: Tensor) -> Callable[[], None]:
     return restore
 
 
-def _restorer_of_generator(value: Any) -> Callable[[], None] | None:
+def _restorer_of_generator(value: Any) -> Callable[[], Any] | None:
     if isinstance(value, torch.Generator):
         state = value.get_state()
         return lambda: value.set_state(state)

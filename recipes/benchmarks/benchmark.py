@@ -86,7 +86,7 @@ def plot(options: argparse.Namespace) -> None:
     try:
         from plots import write_plots
     except ModuleNotFoundError as error:
-        raise ValueError(f"plot needs {error.name}. Run: pip install -e '.[report]'") from None
+        raise ValueError(f"plot needs {error.name}. Run: pip install 'hf-drt[report]'") from None
     for name in options.tasks:
         for path in write_plots(name, Store(options.results, name), options.seeds, options.output, options.methods):
             print(path)

@@ -50,7 +50,7 @@ def test_without_typer_the_extra_is_named(monkeypatch):
     from hf_drt.cli import main
 
     monkeypatch.setitem(sys.modules, "typer", None)
-    with pytest.raises(SystemExit, match=r"hf-drt needs the package 'typer': pip install -e '\.\[cli\]'"):
+    with pytest.raises(SystemExit, match=r"hf-drt needs the package 'typer': pip install 'hf-drt\[cli\]'"):
         main()
 
 

@@ -65,7 +65,7 @@ def test_pictures_need_matplotlib(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "hf_drt.report.figures", raising=False)
     folder = folders.plain_run(tmp_path / "run")
     message = refused(folder, "-o", tmp_path / "p.html", "--figures", tmp_path / "pictures")
-    assert "--figures needs the package 'matplotlib': pip install -e '.[report]'." in message
+    assert "--figures needs the package 'matplotlib': pip install 'hf-drt[report]'." in message
     assert run(folder, "-o", tmp_path / "p.html").exit_code == 0  # the page does not
 
 

@@ -262,7 +262,7 @@ def test_a_peft_config_is_refused(tmp_path, tokenizer):
 def test_without_trl_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.delitem(sys.modules, "hf_drt.trl")
-    with pytest.raises(ImportError, match=r"hf_drt.trl needs TRL 1.16 or newer, .* pip install -e '\.\[trl\]'"):
+    with pytest.raises(ImportError, match=r"hf_drt.trl needs TRL 1.16 or newer, .* pip install 'hf-drt\[trl\]'"):
         importlib.import_module("hf_drt.trl")
 
 
