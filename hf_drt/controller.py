@@ -16,7 +16,6 @@ from hf_drt.config import DRTConfig
 from hf_drt.engines import gathered
 from hf_drt.forms import (
     AdapterLinear,
-    ConvShape,
     Dense,
     FactoredLinear,
     Form,
@@ -400,8 +399,8 @@ class DynamicRank:
         except AttributeError:
             module = None
         was = self.targets[name]
-        fits = module is not None and is_layer(module) and weight_shape(module) == was
-        if not fits or isinstance(weight_shape(module), ConvShape) != isinstance(was, ConvShape):
+        fits = module is not None and is_layer(module) and weight_shape(module).matches(was)
+        if not fits:
             found = "nothing" if module is None else f"a {type(module).__name__}"
             raise ValueError(
                 f"the model has {found} where the layer {name} of shape (out, in) = {self.targets[name]} was. "

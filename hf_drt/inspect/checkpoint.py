@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hf_drt.checkpoint import METHOD, STATE_NAME, CheckpointError, read_block, read_state, shapes_by_file, weight_files
-from hf_drt.forms import NAMES, Adapter, Dense, Factored, Form, Layout, form_from_dict, halves, merged
+from hf_drt.forms import Dense, Factored, Form, Layout, factors, form_from_dict, merged, tensor_names
 from hf_drt.linalg import (
     effective_rank,
     factored_singular_values,
@@ -77,7 +77,7 @@ class StoredLayer:
         if isinstance(self.form, Dense):
             weight = self.tensor("weight")
             return weight.flatten(1) if weight.ndim > 2 else weight
-        tensors = {name: self.tensor(name) for name in NAMES if name in self.files}
+        tensors = {name: self.tensor(name) for name in tensor_names() if name in self.files}
         kernel = tuple(tensors["base"].shape[2:]) if "base" in tensors else ()
         return merged(self.form, tensors, Layout(bool(self.transposed), kernel))
 
@@ -89,8 +89,8 @@ class StoredLayer:
         """
         try:
             if isinstance(self.form, Factored):
-                tensors = {name: self.tensor(name) for name in NAMES if name in self.files}
-                values = factored_singular_values(*halves(self.form, tensors))
+                tensors = {name: self.tensor(name) for name in tensor_names() if name in self.files}
+                values = factored_singular_values(*factors(self.form, tensors))
             else:
                 values = singular_values(self.matrix())
         except ValueError as error:
@@ -268,16 +268,9 @@ def _layer(
 
 
 def _needed(form: Form) -> tuple[str, ...]:
-    match form:
-        case Dense():
-            return ("weight",)
-        case Factored(decomposition="svd"):
-            return ("U", "V")
-        case Adapter(decomposition="svd"):
-            return ("base", "lora_A", "lora_B")
-    prefix, base = ("lora", ("base",)) if isinstance(form, Adapter) else (form.decomposition, ())
-    inner = ("core",) if form.decomposition == "tucker" else ("width",)
-    return *base, *(f"{prefix}_{part}" for part in ("in", *inner, "out"))
+    if isinstance(form, Dense):
+        return ("weight",)
+    return *(("base",) if form.adapts else ()), *form.product.needed(form.adapts)
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
