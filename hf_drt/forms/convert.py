@@ -100,7 +100,7 @@ def prepare(
             case Dense():
                 conversion = _to_dense(module)
             case Factored():
-                conversion = _to_factored(module, form, generator, parts)
+                conversion = _to_factored(module, form, generator, parts or ())
             case Adapter():
                 conversion = _to_adapter(module, form, generator, parts)
     if not any(weight.requires_grad for weight in trainable_weights(module)):  # frozen by the user: it stays so
@@ -120,10 +120,10 @@ def empty_like(module: nn.Module, form: Form) -> nn.Module:
 
     match form:
         case Dense():
-            return with_weight(dense, empty(*shapes["weight"]), module.bias, module.training)
+            return with_weight(dense, empty(*shapes["weight"]), _bias(module), module.training)
         case Factored() | Adapter():
             tensors = {name: empty(*size, trainable=name != "base") for name, size in shapes.items()}
-            return low_rank_layer(dense, form, tensors, module.bias)
+            return low_rank_layer(dense, form, tensors, _bias(module))
 
 
 def check(module: nn.Module, form: Form, local: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
@@ -193,6 +193,10 @@ def _dense_module(module: nn.Module) -> nn.Module:
     return module._shell[0] if isinstance(module, LowRankLinear) else module
 
 
+def _bias(module: nn.Module) -> nn.Parameter | None:
+    return module._parameters.get("bias")
+
+
 def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
     return nn.Parameter(value.to(dtype=like.dtype, device=like.device).contiguous())
 
@@ -223,7 +227,7 @@ def _to_adapter(
 ) -> Conversion:
     base = _future_base(module)
     tensors = {"base": base} | _product_tensors(module, form, generator, parts)
-    adapter = low_rank_layer(_dense_module(module), form, tensors, module.bias)
+    adapter = low_rank_layer(_dense_module(module), form, tensors, _bias(module))
     adapter.training = module.training
     return Conversion(adapter, 0.0, _base_merge(module, adapter, parts is not None), [(base, False)])
 
@@ -234,11 +238,10 @@ def _product_tensors(
     """The product's tensors at its start, by name: from a decomposition, or with a product of zero where it is None."""
     like = next(p for name, p in module.named_parameters() if name != "bias")
     product, shape = form.product, weight_shape(module)
-    scaling = form.scaling if isinstance(form, Adapter) else 1.0
     if parts is None:
         values = product.start_at_zero(form, shape, generator)
     else:
-        values = product.start(form, parts, generator, scaling)
+        values = product.start(form, parts, generator, form.scaling)
     stored = product.shapes(form, shape)
     by_name = dict(zip((name for name in product.names(form.adapts) if name in stored), values, strict=True))
     return {name: _parameter(by_name[name], like) for name in stored}

@@ -4,13 +4,15 @@ Stride, dilation and padding are those of the step that has the kernel: a 1x1 co
 padding of any mode.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_drt.forms.modules import AdapterLinear, FactoredLinear, LowRankLinear
 
-_CONVOLVE = {1: F.conv1d, 2: F.conv2d}
+_CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d}
 _GEOMETRY = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
     "_reversed_padding_repeated_twice",
@@ -20,7 +22,17 @@ _GEOMETRY = (
 class LowRankConv(LowRankLinear):
     """What both low-rank forms of a convolution share: the attributes of the dense one, and the low-rank chain."""
 
-    def __init__(self, dense: nn.Module, *args):
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    _reversed_padding_repeated_twice: list[int]
+
+    def __init__(self, dense: nn.Module, *args: Any):
         super().__init__(dense, *args)
         for name in _GEOMETRY:
             setattr(self, name, getattr(dense, name))

@@ -56,12 +56,12 @@ class LayerShape(tuple[int, int]):
     Attributes:
         kernel: Of a convolution, the size along each axis; in = channels * prod(kernel). Empty for other layers.
         stride: Of a convolution, along each axis; empty for other layers.
-        count: Of fused experts, how many matrices of this shape there are; None for a layer of one.
+        experts: Of fused experts, how many matrices of this shape there are; None for a layer of one.
     """
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
-    count: int | None
+    experts: int | None
 
     def __new__(
         cls,
@@ -69,19 +69,19 @@ class LayerShape(tuple[int, int]):
         d_in: int,
         kernel: Iterable[int] = (),
         stride: Iterable[int] = (),
-        count: int | None = None,
+        experts: int | None = None,
     ) -> "LayerShape":
         shape = super().__new__(cls, (d_out, d_in))
-        shape.kernel, shape.stride, shape.count = tuple(kernel), tuple(stride), count
+        shape.kernel, shape.stride, shape.experts = tuple(kernel), tuple(stride), experts
         return shape
 
     @classmethod
-    def of(cls, shape: Iterable[int]) -> "LayerShape":
+    def of(cls, shape: tuple[int, int]) -> "LayerShape":
         """The shape itself, or that of a linear layer where it is a mere pair."""
         return shape if isinstance(shape, cls) else cls(*shape)
 
     def __getnewargs__(self) -> tuple:
-        return *self, self.kernel, self.stride, self.count
+        return *self, self.kernel, self.stride, self.experts
 
     @property
     def d_out(self) -> int:
@@ -101,7 +101,7 @@ class LayerShape(tuple[int, int]):
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """The leading dimension of every tensor: ``(E,)``, or none."""
-        return batch_shape(self.count)
+        return batch_shape(self.experts)
 
     @property
     def has_kernel(self) -> bool:
@@ -110,7 +110,7 @@ class LayerShape(tuple[int, int]):
 
     def matches(self, other: "LayerShape") -> bool:
         """Whether a layer of the other shape is one of this: the same matrix, kernel and number of matrices."""
-        return self == other and self.kernel == other.kernel and self.count == other.count
+        return self == other and self.kernel == other.kernel and self.experts == other.experts
 
 
 def batch_shape(count: int | None) -> tuple[int, ...]:

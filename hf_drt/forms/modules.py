@@ -7,6 +7,7 @@ same object without its tensors), so that inflation gives back the same class wi
 
 import copy
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,18 +29,23 @@ def layout_of(module: nn.Module) -> Layout:
 
 def weight_shape(module: nn.Module) -> LayerShape:
     """``(out, in)`` of a layer in any form; the kernel of a convolution is seen as a matrix."""
+    layer, layout = _as_layer(module), layout_of(module)
     if is_transposed(module):
-        return LayerShape(module.nf, module.nx)
-    layout = layout_of(module)
+        return LayerShape(layer.nf, layer.nx)
     if kernel := layout.kernel:
-        return LayerShape(module.out_channels, module.in_channels * math.prod(kernel), kernel, module.stride)
-    return LayerShape(module.out_features, module.in_features, count=layout.count)
+        return LayerShape(layer.out_channels, layer.in_channels * math.prod(kernel), kernel, layer.stride)
+    return LayerShape(layer.out_features, layer.in_features, experts=layout.count)
+
+
+def _as_layer(module: nn.Module) -> Any:
+    """The module: what attributes a dense layer of a model has, no type of torch says."""
+    return module
 
 
 def trainable_weights(module: nn.Module) -> tuple[nn.Parameter, ...]:
     """What the form trains of W, in the order of ``named_parameters()``: (weight,), (U, V) or (lora_A, lora_B)."""
     if not isinstance(module, LowRankLinear):
-        return (module.weight,)
+        return (_as_layer(module).weight,)
     return tuple(getattr(module, name) for name in module.tensors if name != "base")
 
 
@@ -69,6 +75,7 @@ class LowRankLinear(nn.Module):
 
     form: Factored | Adapter
     product: Product
+    bias: nn.Parameter | None
     tensors: tuple[str, ...]  # names of the form's own parameters
     path: tuple[str, ...]  # names of the product's parameters, in the order in which an input meets them
 
@@ -85,7 +92,7 @@ class LowRankLinear(nn.Module):
         self.out_features, self.in_features = weight_shape(dense)
         self.training = dense.training
         if is_transposed(dense):
-            self.nf, self.nx = dense.nf, dense.nx
+            self.nf, self.nx = weight_shape(dense)
         # In a list, so that nn.Module does not register it as a child.
         self._shell = [with_weight(dense, None, None, dense.training)]
         self.tensors = tuple(tensors)
@@ -99,7 +106,7 @@ class LowRankLinear(nn.Module):
 
     def matrix(self) -> Tensor:
         """The effective ``W (out, in)``, differentiable."""
-        return merged(self.form, self._parameters, self.layout)
+        return merged(self.form, {name: getattr(self, name) for name in self.tensors}, self.layout)
 
     def product_tensors(self) -> list[Tensor]:
         """The product's tensors, in the order in which an input meets them."""
@@ -107,8 +114,7 @@ class LowRankLinear(nn.Module):
 
     def pair(self) -> tuple[Tensor, Tensor, float]:
         """``(L, R, s)`` with ``L (out, r)`` and ``R (r, in)`` trainable and ``W = const + s L R``."""
-        scale = self.form.scaling if isinstance(self.form, Adapter) else 1.0
-        return *self.product.factors(self.product_tensors()), scale
+        return *self.product.factors(self.product_tensors()), self.form.scaling
 
     @property
     def weight(self) -> Tensor:
@@ -170,8 +176,6 @@ class LowRankLinear(nn.Module):
 class FactoredLinear(LowRankLinear):
     """``y = W x + b`` by the product's tensors, ``U (V x) + b`` by those of an SVD: W never exists."""
 
-    form: Factored
-
     def forward(self, x: Tensor) -> Tensor:
         return self.product.linear(x, self.product_tensors(), self.bias)
 
@@ -180,7 +184,7 @@ class AdapterLinear(LowRankLinear):
     """``y = base x + (alpha / r) lora_B (lora_A x) + b``, or with another product; ``base`` is frozen and stored in the
     dense layout."""
 
-    form: Adapter
+    base: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.layout.matrix(self.base), self.bias)

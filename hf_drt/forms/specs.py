@@ -37,6 +37,7 @@ class Factored:
     """
 
     adapts: ClassVar[bool] = False
+    scaling: ClassVar[float] = 1.0
 
     rank: int
     decomposition: str = DEFAULT_PRODUCT

@@ -195,7 +195,7 @@ def test_break_even_is_where_it_holds_as_much_as_the_matrix():
 
 def test_fused_experts_take_the_svd_in_its_place():
     config = DRTConfig(decomposition="kronecker", rank=2)
-    assert resolve_form("factored", LayerShape(30, 12, count=4), config, "", None) == Factored(2)
+    assert resolve_form("factored", LayerShape(30, 12, experts=4), config, "", None) == Factored(2)
 
 
 # ---- a model

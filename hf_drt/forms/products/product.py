@@ -67,14 +67,14 @@ class Source:
         return None
 
     @property
-    def narrow(self) -> bool:
-        """Whether it is factored into two matrices with just its rank between them (:class:`TwoFactors`)."""
-        return isinstance(self.form, Factored) and isinstance(self.form.product, TwoFactors)
+    def narrow(self) -> Factored | None:
+        """Its form, where it is factored into two matrices with just its rank between them (:class:`TwoFactors`)."""
+        two = isinstance(self.form, Factored) and isinstance(self.form.product, TwoFactors)
+        return self.form if two else None
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """``L (out, r)`` and ``R (r, in)`` with ``W = L R``, of a layer in factored form."""
-        assert isinstance(self.form, Factored)
-        return self.form.product.factors(self.form.product.ordered(self.form, self.tensors()))
+    def factors(self, form: Factored) -> tuple[Tensor, Tensor]:
+        """``L (out, r)`` and ``R (r, in)`` with ``W = L R``, of a layer in this form."""
+        return form.product.factors(form.product.ordered(form, self.tensors()))
 
 
 class Product(ABC):
@@ -116,7 +116,7 @@ class Product(ABC):
 
     def refusal(self, shape: LayerShape) -> str | None:
         """Why no layer of this shape can have the product, as in "decomposition 'x' is ...", or None."""
-        return "not for fused experts" if shape.count is not None else None
+        return "not for fused experts" if shape.experts is not None else None
 
     def suits(self, shape: LayerShape) -> bool:
         """Whether the setting gives it to such a layer, which takes the SVD's otherwise."""

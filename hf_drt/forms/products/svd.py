@@ -47,9 +47,9 @@ class Svd(TwoFactors):
         return min(shape)
 
     def decompose(self, form: LowRank, source: Source) -> Truncation:
-        k = _kept(form, source)
-        if source.narrow:
-            return stacked_truncation(truncated_product, *source.factors(), rank=k)
+        k, narrow = _kept(form, source), source.narrow
+        if narrow is not None:
+            return stacked_truncation(truncated_product, *source.factors(narrow), rank=k)
         return stacked_truncation(truncated_svd, source.matrix(), rank=k)
 
     def parts(self, form: LowRank, source: Source) -> tuple[tuple[int, ...], ...]:
@@ -87,4 +87,5 @@ class Svd(TwoFactors):
 
 def _kept(form: LowRank, source: Source) -> int:
     """Singular values to keep: a layer that is factored has no more than its rank."""
-    return min(form.rank, source.form.rank) if source.narrow else form.rank
+    narrow = source.narrow
+    return form.rank if narrow is None else min(form.rank, narrow.rank)
