@@ -398,9 +398,7 @@ class DynamicRank:
             module = layer_of(self.model, name)
         except AttributeError:
             module = None
-        was = self.targets[name]
-        fits = module is not None and is_layer(module) and weight_shape(module).matches(was)
-        if not fits:
+        if module is None or not is_layer(module) or not weight_shape(module).matches(self.targets[name]):
             found = "nothing" if module is None else f"a {type(module).__name__}"
             raise ValueError(
                 f"the model has {found} where the layer {name} of shape (out, in) = {self.targets[name]} was. "

@@ -215,9 +215,8 @@ def _to_dense(module: nn.Module) -> Conversion:
 def _to_factored(
     module: nn.Module, form: Factored, generator: torch.Generator | None, parts: tuple[Tensor, ...]
 ) -> Conversion:
-    factored = low_rank_layer(
-        _dense_module(module), form, _product_tensors(module, form, generator, parts), module.bias
-    )
+    tensors = _product_tensors(module, form, generator, parts)
+    factored = low_rank_layer(_dense_module(module), form, tensors, _bias(module))
     factored.training = module.training
     return Conversion(factored, parts[-1].item())
 
@@ -229,7 +228,7 @@ def _to_adapter(
     tensors = {"base": base} | _product_tensors(module, form, generator, parts)
     adapter = low_rank_layer(_dense_module(module), form, tensors, _bias(module))
     adapter.training = module.training
-    return Conversion(adapter, 0.0, _base_merge(module, adapter, parts is not None), [(base, False)])
+    return Conversion(adapter, 0.0, _base_merge(module, adapter, base, parts is not None), [(base, False)])
 
 
 def _product_tensors(
@@ -254,18 +253,18 @@ def _future_base(module: nn.Module) -> nn.Parameter:
             return _unformed(trainable_weights(module)[0])
         case AdapterLinear():
             return module.base
-    return module.weight
+    return trainable_weights(module)[0]
 
 
-def _base_merge(module: nn.Module, adapter: AdapterLinear, principal: bool) -> Merge | None:
+def _base_merge(module: nn.Module, adapter: LowRankLinear, base: nn.Parameter, principal: bool) -> Merge | None:
     """What has to be merged into the base; nothing where a new adapter of product zero stands on the old W."""
     source = module if isinstance(module, LowRankLinear) else None
     if principal:
-        return Merge(adapter.base, lambda: _without(module, adapter), source)
-    return None if source is None else Merge(adapter.base, lambda: effective_weight(module), source)
+        return Merge(base, lambda: _without(module, adapter), source)
+    return None if source is None else Merge(base, lambda: effective_weight(module), source)
 
 
-def _without(module: nn.Module, adapter: AdapterLinear) -> Tensor:
+def _without(module: nn.Module, adapter: LowRankLinear) -> Tensor:
     """The old effective W minus the new adapter's product, as cast: so the base takes up what the cast has cost."""
     tensors = adapter.product.ordered(adapter.form, working_tensors(adapter))
     return adapter.product.added(effective_weight(module), tensors, -adapter.form.scaling)

@@ -40,7 +40,7 @@ def cp(W: Tensor, rank: int, generator: torch.Generator | None = None) -> tuple[
     size = T.norm()
     if rank >= cp_limit(tuple(T.shape)):
         factors = _exact(T, rank)
-    elif size == 0:
+    elif size.item() == 0:
         factors = [T.new_zeros(rank, n) for n in T.shape]
     else:
         generator = generator or torch.Generator().manual_seed(0)

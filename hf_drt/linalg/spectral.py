@@ -7,10 +7,12 @@ useless. For a factored weight ``W = U V`` every metric comes from r x r matrice
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+LinAlgError: type[Exception] = vars(torch.linalg)["LinAlgError"]  # documented, but not among the names that it exports
 
 
 class SVD(NamedTuple):
@@ -36,7 +38,8 @@ def full_precision() -> Iterator[None]:
 
     Their relative error of 1e-3 would be that of every conversion. Also a decorator.
     """
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    mkldnn: Any = torch.backends.mkldnn  # whose attributes are set as it is imported
+    backends = (torch.backends.cuda.matmul, mkldnn.matmul)
     kept = [(backend, backend.fp32_precision) for backend in backends]
     reduced = [(backend, precision) for backend, precision in kept if precision not in ("none", "ieee")]
     for backend, _ in reduced:
@@ -77,7 +80,7 @@ def svd(W: Tensor) -> SVD:
     for attempt in (_svd_lapack, _svd_double, _svd_gram):
         try:
             result = attempt(A)
-        except torch.linalg.LinAlgError:
+        except LinAlgError:
             continue
         if all(torch.isfinite(part).all() for part in result):
             return SVD(*(part.to(device=A.device, dtype=A.dtype) for part in result))
@@ -108,7 +111,7 @@ def singular_values(W: Tensor) -> Tensor:
     A = W.detach().to(working_dtype(W.dtype))
     try:
         S = torch.linalg.svdvals(A)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         return svd(A).S
     return S if torch.isfinite(S).all() else svd(A).S
 
@@ -128,7 +131,7 @@ def gram_singular_values(W: Tensor) -> Tensor:
     A = A / A.abs().amax()  # squares neither overflow nor vanish
     try:
         eigenvalues = torch.linalg.eigvalsh(A.mT @ A if A.shape[0] >= A.shape[1] else A @ A.mT)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         return singular_values(W)
     S = eigenvalues.flip(0).clamp_min(0).sqrt()
     eps = torch.finfo(S.dtype).eps

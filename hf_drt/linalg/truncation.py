@@ -11,7 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_drt.linalg.spectral import GRAM_FROM, SVD, checked, factor_qr, full_precision, svd, truncation_error
+from hf_drt.linalg.spectral import (
+    GRAM_FROM,
+    SVD,
+    LinAlgError,
+    checked,
+    factor_qr,
+    full_precision,
+    svd,
+    truncation_error,
+)
 
 RANDOMIZED_UP_TO = 1 / 16  # rank over min(m, n)
 GRAM_UP_TO = 1 / 2
@@ -85,7 +94,7 @@ def _tried(attempt: Callable[[Tensor, int], Truncation | None], A: Tensor, rank:
     scale = A.abs().amax().clamp_min(torch.finfo(A.dtype).tiny)  # squares neither overflow nor vanish
     try:
         parts = attempt((A if tall else A.mT) / scale, rank)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         return None
     if parts is None or not all(torch.isfinite(part).all() for part in parts):
         return None
@@ -143,5 +152,5 @@ def _gram_of(P: Tensor) -> Tensor:
 def _cut(parts: SVD, rank: int) -> Truncation:
     """The first directions of a full SVD, in memory of their own: a slice would keep all of U alive."""
     U, S, Vh = parts
-    kept = (part.clone(memory_format=torch.contiguous_format) for part in (U[:, :rank], S[:rank], Vh[:rank]))
-    return Truncation(*kept, S.new_tensor(truncation_error(S, rank)))
+    U, Vh = (part.clone(memory_format=torch.contiguous_format) for part in (U[:, :rank], Vh[:rank]))
+    return Truncation(U, S[:rank].clone(), Vh, S.new_tensor(truncation_error(S, rank)))

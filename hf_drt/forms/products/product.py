@@ -69,8 +69,9 @@ class Source:
     @property
     def narrow(self) -> Factored | None:
         """Its form, where it is factored into two matrices with just its rank between them (:class:`TwoFactors`)."""
-        two = isinstance(self.form, Factored) and isinstance(self.form.product, TwoFactors)
-        return self.form if two else None
+        if isinstance(self.form, Factored) and isinstance(self.form.product, TwoFactors):
+            return self.form
+        return None
 
     def factors(self, form: Factored) -> tuple[Tensor, Tensor]:
         """``L (out, r)`` and ``R (r, in)`` with ``W = L R``, of a layer in this form."""
