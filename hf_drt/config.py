@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from hf_drt.registry import EXPORTERS
+from hf_drt.registry import EXPORTERS, PRODUCTS
 
 Start = Literal["auto", "scratch", "pretrained"]
 AdapterInit = Literal["zero", "principal"]
 Moments = Literal["project", "reset"]
-Decomposition = Literal["svd", "tucker", "cp"]
 _PAPER_ALPHA = {"svd": 16.0, "tucker": 1.0, "cp": 64.0}
 
 _RANK_BY_BUDGET = re.compile(r"^\s*auto\b|:budget\b")
@@ -67,11 +66,13 @@ class DRTConfig:
         "JSON object from a regular expression on the layer's name to its rank: a whole number is an absolute rank, "
         "a number with a decimal point a share of min(out, in). The first match wins, e.g. '{\"attn\": 0.125}'.",
     )
-    decomposition: Decomposition = _option(
+    decomposition: str = _option(
         "svd",
-        "Low-rank structure of convolutions: 'svd' (k x k convolution to the rank, then 1 x 1), 'tucker' (1 x 1, k x k "
-        "core, 1 x 1) or 'cp' (1 x 1, depthwise, 1 x 1). Linear layers and 1 x 1 convolutions are always 'svd'. The "
-        "rank of a convolution, where it is a share, is one of its output channels.",
+        lambda: (
+            f"Low-rank structure: {PRODUCTS.described()}. Layers that it does not suit, such as linear layers and "
+            "1 x 1 convolutions where it is one of kernels, take 'svd'. The rank of a convolution, where it is a "
+            "share, is one of its output channels."
+        ),
     )
     rank_multiple: int = _option(8, "Ranks given as a share are rounded to a multiple of this, at least 1.")
     include: list[str] | None = _option(
@@ -179,11 +180,11 @@ class DRTConfig:
             ("start", Start),
             ("adapter_init", AdapterInit),
             ("moments", Moments),
-            ("decomposition", Decomposition),
         ):
             _require(getattr(self, name) in get_args(choices), self, name, f"one of {', '.join(get_args(choices))}")
-        if self.export != "dense":  # known without a look
-            EXPORTERS.find(self.export)
+        for name, default, registry in (("export", "dense", EXPORTERS), ("decomposition", "svd", PRODUCTS)):
+            if getattr(self, name) != default:  # which is known without a look
+                registry.find(getattr(self, name))
         for name in ("rewarmup_steps", "log_rank_steps"):
             value = getattr(self, name)
             _require(_is_int(value) and value >= 0, self, name, "a whole number of at least 0", "The unit is steps.")

@@ -16,7 +16,6 @@ from hf_drt.config import DRTConfig
 from hf_drt.engines import gathered
 from hf_drt.forms import (
     AdapterLinear,
-    ConvShape,
     Dense,
     FactoredLinear,
     Form,
@@ -399,9 +398,7 @@ class DynamicRank:
             module = layer_of(self.model, name)
         except AttributeError:
             module = None
-        was = self.targets[name]
-        fits = module is not None and is_layer(module) and weight_shape(module) == was
-        if not fits or isinstance(weight_shape(module), ConvShape) != isinstance(was, ConvShape):
+        if module is None or not is_layer(module) or not weight_shape(module).matches(self.targets[name]):
             found = "nothing" if module is None else f"a {type(module).__name__}"
             raise ValueError(
                 f"the model has {found} where the layer {name} of shape (out, in) = {self.targets[name]} was. "

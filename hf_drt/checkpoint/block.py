@@ -5,7 +5,7 @@ from typing import Any
 
 from hf_drt.checkpoint.declaration import FORMAT_VERSION
 from hf_drt.checkpoint.state_file import CheckpointError
-from hf_drt.forms import Adapter, Factored, form_from_dict
+from hf_drt.forms import Adapter, Factored, LayerShape, form_from_dict
 
 AGAIN = "Save or download the checkpoint again."
 
@@ -15,7 +15,7 @@ class DeclaredLayer:
     """A low-rank layer of a checkpoint: its name in the model that was saved, ``(out, in)`` and form."""
 
     name: str
-    shape: tuple[int, int]
+    shape: LayerShape
     form: Factored | Adapter
 
 
@@ -26,7 +26,7 @@ def read_block(block: dict[str, Any]) -> list[DeclaredLayer]:
         CheckpointError: It is of a newer format, or damaged.
     """
     version, layers = block.get("format_version"), block.get("layers")
-    if not _is_whole(version) or version < 1:
+    if not isinstance(version, int) or not _is_whole(version) or version < 1:
         raise CheckpointError(f"quantization_config has format_version {version!r}: config.json is damaged. {AGAIN}")
     if version > FORMAT_VERSION:
         raise CheckpointError(
@@ -42,32 +42,26 @@ def read_block(block: dict[str, Any]) -> list[DeclaredLayer]:
 
 
 def _read_layer(name: str, entry: Any) -> DeclaredLayer:
-    try:
-        fields = dict(entry)
-        out, into = fields.pop("shape")
-        form = form_from_dict(fields)
-        fits = _is_whole(out) and _is_whole(into) and isinstance(form, (Factored, Adapter))
-        fits = fits and _may_fit(form, out, into)
-    except (TypeError, ValueError, KeyError):
-        fits = False
-    if not fits:
+    if (layer := _declared_layer(name, entry)) is None:
         raise CheckpointError(
             f"quantization_config describes {name} as {entry!r}; allowed are a shape [out, in], and a form 'factored' "
             "or 'adapter' of a rank in 1..min(out, in), of a convolution up to what its decomposition allows. "
             f"config.json is damaged. {AGAIN}"
         )
-    return DeclaredLayer(name, (out, into), form)
+    return layer
 
 
-def _may_fit(form: Factored | Adapter, out: int, into: int) -> bool:
-    """Whether there is a layer of this shape that has the form: the block does not tell a convolution's kernel, by
-    which the model's own layer is compared (:mod:`hf_drt.export.names`)."""
-    match form.decomposition:
-        case "tucker":
-            return form.rank <= out and form.rank_in <= into
-        case "cp":
-            return form.rank <= into
-    return form.rank <= min(out, into)
+def _declared_layer(name: str, entry: Any) -> DeclaredLayer | None:
+    try:
+        fields = dict(entry)
+        d_out, d_in = fields.pop("shape")
+        form = form_from_dict(fields)
+    except (TypeError, ValueError, KeyError):
+        return None
+    if not (_is_whole(d_out) and _is_whole(d_in) and isinstance(form, (Factored, Adapter))):
+        return None
+    # The kernel of a convolution is not told: by it the model's own layer is compared (hf_drt.export).
+    return DeclaredLayer(name, LayerShape(d_out, d_in), form) if form.product.may_be(form, d_out, d_in) else None
 
 
 def _is_whole(value: Any) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from hf_drt.forms import Form, form_from_dict, form_to_dict
+from hf_drt.forms import Form, LayerShape, form_from_dict, form_to_dict
 from hf_drt.messages import some
 from hf_drt.schedule import Plan, Run, Schedule
 
@@ -28,7 +28,7 @@ MADE_IN = "optimizer_made_in"
 _SAME_RUN = "Resume with the model and the drt settings of the run that wrote it."
 _KEYS = {"plan": str, "max_steps": int, "phase": object, "settings": dict, "layers": dict}
 
-Shapes = dict[str, tuple[int, int]]
+Shapes = dict[str, LayerShape]
 
 
 def structure(

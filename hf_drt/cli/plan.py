@@ -16,6 +16,7 @@ from hf_drt.cli.plan_tables import as_json, print_estimate
 from hf_drt.cli.source import build, has_weights, read_config
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
+from hf_drt.forms import PRODUCTS
 from hf_drt.planning import resolved_plan
 from hf_drt.schedule import Plan, Run, Schedule, draw_timeline
 from hf_drt.simulate import BatchSpec, Layer, Proposal, RunEstimate, batch_spec, estimate_run, propose
@@ -68,7 +69,7 @@ def plan(
     rank: Annotated[int | None, Option(help="Absolute rank, in place of the ratio.")] = None,
     rank_pattern: Annotated[str | None, Option(help="JSON: regular expression on layer names to rank.")] = None,
     rank_multiple: Annotated[int, Option(help="Ranks given as a share are rounded to a multiple of this.")] = 8,
-    decomposition: Annotated[str, Option(help="Of convolutions: svd, tucker or cp.")] = "svd",
+    decomposition: Annotated[str, Option(help=f"Low-rank structure: {', '.join(PRODUCTS)}.")] = "svd",
     dense_query_key: Annotated[
         bool | None,
         Option(help="Query and key projections stay dense in factored phases; by default in 'auto' only."),

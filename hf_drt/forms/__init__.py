@@ -1,4 +1,4 @@
-"""One linear map, several parametrizations: Dense | Factored | Adapter."""
+"""One linear map, several parametrizations: Dense | Factored | Adapter, and what their products are."""
 
 from hf_drt.forms.conversion import Conversion, rounding
 from hf_drt.forms.convert import (
@@ -11,7 +11,7 @@ from hf_drt.forms.convert import (
     prepare,
     rank_limit,
 )
-from hf_drt.forms.layout import ConvShape, Layout, is_transposed
+from hf_drt.forms.layout import LayerShape, Layout, is_transposed
 from hf_drt.forms.modules import (
     AdapterLinear,
     FactoredLinear,
@@ -23,7 +23,18 @@ from hf_drt.forms.modules import (
     weight_shape,
 )
 from hf_drt.forms.plain import odd_tensors, own_behaviour
-from hf_drt.forms.specs import Adapter, Dense, Factored, Form, flops_of, form_from_dict, form_to_dict, parameters_of
+from hf_drt.forms.products import KernelProduct, Product, Source, TwoFactors, product_table, tensor_names
+from hf_drt.forms.specs import (
+    Adapter,
+    Dense,
+    Factored,
+    Form,
+    flops_of,
+    form_from_dict,
+    form_to_dict,
+    parameters_of,
+    product_for,
+)
 from hf_drt.forms.stack import (
     LEAVES,
     ExpertStack,
@@ -36,15 +47,15 @@ from hf_drt.forms.stack import (
 )
 from hf_drt.forms.stack_modules import AdapterStack, FactoredStack
 from hf_drt.forms.stack_weight import StackWeight
-from hf_drt.forms.structures import NAMES, halves, merged, tensor_shapes
+from hf_drt.forms.structures import factors, merged, tensor_shapes
+from hf_drt.registry import PRODUCTS
 
 __all__ = [
     "LEAVES",
-    "NAMES",
+    "PRODUCTS",
     "Adapter",
     "AdapterLinear",
     "AdapterStack",
-    "ConvShape",
     "Conversion",
     "Dense",
     "ExpertStack",
@@ -52,9 +63,14 @@ __all__ = [
     "FactoredLinear",
     "FactoredStack",
     "Form",
+    "KernelProduct",
+    "LayerShape",
     "Layout",
     "LowRankLinear",
+    "Product",
+    "Source",
     "StackWeight",
+    "TwoFactors",
     "attach",
     "check",
     "check_rank",
@@ -64,11 +80,11 @@ __all__ = [
     "dense_key",
     "effective_weight",
     "empty_like",
+    "factors",
     "flops_of",
     "form_from_dict",
     "form_of",
     "form_to_dict",
-    "halves",
     "is_transposed",
     "layer_of",
     "layout_of",
@@ -78,10 +94,13 @@ __all__ = [
     "parameters_of",
     "place_of",
     "prepare",
+    "product_for",
+    "product_table",
     "rank_limit",
     "rounding",
     "stack_count",
     "stored_transposed",
+    "tensor_names",
     "tensor_shapes",
     "trainable_weights",
     "weight_shape",

@@ -15,27 +15,27 @@ class Merge:
     """A full-size weight that has still to be formed.
 
     Attributes:
-        into: The Parameter that receives it, in the stored layout; of no elements where the layer had none so far.
+        weight: The Parameter that receives it, in the stored layout; of no elements where the layer had none so far.
         matrix: Gives ``W (out, in)``, in float32 or better.
         source: The layer whose factors go into W, and may be lost to rounding there; None if there are none.
     """
 
-    into: nn.Parameter
+    weight: nn.Parameter
     matrix: Callable[[], Tensor]
     source: LowRankLinear | None
 
     def run(self, layout: Layout) -> float:
         """Form the weight, cast it once, and return what the cast has cost (:attr:`Conversion.merge_error`)."""
         W = self.matrix()
-        stored = layout.stored(W.to(self.into.dtype))
+        stored = layout.stored(W.to(self.weight.dtype))
         error = 0.0
         if self.source is not None:
             base = self.source.base.detach() if isinstance(self.source, AdapterLinear) else None
             error = rounding(W, layout.matrix(stored), None if base is None else layout.matrix(base))
-        if self.into.shape == stored.shape:
-            self.into.copy_(stored)
+        if self.weight.shape == stored.shape:
+            self.weight.copy_(stored)
         else:
-            self.into.data = stored.contiguous()
+            self.weight.data = stored.contiguous()
         return error
 
 

@@ -3,20 +3,22 @@
 A conversion is prepared first and committed after, so that a failure in one layer leaves every layer as it was.
 """
 
-import math
+from collections.abc import Callable
+from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from hf_drt.forms.conversion import Conversion, Merge
 from hf_drt.forms.convolution import AdapterConv, FactoredConv
+from hf_drt.forms.layout import LayerShape
 from hf_drt.forms.modules import (
     AdapterLinear,
     FactoredLinear,
     LowRankLinear,
     effective_weight,
     form_of,
-    kaiming_rows,
     layout_of,
     trainable_weights,
     weight_shape,
@@ -24,11 +26,10 @@ from hf_drt.forms.modules import (
     working_tensors,
 )
 from hf_drt.forms.plain import own_behaviour
-from hf_drt.forms.specs import Adapter, Dense, Factored, Form
-from hf_drt.forms.stack_math import of_each, random_rows, stacked_truncation
+from hf_drt.forms.products import Source
+from hf_drt.forms.specs import DEFAULT_PRODUCT, Adapter, Dense, Factored, Form
 from hf_drt.forms.stack_modules import AdapterStack, FactoredStack
-from hf_drt.forms.structures import halves, plus_product, tensor_shapes
-from hf_drt.linalg import Truncation, balanced, cp, cp_limit, equal_norms, truncated_product, truncated_svd, tucker2
+from hf_drt.forms.structures import tensor_shapes
 
 
 def convert(module: nn.Module, form: Form, generator: torch.Generator | None = None) -> Conversion:
@@ -54,46 +55,24 @@ def decompose(module: nn.Module, form: Form) -> tuple[Tensor, ...] | None:
     """What a conversion to ``form`` needs of the layer's decomposition, or None: the one expensive part of
     :func:`prepare`.
 
-    For 'svd' a :class:`hf_drt.linalg.Truncation` of rank min(form.rank, rank of the layer's own factors); a layer
-    that is factored by it is decomposed by QR and an r x r matrix. Of fused experts each is decomposed for itself, and
-    all parts but the error get a leading dimension E. For 'tucker' and 'cp' the factors, in the order of
-    :func:`hf_drt.forms.tensor_shapes`, and the relative Frobenius error.
+    What it is, the product tells (:meth:`hf_drt.forms.Product.decompose`); last comes the relative Frobenius error. Of
+    fused experts each is decomposed for itself, and all parts but the error get a leading dimension E.
     """
-    shapes = decomposition_shapes(module, form)
-    if shapes is None:
-        return None
-    layout = layout_of(module)
-    match form.decomposition:
-        case "tucker":
-            return tucker2(layout.stored(effective_weight(module)), form.rank, form.rank_in)
-        case "cp" if module_is_of(module, form):  # a restart, which least squares would move
-            into, *axes, out = (tensor for tensor in working_tensors(module).values())
-            out, *rest = equal_norms([out.mT, into, *axes])
-            return *rest, out.mT.contiguous(), out.new_zeros(())
-        case "cp":
-            return cp(layout.stored(effective_weight(module)), form.rank)
-    k = shapes[0][-1]
-    if isinstance(module, FactoredLinear):
-        return stacked_truncation(truncated_product, *halves(module.form, working_tensors(module)), rank=k)
-    return stacked_truncation(truncated_svd, effective_weight(module), rank=k)
-
-
-def module_is_of(module: nn.Module, form: Form) -> bool:
-    """Whether the layer is in exactly this factored form already."""
-    return isinstance(module, FactoredLinear) and module.form == form
+    return form.product.decompose(form, _source(module)) if _needs_parts(form) else None
 
 
 def decomposition_shapes(module: nn.Module, form: Form) -> tuple[tuple[int, ...], ...] | None:
     """Shapes of the parts of :func:`decompose`'s result, or None where the form needs none."""
-    if not (isinstance(form, Factored) or (isinstance(form, Adapter) and form.init == "principal")):
-        return None
-    out, into = weight_shape(module)
-    if form.decomposition != "svd":
-        factors = Factored(form.rank, form.decomposition, form.rank_in)
-        return *tensor_shapes(factors, (out, into), layout_of(module)).values(), ()
-    k = min(form.rank, module.form.rank) if isinstance(module, FactoredLinear) else form.rank
-    lead = layout_of(module).lead
-    return (*lead, out, k), (*lead, k), (*lead, k, into), ()
+    return form.product.parts(form, _source(module)) if _needs_parts(form) else None
+
+
+def _needs_parts(form: Form) -> TypeGuard[Factored | Adapter]:
+    return isinstance(form, Factored) or (isinstance(form, Adapter) and form.init == "principal")
+
+
+def _source(module: nn.Module) -> Source:
+    matrix, tensors = partial(effective_weight, module), partial(working_tensors, module)
+    return Source(form_of(module), weight_shape(module), layout_of(module), matrix, tensors)
 
 
 def prepare(
@@ -121,7 +100,7 @@ def prepare(
             case Dense():
                 conversion = _to_dense(module)
             case Factored():
-                conversion = _to_factored(module, form, generator, parts)
+                conversion = _to_factored(module, form, generator, parts or ())
             case Adapter():
                 conversion = _to_adapter(module, form, generator, parts)
     if not any(weight.requires_grad for weight in trainable_weights(module)):  # frozen by the user: it stays so
@@ -141,23 +120,25 @@ def empty_like(module: nn.Module, form: Form) -> nn.Module:
 
     match form:
         case Dense():
-            return with_weight(dense, empty(*shapes["weight"]), module.bias, module.training)
+            return with_weight(dense, empty(*shapes["weight"]), _bias(module), module.training)
         case Factored() | Adapter():
             tensors = {name: empty(*size, trainable=name != "base") for name, size in shapes.items()}
-            return low_rank_layer(dense, form, tensors, module.bias)
+            return low_rank_layer(dense, form, tensors, _bias(module))
 
 
-def check(module: nn.Module, form: Form) -> None:
-    """Whether the layer can take the form; of a sharded layer, what this process holds of it.
+def check(module: nn.Module, form: Form, local: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+    """Whether the layer can take the form.
+
+    Args:
+        local: What is looked at of a parameter: of a sharded one, the part that this process holds.
 
     Raises:
-        TypeError: ``form`` is none.
+        TypeError: ``form`` is not a form.
         ValueError: The rank exceeds :func:`rank_limit`, or the weight holds inf or nan.
     """
     check_rank(module, form)
     for name, parameter in module.named_parameters():
-        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        if name != "bias" and not torch.isfinite(local).all():
+        if name != "bias" and not torch.isfinite(local(parameter)).all():
             raise ValueError(
                 f"{name} of a layer of shape (out, in) = {weight_shape(module)} holds inf or nan. The training has "
                 "diverged: lower the learning rate, or go back to an earlier checkpoint."
@@ -168,39 +149,30 @@ def check_rank(module: nn.Module, form: Form) -> None:
     """Whether the layer has this form.
 
     Raises:
-        TypeError: ``form`` is none.
-        ValueError: The layer has no low-rank form, or not with this decomposition, or the rank exceeds
-            :func:`rank_limit`.
+        TypeError: ``form`` is not a form.
+        ValueError: The layer has no low-rank form, or not with this decomposition, or a rank exceeds the largest.
     """
     if not isinstance(form, Form):
         raise TypeError(f"{form!r} is no form; allowed are Dense(), Factored(rank) and Adapter(rank, alpha, init).")
-    shape, layout = weight_shape(module), layout_of(module)
     if getattr(module, "groups", 1) != 1 or isinstance(module, nn.modules.conv._ConvTransposeNd):
         raise ValueError(f"a {module} has no low-rank form: only convolutions with groups=1 have, and no transposed.")
     if isinstance(form, Dense):
         return
-    if form.decomposition != "svd" and not layout.kernel:
-        raise ValueError(
-            f"decomposition '{form.decomposition}' is of convolutions only, and the layer is linear, of shape "
-            f"(out, in) = {shape}. Use 'svd'."
-        )
+    shape, product = weight_shape(module), form.product
+    if reason := product.refusal(shape):
+        raise ValueError(f"decomposition '{product.name}' is {reason}. Use '{DEFAULT_PRODUCT}'.")
     limit = rank_limit(form, shape)
     if not 1 <= form.rank <= limit:
         raise ValueError(f"rank must lie in 1..{limit} for a layer of shape (out, in) = {shape}, got {form.rank}.")
-    if form.rank_in is not None and form.rank_in > shape.channels:
+    if form.rank_in is not None and form.rank_in > (limit := product.rank_in_limit(shape)):
         raise ValueError(
-            f"rank_in must lie in 1..{shape.channels} for a convolution of as many input channels, got {form.rank_in}."
+            f"rank_in must lie in 1..{limit} for a convolution of as many input channels, got {form.rank_in}."
         )
 
 
 def rank_limit(form: Factored | Adapter, shape: tuple[int, int]) -> int:
     """The largest rank of a layer of shape ``(out, in)``: from there on every W is met exactly."""
-    match form.decomposition:
-        case "tucker":
-            return shape[0]
-        case "cp":
-            return cp_limit((shape[0], shape.channels, *shape.kernel))
-    return min(shape)
+    return form.product.rank_limit(LayerShape.of(shape))
 
 
 def low_rank_layer(
@@ -221,6 +193,10 @@ def _dense_module(module: nn.Module) -> nn.Module:
     return module._shell[0] if isinstance(module, LowRankLinear) else module
 
 
+def _bias(module: nn.Module) -> nn.Parameter | None:
+    return module._parameters.get("bias")
+
+
 def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
     return nn.Parameter(value.to(dtype=like.dtype, device=like.device).contiguous())
 
@@ -239,7 +215,8 @@ def _to_dense(module: nn.Module) -> Conversion:
 def _to_factored(
     module: nn.Module, form: Factored, generator: torch.Generator | None, parts: tuple[Tensor, ...]
 ) -> Conversion:
-    factored = low_rank_layer(_dense_module(module), form, _factors(module, form, generator, parts), module.bias)
+    tensors = _product_tensors(module, form, generator, parts)
+    factored = low_rank_layer(_dense_module(module), form, tensors, _bias(module))
     factored.training = module.training
     return Conversion(factored, parts[-1].item())
 
@@ -248,49 +225,25 @@ def _to_adapter(
     module: nn.Module, form: Adapter, generator: torch.Generator | None, parts: tuple[Tensor, ...] | None
 ) -> Conversion:
     base = _future_base(module)
-    tensors = {"base": base} | _factors(module, form, generator, parts)
-    adapter = low_rank_layer(_dense_module(module), form, tensors, module.bias)
+    tensors = {"base": base} | _product_tensors(module, form, generator, parts)
+    adapter = low_rank_layer(_dense_module(module), form, tensors, _bias(module))
     adapter.training = module.training
-    return Conversion(adapter, 0.0, _base_merge(module, adapter, parts is not None), [(base, False)])
+    return Conversion(adapter, 0.0, _base_merge(module, adapter, base, parts is not None), [(base, False)])
 
 
-def _factors(
+def _product_tensors(
     module: nn.Module, form: Factored | Adapter, generator: torch.Generator | None, parts: tuple[Tensor, ...] | None
 ) -> dict[str, nn.Parameter]:
     """The product's tensors at its start, by name: from a decomposition, or with a product of zero where it is None."""
     like = next(p for name, p in module.named_parameters() if name != "bias")
-    layout = layout_of(module)
-    sizes = tensor_shapes(form, weight_shape(module), layout)
-    sizes.pop("base", None)
-    scaling = form.scaling if isinstance(form, Adapter) else 1.0
+    product, shape = form.product, weight_shape(module)
     if parts is None:
-        *rest, out = sizes.items()
-        rows = {name: size[len(layout.lead) :] for name, size in rest}
-        values = {
-            name: random_rows(layout.lead, size[0], math.prod(size[1:]), generator).reshape(*layout.lead, *size)
-            for name, size in rows.items()
-        }
-        values[out[0]] = torch.zeros(out[1])
-    elif form.decomposition == "svd":
-        # 1 / scaling is spread over both factors, so that they stay balanced.
-        sides = of_each(spectral_factors, Truncation(*parts), form.rank, generator)
-        L, R = (factor / scaling**0.5 for factor in sides)
-        values = dict(zip(sizes, (L, R) if isinstance(form, Factored) else (R, L), strict=True))
+        values = product.start_at_zero(form, shape, generator)
     else:
-        *rest, out = parts[:-1]
-        rest = _without_dead(rest, generator) if form.decomposition == "cp" else rest
-        values = dict(zip(sizes, (*rest, out / scaling), strict=True))
-    return {name: _parameter(value, like) for name, value in values.items()}
-
-
-def _without_dead(factors: list[Tensor], generator: torch.Generator | None) -> list[Tensor]:
-    """Random rows where a component of a CP decomposition is zero, or it could never learn; its output stays zero."""
-    return [
-        torch.where(
-            factor.any(dim=1, keepdim=True), factor, kaiming_rows(len(factor), factor.shape[1], generator).to(factor)
-        )
-        for factor in factors
-    ]
+        values = product.start(form, parts, generator, form.scaling)
+    stored = product.shapes(form, shape)
+    by_name = dict(zip((name for name in product.names(form.adapts) if name in stored), values, strict=True))
+    return {name: _parameter(by_name[name], like) for name in stored}
 
 
 def _future_base(module: nn.Module) -> nn.Parameter:
@@ -300,51 +253,23 @@ def _future_base(module: nn.Module) -> nn.Parameter:
             return _unformed(trainable_weights(module)[0])
         case AdapterLinear():
             return module.base
-    return module.weight
+    return trainable_weights(module)[0]
 
 
-def _base_merge(module: nn.Module, adapter: AdapterLinear, principal: bool) -> Merge | None:
+def _base_merge(module: nn.Module, adapter: LowRankLinear, base: nn.Parameter, principal: bool) -> Merge | None:
     """What has to be merged into the base; nothing where a new adapter of product zero stands on the old W."""
     source = module if isinstance(module, LowRankLinear) else None
     if principal:
-        return Merge(adapter.base, lambda: _without(module, adapter), source)
-    return None if source is None else Merge(adapter.base, lambda: effective_weight(module), source)
+        return Merge(base, lambda: _without(module, adapter), source)
+    return None if source is None else Merge(base, lambda: effective_weight(module), source)
 
 
-def _without(module: nn.Module, adapter: AdapterLinear) -> Tensor:
+def _without(module: nn.Module, adapter: LowRankLinear) -> Tensor:
     """The old effective W minus the new adapter's product, as cast: so the base takes up what the cast has cost."""
-    W = effective_weight(module)
-    L, R = halves(adapter.form, working_tensors(adapter))
-    return plus_product(W, L, R, -adapter.form.scaling)
+    tensors = adapter.product.ordered(adapter.form, working_tensors(adapter))
+    return adapter.product.added(effective_weight(module), tensors, -adapter.form.scaling)
 
 
 def _unformed(like: Tensor) -> nn.Parameter:
     """A Parameter of no elements, to be filled by a :class:`Merge`."""
     return nn.Parameter(like.new_empty(0))
-
-
-def spectral_factors(parts: Truncation, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Balanced factors ``U (m, rank)``, ``V (rank, n)`` of the best rank-``rank`` approximation.
-
-    Where the matrix has fewer than ``rank`` non-zero singular values, both factors of a surplus direction would be
-    zero, and so would its gradients for ever. There V gets a random row as long as the smallest kept one, and U a zero
-    column: the product is the same and the direction can learn.
-    """
-    U, V = balanced(parts)
-    U, V = _padded(U, rank, dim=1), _padded(V, rank, dim=0)
-    threshold = parts.S[0] * torch.finfo(parts.S.dtype).eps * max(U.shape[0], V.shape[1])
-    alive = int((parts.S > threshold).sum())
-    if alive < rank:
-        rows = kaiming_rows(rank - alive, V.shape[1], generator).to(V)
-        length = parts.S[alive - 1].sqrt() if alive else rows.new_ones(())
-        V[alive:] = rows / rows.norm(dim=1, keepdim=True) * length
-        U[:, alive:] = 0
-    return U.contiguous(), V.contiguous()
-
-
-def _padded(tensor: Tensor, rank: int, dim: int) -> Tensor:
-    shape = list(tensor.shape)
-    shape[dim] = rank
-    result = tensor.new_zeros(shape)
-    result.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
-    return result

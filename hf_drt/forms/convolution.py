@@ -1,21 +1,18 @@
 """The low-rank forms of ``nn.Conv1d`` and ``nn.Conv2d``: short chains of convolutions in place of one.
 
-- svd: the kernel with ``r`` outputs, then 1x1 to the outputs; ``V (r, in)`` is kept as the matrix that it is,
-- tucker: 1x1 to ``r_in`` channels, the core with its kernel, 1x1 to the outputs,
-- cp: 1x1 to ``r`` channels, one depthwise kernel, the outer product of the axes' factors, 1x1 to the outputs.
-
 Stride, dilation and padding are those of the step that has the kernel: a 1x1 convolution without bias commutes with
 padding of any mode.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_drt.forms.modules import AdapterLinear, FactoredLinear, LowRankLinear
-from hf_drt.forms.structures import AXES, khatri_rao
 
-_CONVOLVE = {1: F.conv1d, 2: F.conv2d}
+_CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d}
 _GEOMETRY = (
     "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
     "_reversed_padding_repeated_twice",
@@ -25,7 +22,17 @@ _GEOMETRY = (
 class LowRankConv(LowRankLinear):
     """What both low-rank forms of a convolution share: the attributes of the dense one, and the low-rank chain."""
 
-    def __init__(self, dense: nn.Module, *args):
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    _reversed_padding_repeated_twice: list[int]
+
+    def __init__(self, dense: nn.Module, *args: Any):
         super().__init__(dense, *args)
         for name in _GEOMETRY:
             setattr(self, name, getattr(dense, name))
@@ -39,26 +46,12 @@ class LowRankConv(LowRankLinear):
 
     def chain(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The low-rank product applied to ``x``, without an adapter's scaling."""
-        match self.form.decomposition:
-            case "tucker":
-                into, core, out = self._parts("in", "core", "out")
-                low = self.convolve(self._pointwise(x, into), core)
-            case "cp":
-                into, *axes, out = self._parts("in", *AXES[len(self.kernel_size)], "out")
-                kernel = khatri_rao(axes).reshape(self.form.rank, 1, *self.kernel_size)
-                low = self.convolve(self._pointwise(x, into), kernel, groups=self.form.rank)
-            case _:
-                out, V, _ = self.pair()
-                low = self.convolve(x, V.view(self.form.rank, self.in_channels, *self.kernel_size))
-        return self._pointwise(low, out, bias)
+        return self.product.convolution(x, self.product_tensors(), self, bias)
 
-    def _parts(self, *names: str) -> list[Tensor]:
-        prefix = "lora" if isinstance(self, AdapterLinear) else self.form.decomposition
-        return [getattr(self, f"{prefix}_{name}") for name in names]
-
-    def _pointwise(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def pointwise(self, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        """A 1 x 1 convolution with ``matrix (out, in)``."""
         axes = len(self.kernel_size)
-        return _CONVOLVE[axes](x, weight.view(*weight.shape, *(1,) * axes), bias)
+        return _CONVOLVE[axes](x, matrix.view(*matrix.shape, *(1,) * axes), bias)
 
     def extra_repr(self) -> str:
         return (

@@ -1,5 +1,6 @@
 """How a dense layer stores its weight, and how that is seen as a matrix ``W (out, in)``."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -24,9 +25,9 @@ class Layout:
     count: int | None = None
 
     @property
-    def lead(self) -> tuple[int, ...]:
+    def batch_shape(self) -> tuple[int, ...]:
         """The leading dimension of every tensor: ``(E,)``, or none."""
-        return () if self.count is None else (self.count,)
+        return batch_shape(self.count)
 
     def matrix(self, stored: Tensor) -> Tensor:
         """``W (out, in)``, or ``(E, out, in)`` of fused experts, a view."""
@@ -40,36 +41,81 @@ class Layout:
             return matrix.reshape(self.shape(*matrix.shape))
         return matrix.mT if self.transposed else matrix
 
-    def shape(self, out: int, into: int) -> tuple[int, ...]:
-        """Shape of the stored weight. With ``out = 0`` that of an entry of no elements."""
+    def shape(self, d_out: int, d_in: int) -> tuple[int, ...]:
+        """Shape of the stored weight. With ``d_out = 0`` that of an entry of no elements."""
         if self.kernel:
-            return (out, into // prod(self.kernel), *self.kernel)
-        return *self.lead, *((into, out) if self.transposed else (out, into))
+            return (d_out, d_in // prod(self.kernel), *self.kernel)
+        return *self.batch_shape, *((d_in, d_out) if self.transposed else (d_out, d_in))
 
 
-class ConvShape(tuple[int, int]):
-    """``(out, in)`` of a convolution's kernel seen as a matrix, and what else its cost depends on.
+class LayerShape(tuple[int, int]):
+    """``(out, in)`` of a layer's W, and what else its forms and their cost depend on.
+
+    It compares, unpacks, prints and is written to files as the pair that it is; :meth:`matches` compares all of it.
 
     Attributes:
-        kernel: Size along each axis; in = channels * prod(kernel).
-        stride: Along each axis.
+        kernel: Of a convolution, the size along each axis; in = channels * prod(kernel). Empty for other layers.
+        stride: Of a convolution, along each axis; empty for other layers.
+        experts: Of fused experts, how many matrices of this shape there are; None for a layer of one.
     """
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
+    experts: int | None
 
-    def __new__(cls, out: int, into: int, kernel: tuple[int, ...], stride: tuple[int, ...]) -> "ConvShape":
-        shape = super().__new__(cls, (out, into))
-        shape.kernel, shape.stride = tuple(kernel), tuple(stride)
+    def __new__(
+        cls,
+        d_out: int,
+        d_in: int,
+        kernel: Iterable[int] = (),
+        stride: Iterable[int] = (),
+        experts: int | None = None,
+    ) -> "LayerShape":
+        shape = super().__new__(cls, (d_out, d_in))
+        shape.kernel, shape.stride, shape.experts = tuple(kernel), tuple(stride), experts
         return shape
 
+    @classmethod
+    def of(cls, shape: tuple[int, int]) -> "LayerShape":
+        """The shape itself, or that of a linear layer where it is a mere pair."""
+        return shape if isinstance(shape, cls) else cls(*shape)
+
     def __getnewargs__(self) -> tuple:
-        return *self, self.kernel, self.stride
+        return *self, self.kernel, self.stride, self.experts
+
+    @property
+    def d_out(self) -> int:
+        """Rows of W: output features, or output channels."""
+        return self[0]
+
+    @property
+    def d_in(self) -> int:
+        """Columns of W: input features, or input channels times the kernel's size."""
+        return self[1]
 
     @property
     def channels(self) -> int:
-        """Input channels."""
-        return self[1] // prod(self.kernel)
+        """Input channels of a convolution; input features of another layer."""
+        return self.d_in // prod(self.kernel)
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The leading dimension of every tensor: ``(E,)``, or none."""
+        return batch_shape(self.experts)
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether it is a convolution whose kernel has more than one element, and so is more than a matrix."""
+        return any(size > 1 for size in self.kernel)
+
+    def matches(self, other: "LayerShape") -> bool:
+        """Whether a layer of the other shape is one of this: the same matrix, kernel and number of matrices."""
+        return self == other and self.kernel == other.kernel and self.experts == other.experts
+
+
+def batch_shape(count: int | None) -> tuple[int, ...]:
+    """The leading dimension of the tensors of E experts, and of a layer of one matrix (None)."""
+    return () if count is None else (count,)
 
 
 def is_transposed(dense: nn.Module) -> bool:

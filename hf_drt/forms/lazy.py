@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_any, tree_map
 
-_METADATA = {
-    Tensor.dtype.__get__, Tensor.device.__get__, Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.is_meta.__get__,
-    Tensor.is_cuda.__get__, Tensor.layout.__get__, Tensor.requires_grad.__get__, Tensor.grad.__get__, Tensor.size,
+TENSOR: Any = Tensor  # its properties are descriptors, which its type annotations do not tell
+METADATA = {
+    TENSOR.dtype.__get__, TENSOR.device.__get__, TENSOR.shape.__get__, TENSOR.ndim.__get__, TENSOR.is_meta.__get__,
+    TENSOR.is_cuda.__get__, TENSOR.layout.__get__, TENSOR.requires_grad.__get__, TENSOR.grad.__get__, Tensor.size,
     Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size,
     torch.is_floating_point, torch.is_complex,
 }  # fmt: skip
@@ -29,14 +30,16 @@ class EffectiveWeight(Tensor):
         trainable: Whether gradients shall reach the layer.
     """
 
+    _is_hf_initialized: bool  # transformers' mark of weights that have been loaded
+
     @staticmethod
     def __new__(
-        cls, form: Callable[[], Tensor], shape: tuple[int, int], like: Tensor, trainable: bool = False
+        cls, form: Callable[[], Tensor], shape: tuple[int, ...], like: Tensor, trainable: bool = False
     ) -> "EffectiveWeight":
         flags = {"dtype": like.dtype, "device": like.device, "requires_grad": trainable}
         return torch.Tensor._make_wrapper_subclass(cls, shape, **flags)
 
-    def __init__(self, form: Callable[[], Tensor], shape: tuple[int, int], like: Tensor, trainable: bool = False):
+    def __init__(self, form: Callable[[], Tensor], shape: tuple[int, ...], like: Tensor, trainable: bool = False):
         self._form, self._shape, self._like = form, shape, like
         if trainable:
             # Where autograd is reached without __torch_function__, as through autograd.Function.apply, the gradient
@@ -54,34 +57,41 @@ class EffectiveWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func == Tensor.data.__get__:  # a method wrapper, made anew at each access
+        if func == TENSOR.data.__get__:  # a method wrapper, made anew at each access
             return args[0]._detached()
-        _refuse_writing(func, args, kwargs)
-        args, kwargs = tree_map(_formed, (args, kwargs))
-        return func(*args, **kwargs)
+        refuse_writing(cls, func, args, kwargs)
+        return _with_real_weights(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        args, kwargs = tree_map(_formed, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return _with_real_weights(func, args, kwargs or {})
 
     def __repr__(self, **kwargs: Any) -> str:
         return f"EffectiveWeight({_formed(self)!r})"
 
 
-def _refuse_writing(func: Any, args: tuple, kwargs: dict) -> None:
+def refuse_writing(cls: type, func: Any, args: tuple, kwargs: dict) -> None:
+    """Refuse a function that would write to a weight of this class.
+
+    Raises:
+        RuntimeError: It would.
+    """
     name = getattr(func, "__name__", "")
     in_place = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__")
-    is_ours = isinstance(next(iter((*args, *kwargs.values())), None), EffectiveWeight)
-    written = tree_any(lambda value: isinstance(value, EffectiveWeight), kwargs.get("out"))
+    is_ours = isinstance(next(iter((*args, *kwargs.values())), None), cls)
+    written = tree_any(lambda value: isinstance(value, cls), kwargs.get("out"))
     if (in_place and is_ours) or written:
         raise RuntimeError(
             f"{name} would write to the weight of a low-rank layer, which is formed anew at every use. Write to its "
             "parameters (U and V, or base, lora_A and lora_B), or convert the layer to Dense() first."
         )
+
+
+def _with_real_weights(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    return func(*tree_map(_formed, args), **{name: tree_map(_formed, value) for name, value in kwargs.items()})
 
 
 def _formed(value: Any) -> Any:

@@ -7,16 +7,18 @@ same object without its tensors), so that inflation gives back the same class wi
 
 import copy
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_drt.forms.layout import ConvShape, Layout, dense_layout, is_transposed
+from hf_drt.forms.layout import LayerShape, Layout, dense_layout, is_transposed
 from hf_drt.forms.lazy import EffectiveWeight
 from hf_drt.forms.plain import strip
+from hf_drt.forms.products import Product, tensor_names
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form
-from hf_drt.forms.structures import NAMES, halves, merged
+from hf_drt.forms.structures import merged
 from hf_drt.linalg import full_precision, working_dtype
 
 
@@ -25,19 +27,25 @@ def layout_of(module: nn.Module) -> Layout:
     return module.layout if isinstance(module, LowRankLinear) else dense_layout(module)
 
 
-def weight_shape(module: nn.Module) -> tuple[int, int]:
-    """``(out, in)`` of a layer in any form; :class:`ConvShape` of a convolution, whose kernel is seen as a matrix."""
+def weight_shape(module: nn.Module) -> LayerShape:
+    """``(out, in)`` of a layer in any form; the kernel of a convolution is seen as a matrix."""
+    layer, layout = _as_layer(module), layout_of(module)
     if is_transposed(module):
-        return module.nf, module.nx
-    if kernel := layout_of(module).kernel:
-        return ConvShape(module.out_channels, module.in_channels * math.prod(kernel), kernel, module.stride)
-    return module.out_features, module.in_features
+        return LayerShape(layer.nf, layer.nx)
+    if kernel := layout.kernel:
+        return LayerShape(layer.out_channels, layer.in_channels * math.prod(kernel), kernel, layer.stride)
+    return LayerShape(layer.out_features, layer.in_features, experts=layout.count)
+
+
+def _as_layer(module: nn.Module) -> Any:
+    """The module: what attributes a dense layer of a model has, no type of torch says."""
+    return module
 
 
 def trainable_weights(module: nn.Module) -> tuple[nn.Parameter, ...]:
     """What the form trains of W, in the order of ``named_parameters()``: (weight,), (U, V) or (lora_A, lora_B)."""
     if not isinstance(module, LowRankLinear):
-        return (module.weight,)
+        return (_as_layer(module).weight,)
     return tuple(getattr(module, name) for name in module.tensors if name != "base")
 
 
@@ -66,7 +74,10 @@ class LowRankLinear(nn.Module):
     """
 
     form: Factored | Adapter
+    product: Product
+    bias: nn.Parameter | None
     tensors: tuple[str, ...]  # names of the form's own parameters
+    path: tuple[str, ...]  # names of the product's parameters, in the order in which an input meets them
 
     def __init__(
         self,
@@ -76,15 +87,16 @@ class LowRankLinear(nn.Module):
         bias: nn.Parameter | None,
     ):
         super().__init__()
-        self.form = form
+        self.form, self.product = form, form.product
         self.layout = dense_layout(dense)
         self.out_features, self.in_features = weight_shape(dense)
         self.training = dense.training
         if is_transposed(dense):
-            self.nf, self.nx = dense.nf, dense.nx
+            self.nf, self.nx = weight_shape(dense)
         # In a list, so that nn.Module does not register it as a child.
         self._shell = [with_weight(dense, None, None, dense.training)]
         self.tensors = tuple(tensors)
+        self.path = tuple(name for name in self.product.names(form.adapts) if name in tensors)
         for name, tensor in (*tensors.items(), ("bias", bias)):
             self.register_parameter(name, tensor)
 
@@ -94,12 +106,15 @@ class LowRankLinear(nn.Module):
 
     def matrix(self) -> Tensor:
         """The effective ``W (out, in)``, differentiable."""
-        return merged(self.form, self._parameters, self.layout)
+        return merged(self.form, {name: getattr(self, name) for name in self.tensors}, self.layout)
+
+    def product_tensors(self) -> list[Tensor]:
+        """The product's tensors, in the order in which an input meets them."""
+        return [getattr(self, name) for name in self.path]
 
     def pair(self) -> tuple[Tensor, Tensor, float]:
         """``(L, R, s)`` with ``L (out, r)`` and ``R (r, in)`` trainable and ``W = const + s L R``."""
-        scale = self.form.scaling if isinstance(self.form, Adapter) else 1.0
-        return *halves(self.form, self._parameters), scale
+        return *self.product.factors(self.product_tensors()), self.form.scaling
 
     @property
     def weight(self) -> Tensor:
@@ -128,7 +143,7 @@ class LowRankLinear(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         like = trainable_weights(self)[0]
-        if hasattr(like, "to_local"):  # sharded: every entry of the state dict is looked up as a parameter
+        if type(like) is not nn.Parameter:  # sharded: every entry of the state dict is looked up as a parameter
             return
         if key := self.dense_key(prefix[:-1]).removeprefix("."):
             destination[key] = like.detach().new_empty(self.layout.shape(0, self.in_features))
@@ -147,7 +162,7 @@ class LowRankLinear(nn.Module):
                 f"{self.form}. Convert the layer to Dense() first, or load a checkpoint of the same form."
             )
         # Of another low-rank form? Own tensors may be missing rightly: a sharded checkpoint is loaded in pieces.
-        others = set(NAMES) - set(self.tensors)
+        others = tensor_names() - set(self.tensors)
         if foreign := sorted(prefix + name for name in others if prefix + name in state_dict):
             error_msgs.append(
                 f"{prefix[:-1]} is in form {self.form} here, but in another in the checkpoint, which holds "
@@ -159,32 +174,23 @@ class LowRankLinear(nn.Module):
 
 
 class FactoredLinear(LowRankLinear):
-    """``y = U (V x) + b`` with ``U (out, r)`` and ``V (r, in)``: W = U V never exists."""
+    """``y = W x + b`` by the product's tensors, ``U (V x) + b`` by those of an SVD: W never exists."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.V), self.U, self.bias)
+        return self.product.linear(x, self.product_tensors(), self.bias)
 
 
 class AdapterLinear(LowRankLinear):
-    """``y = base x + (alpha / r) lora_B (lora_A x) + b``; ``base`` is frozen and stored in the dense layout."""
+    """``y = base x + (alpha / r) lora_B (lora_A x) + b``, or with another product; ``base`` is frozen and stored in the
+    dense layout."""
+
+    base: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.layout.matrix(self.base), self.bias)
-        low = F.linear(x, self.lora_A)
         if not self.training:  # rounded as PEFT rounds: an adapter that was trained there gives the same bits here
-            return y + F.linear(low, self.lora_B) * self.form.scaling
-        # One product that adds and scales: the sum of two outputs would be a third pass over memory of their size.
-        low, sum_with = low.reshape(-1, self.form.rank), y.reshape(-1, self.out_features)
-        return torch.addmm(sum_with, low, self.lora_B.mT, alpha=self.form.scaling).reshape(y.shape)
-
-
-def kaiming_rows(rank: int, width: int, generator: torch.Generator | None) -> Tensor:
-    """``(rank, width)`` from U(-1/sqrt(width), 1/sqrt(width)), the start of LoRA's A.
-
-    The CPU generator is the caller's own, so that the global one is untouched and all processes agree.
-    """
-    bound = 1 / math.sqrt(width)
-    return torch.empty(rank, width).uniform_(-bound, bound, generator=generator or torch.Generator().manual_seed(0))
+            return y + self.product.linear(x, self.product_tensors()) * self.form.scaling
+        return self.product.added_linear(y, x, self.product_tensors(), self.form.scaling)
 
 
 @full_precision()

@@ -62,11 +62,11 @@ def odd_tensors(module: nn.Module) -> str | None:
     """Why a layer's parameters are not those of its form, or None: then it cannot change form at all."""
     low_rank = getattr(module, "tensors", None) if _is_ours(type(module)) else None
     names, held = set(low_rank or ("weight",)), module._parameters
-    if any(held.get(name) is None for name in names) or hasattr(module, "parametrizations"):
+    weights = [weight for name in names if (weight := held.get(name)) is not None]
+    if len(weights) < len(names) or hasattr(module, "parametrizations"):
         return "parametrized"
     if hidden := sorted(held.keys() & vars(module).keys()):
         return f"own {hidden[0]} on the instance"
-    weights = [held[name] for name in names]
     plain = all(_qualified(type(weight)) in _TENSORS and weight.is_floating_point() for weight in weights)
     if not plain or (low_rank is None and weights[0].ndim != len(dense_layout(module).shape(0, 0))):
         return "quantized or not a plain matrix"
@@ -111,7 +111,7 @@ def _hooked(module: nn.Module) -> str | None:
         hooks = (getattr(module, attribute, None) or {}).values()
         if any("state" not in kind or not _of_fsdp(hook) for hook in hooks):
             return f"hooked ({kind})"
-    weights = (parameter for name, parameter in module._parameters.items() if name != "bias")
+    weights = (weight for name, weight in module._parameters.items() if name != "bias" and weight is not None)
     return "hooked weight" if any(map(_has_hooks, weights)) else None
 
 
@@ -143,7 +143,7 @@ def _shadows(module: nn.Module, name: str) -> bool:
 
 def _override(module: nn.Module) -> str | None:
     """The methods and properties of the plain class that the layer's class has otherwise."""
-    cls, plain = type(module), _plain_class(module)
+    cls, plain = type(module), _plain_class(module) or nn.Module
     more = [base for base in cls.__mro__ if base not in plain.__mro__]
     defined = {name for base in more for name in vars(base)} & {*dir(plain), "weight", "bias"}
     names = sorted(name for name in defined - _HARMLESS if _differs(cls, plain, name))

@@ -1,36 +1,46 @@
 """Forms: the parametrizations of one linear map ``W (out, in)``. A spec is what a layer should be, not the layer."""
 
 from dataclasses import dataclass
-from math import prod
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-Decomposition = Literal["svd", "tucker", "cp"]
+from hf_drt.forms.layout import LayerShape
+from hf_drt.registry import PRODUCTS
+
+if TYPE_CHECKING:
+    from hf_drt.forms.products.product import Product
+
+DEFAULT_PRODUCT = "svd"  # that of every layer whatever its kind, and what a file means that names none
 
 
 @dataclass(frozen=True)
 class Dense:
     """``W`` itself: out * in trainable parameters."""
 
-    def parameters(self, out: int, into: int, kernel: tuple[int, ...] = ()) -> int:
+    def parameters(self, d_out: int, d_in: int, kernel: tuple[int, ...] = ()) -> int:
         """Trainable weights, bias aside."""
-        return out * into
+        return d_out * d_in
 
-    def flops(self, out: int, into: int, kernel: tuple[int, ...] = (), stride: tuple[int, ...] = ()) -> int:
+    def flops(self, d_out: int, d_in: int, kernel: tuple[int, ...] = (), stride: tuple[int, ...] = ()) -> int:
         """Multiply-adds per token of the forward and both backward products: 3 out in."""
-        return 3 * out * into
+        return 3 * d_out * d_in
 
 
 @dataclass(frozen=True)
 class Factored:
-    """``W = U V`` with ``U (out, rank)`` and ``V (rank, in)``; of a convolution (in = channels * kernel size) also
+    """``W`` as a product of smaller tensors, all of them trained: ``U V`` with ``U (out, rank)`` and ``V (rank, in)``,
+    or that of another decomposition (:mod:`hf_drt.forms.products`).
 
-    - 'tucker': ``W[o,i,h,w] = sum_ab out[o,a] core[a,b,h,w] in[b,i]`` with a < rank, b < rank_in (Tucker-2, Kim et al.
-      2016),
-    - 'cp': ``W[o,i,h,w] = sum_r out[o,r] in[r,i] height[r,h] width[r,w]`` (Lebedev et al. 2015); Conv1d has no height.
+    Attributes:
+        rank: Of the product, by its own meaning of it.
+        decomposition: Which product; 'svd' is ``U V``.
+        rank_in: The second rank of a product that has one, as 'tucker' has.
     """
 
+    adapts: ClassVar[bool] = False
+    scaling: ClassVar[float] = 1.0
+
     rank: int
-    decomposition: Decomposition = "svd"
+    decomposition: str = DEFAULT_PRODUCT
     rank_in: int | None = None
 
     def __post_init__(self) -> None:
@@ -39,28 +49,35 @@ class Factored:
     def __repr__(self) -> str:
         return _text(self)
 
-    def parameters(self, out: int, into: int, kernel: tuple[int, ...] = ()) -> int:
-        """Trainable weights: rank (out + in), or those of :func:`low_rank_parameters`."""
-        return low_rank_parameters(self, out, into, kernel)
+    @property
+    def product(self) -> "Product":
+        """What the decomposition names."""
+        return PRODUCTS[self.decomposition]
 
-    def flops(self, out: int, into: int, kernel: tuple[int, ...] = (), stride: tuple[int, ...] = ()) -> int:
+    def parameters(self, d_out: int, d_in: int, kernel: tuple[int, ...] = ()) -> int:
+        """Trainable weights: rank (out + in) for 'svd'."""
+        return self.product.parameters(self, LayerShape(d_out, d_in, kernel))
+
+    def flops(self, d_out: int, d_in: int, kernel: tuple[int, ...] = (), stride: tuple[int, ...] = ()) -> int:
         """Multiply-adds per token of the forward and both backward products: 3 rank (out + in) for 'svd'."""
-        return 3 * low_rank_products(self, out, into, kernel, stride)
+        return 3 * self.product.multiply_adds(self, LayerShape(d_out, d_in, kernel, stride))
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """``W = base + (alpha / rank) lora_B lora_A`` with a frozen ``base (out, in)`` (Hu et al. 2021, Eq. 3); of a
-    convolution also with the products of :class:`Factored` that 'tucker' and 'cp' are.
+    """``W = base + (alpha / rank) P`` with a frozen ``base (out, in)`` and a product P of smaller tensors that are
+    trained: ``lora_B lora_A`` (Hu et al. 2021, Eq. 3), or that of another decomposition, as in :class:`Factored`.
 
-    ``init`` is 'zero' (lora_B = 0, the function is unchanged and base = W) or 'principal' (the adapter takes the top
-    singular directions of W, or what the decomposition finds, and base the rest; Meng et al. 2024, PiSSA).
+    ``init`` is 'zero' (P = 0, the function is unchanged and base = W) or 'principal' (P takes the top singular
+    directions of W, or what the decomposition finds, and base the rest; Meng et al. 2024, PiSSA).
     """
+
+    adapts: ClassVar[bool] = True
 
     rank: int
     alpha: float = 16.0
     init: Literal["zero", "principal"] = "zero"
-    decomposition: Decomposition = "svd"
+    decomposition: str = DEFAULT_PRODUCT
     rank_in: int | None = None
 
     def __post_init__(self) -> None:
@@ -78,73 +95,54 @@ class Adapter:
     def __repr__(self) -> str:
         return _text(self)
 
-    def parameters(self, out: int, into: int, kernel: tuple[int, ...] = ()) -> int:
-        """Trainable weights: rank (out + in), or those of :func:`low_rank_parameters`; the base is frozen."""
-        return low_rank_parameters(self, out, into, kernel)
+    @property
+    def product(self) -> "Product":
+        """What the decomposition names."""
+        return PRODUCTS[self.decomposition]
 
-    def flops(self, out: int, into: int, kernel: tuple[int, ...] = (), stride: tuple[int, ...] = ()) -> int:
-        """Multiply-adds per token: 2 out in for the frozen base (no weight gradient) + 3 times the low-rank ones."""
-        return 2 * out * into + 3 * low_rank_products(self, out, into, kernel, stride)
+    def parameters(self, d_out: int, d_in: int, kernel: tuple[int, ...] = ()) -> int:
+        """Trainable weights, those of the product: rank (out + in) for 'svd'. The base is frozen."""
+        return self.product.parameters(self, LayerShape(d_out, d_in, kernel))
+
+    def flops(self, d_out: int, d_in: int, kernel: tuple[int, ...] = (), stride: tuple[int, ...] = ()) -> int:
+        """Multiply-adds per token: 2 out in for the frozen base (no weight gradient) + 3 times the product's."""
+        return 2 * d_out * d_in + 3 * self.product.multiply_adds(self, LayerShape(d_out, d_in, kernel, stride))
 
 
 Form = Dense | Factored | Adapter
 
 
-def low_rank_parameters(form: Factored | Adapter, out: int, into: int, kernel: tuple[int, ...] = ()) -> int:
-    """Weights of the product: ``r (out + in)`` for 'svd', ``r_in channels + r r_in k + r out`` for 'tucker' and
-    ``r (channels + kh + kw + out)`` for 'cp', with k = kh kw and in = channels k."""
-    size = prod(kernel)
-    channels = into // size
-    match form.decomposition:
-        case "tucker":
-            return form.rank_in * channels + form.rank * form.rank_in * size + form.rank * out
-        case "cp":
-            return form.rank * (channels + sum(kernel) + out)
-    return form.rank * (out + into)
-
-
-def low_rank_products(
-    form: Factored | Adapter, out: int, into: int, kernel: tuple[int, ...] = (), stride: tuple[int, ...] = ()
-) -> int:
-    """Multiply-adds of the product for one output position (a token): its weights, each once, but
-
-    - what acts on the channels before a strided kernel ('tucker', 'cp') does so at every input position, of which there
-      are prod(stride) to an output position,
-    - the axes of 'cp' are multiplied out to one depthwise kernel of kh kw weights.
-    """
-    size, positions = prod(kernel), prod(stride)
-    channels = into // size
-    match form.decomposition:
-        case "tucker":
-            return form.rank_in * channels * positions + form.rank * form.rank_in * size + form.rank * out
-        case "cp":
-            return form.rank * (channels * positions + size + out)
-    return form.rank * (out + into)
-
-
 def parameters_of(form: Form, shape: tuple[int, int]) -> int:
-    """Trainable weights of a layer of shape ``(out, in)``, a :class:`hf_drt.forms.ConvShape` of a convolution."""
-    return form.parameters(*shape, getattr(shape, "kernel", ()))
+    """Trainable weights of a layer of this shape, a :class:`hf_drt.forms.LayerShape`, or ``(out, in)`` of a linear
+    layer."""
+    shape = LayerShape.of(shape)
+    return form.parameters(*shape, shape.kernel)
 
 
 def flops_of(form: Form, shape: tuple[int, int]) -> int:
     """Multiply-adds per token, or per output position of a convolution, forward and backward."""
-    return form.flops(*shape, getattr(shape, "kernel", ()), getattr(shape, "stride", ()))
+    shape = LayerShape.of(shape)
+    return form.flops(*shape, shape.kernel, shape.stride)
+
+
+def product_for(decomposition: str, shape: LayerShape) -> "Product":
+    """The product that a layer takes under a setting: the one it names where that suits the layer, else the SVD's."""
+    product = PRODUCTS.find(decomposition)
+    return product if product.suits(shape) else PRODUCTS[DEFAULT_PRODUCT]
 
 
 def _check_ranks(form: Factored | Adapter) -> None:
     if not _is_rank(form.rank):
         raise ValueError(f"rank must be a whole number of at least 1, got {form.rank!r}.")
-    if form.decomposition not in get_args(Decomposition):
-        allowed = ", ".join(get_args(Decomposition))
-        raise ValueError(f"decomposition must be one of {allowed}, got {form.decomposition!r}.")
-    if form.decomposition == "tucker" and not _is_rank(form.rank_in):
+    has_two = PRODUCTS.find(form.decomposition).has_rank_in
+    if has_two and not _is_rank(form.rank_in):
         raise ValueError(
-            "decomposition 'tucker' has a second rank, that of the input channels: rank_in must be a whole number of "
-            f"at least 1, got {form.rank_in!r}."
+            f"decomposition '{form.decomposition}' has a second rank, that of the input channels: rank_in must be a "
+            f"whole number of at least 1, got {form.rank_in!r}."
         )
-    if form.decomposition != "tucker" and form.rank_in is not None:
-        raise ValueError(f"rank_in is of 'tucker' only, got {form.rank_in!r} with '{form.decomposition}'.")
+    if not has_two and form.rank_in is not None:
+        owners = ", ".join(f"'{name}'" for name, product in PRODUCTS.items() if product.has_rank_in)
+        raise ValueError(f"rank_in is of {owners} only, got {form.rank_in!r} with '{form.decomposition}'.")
 
 
 def _text(form: Factored | Adapter) -> str:
@@ -153,24 +151,21 @@ def _text(form: Factored | Adapter) -> str:
     return f"{type(form).__name__}({', '.join(told)})"
 
 
-_SELDOM = (("decomposition", "svd"), ("rank_in", None))  # what linear layers never have otherwise
+_SELDOM = (("decomposition", DEFAULT_PRODUCT), ("rank_in", None))
 
 
 def _is_rank(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def form_to_dict(form: Form) -> dict:
-    """The form as JSON: ``{"form": "factored", "rank": 8}``. Fields of convolutions only where they say something."""
-    fields = dict(vars(form))
-    if fields.get("decomposition") == "svd":
-        del fields["decomposition"]
-    if fields.get("rank_in", 0) is None:
-        del fields["rank_in"]
+def form_to_dict(form: Form) -> dict[str, Any]:
+    """The form as JSON: ``{"form": "factored", "rank": 8}``. What few layers have is there only where it says
+    something."""
+    fields = {name: value for name, value in vars(form).items() if (name, value) not in _SELDOM}
     return {"form": type(form).__name__.lower(), **fields}
 
 
-def form_from_dict(data: dict) -> Form:
+def form_from_dict(data: dict[str, Any]) -> Form:
     """Inverse of :func:`form_to_dict`.
 
     Raises:

@@ -96,8 +96,12 @@ def attach(owner: nn.Module, leaf: str, new: nn.Module) -> None:
     else:
         owner._modules[leaf] = new
     for held in (owner._parameters, owner._modules):
-        for name in [name for name in order if name in held]:
-            held[name] = held.pop(name)
+        _sort(held, order)
+
+
+def _sort(held: dict[str, Any], order: list[str]) -> None:
+    for name in [name for name in order if name in held]:
+        held[name] = held.pop(name)
 
 
 def _read_marks(owner: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -105,7 +109,9 @@ def _read_marks(owner: nn.Module, state: dict[str, Any], prefix: str, *args: Any
     errors = args[-1]
     for leaf in LEAVES:
         module = owner._modules.get(leaf)
-        mark = state.pop(prefix + leaf, None) if stack_count(module) is not None else None
+        if module is None or stack_count(module) is None:
+            continue
+        mark = state.pop(prefix + leaf, None)
         if mark is not None and mark.numel() > 0:
             errors.append(
                 f"{prefix}{leaf} is a dense weight of shape {tuple(mark.shape)}, but the layer is in form "

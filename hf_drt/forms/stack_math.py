@@ -5,7 +5,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_drt.forms.modules import kaiming_rows
 from hf_drt.linalg import Truncation
 
 
@@ -35,11 +34,3 @@ def of_each(
     pairs = [factors(Truncation(*expert, parts.error), rank, generator) for expert in experts]
     left, right = (torch.stack(side) for side in zip(*pairs, strict=True))
     return left, right
-
-
-def random_rows(lead: tuple[int, ...], rank: int, width: int, generator: torch.Generator | None) -> Tensor:
-    """:func:`kaiming_rows` of one matrix (``lead`` is empty), or of each of ``(E,)`` experts."""
-    if not lead:
-        return kaiming_rows(rank, width, generator)
-    generator = generator or torch.Generator().manual_seed(0)
-    return torch.stack([kaiming_rows(rank, width, generator) for _ in range(*lead)])

@@ -4,21 +4,37 @@ The experts' own forward pass, of whatever model and implementation, reads ``sel
 place of the tensor; :class:`hf_drt.forms.stack_weight.StackWeight` answers what it does with it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from hf_drt.forms.modules import AdapterLinear, FactoredLinear
-from hf_drt.forms.stack_weight import StackWeight
+from hf_drt.forms.modules import AdapterLinear, FactoredLinear, LowRankLinear
+from hf_drt.forms.stack_weight import StackWeight, attribute_names, refusal
+
+_ATTRIBUTES = attribute_names()
 
 
-class LowRankStack:
+def _of_weight(name: str) -> Callable[..., Any]:
+    """The tensor's method of this name."""
+
+    def method(self: "LowRankStack", *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.weight, name)(*args, **kwargs)
+
+    return method
+
+
+def _weight_of(value: Any) -> Any:
+    return value.weight if isinstance(value, LowRankStack) else value
+
+
+class LowRankStack(LowRankLinear):
     """What both forms share: one low-rank ``W_e (out, in)`` of the same rank for each of E experts.
 
-    It behaves as the parameter does where a forward pass reads that: index, shape, dtype, device, transposition, and as
-    an argument of torch's functions.
+    It behaves as the parameter does where a forward pass reads that: :data:`hf_drt.forms.stack_weight.SURFACE` lists
+    how, as attribute, as method and as argument of torch's functions.
     """
 
     @property
@@ -28,11 +44,11 @@ class LowRankStack:
             return self._formed_weight()
         L, R, scale = self.pair()
         sides = (R.mT, L.mT) if self.layout.transposed else (L, R)
-        weight = StackWeight(self._parameters.get("base"), *sides, scale)
+        weight = StackWeight(self.base if self.form.adapts else None, *sides, scale)
         weight._is_hf_initialized = self.__dict__.get("_is_hf_initialized", False)
         return weight
 
-    def forward(self, *args: Any) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         raise RuntimeError("fused experts are called through the module that holds them.")
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -42,33 +58,24 @@ class LowRankStack:
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name in _ATTRIBUTES:
+                return getattr(self.weight, name)
             if name.startswith("_") or not hasattr(Tensor, name):
                 raise
-            return getattr(self.weight, name)
+            raise AttributeError(refusal(f"Tensor.{name}")) from None
 
     # Those of nn.Module would convert the layer itself; model.to() and the like go another way.
-    def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.weight.to(*args, **kwargs)
-
-    def float(self) -> Tensor:
-        return self.weight.float()
-
-    def half(self) -> Tensor:
-        return self.weight.half()
-
-    def bfloat16(self) -> Tensor:
-        return self.weight.bfloat16()
-
-    def double(self) -> Tensor:
-        return self.weight.double()
-
-    def type(self, dtype: Any) -> Tensor:
-        return self.weight.type(dtype)
+    to: Any = _of_weight("to")
+    float: Any = _of_weight("float")
+    half: Any = _of_weight("half")
+    bfloat16: Any = _of_weight("bfloat16")
+    double: Any = _of_weight("double")
+    type: Any = _of_weight("type")
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        args, kwargs = tree_map(lambda v: v.weight if isinstance(v, LowRankStack) else v, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        args = tree_map(_weight_of, args)
+        return func(*args, **{name: tree_map(_weight_of, value) for name, value in (kwargs or {}).items()})
 
     def dense_key(self, name: str) -> str:
         return name

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hf_drt.checkpoint import METHOD, STATE_NAME, CheckpointError, read_block, read_state, shapes_by_file, weight_files
-from hf_drt.forms import NAMES, Adapter, Dense, Factored, Form, Layout, form_from_dict, halves, merged
+from hf_drt.forms import Dense, Factored, Form, LayerShape, Layout, factors, form_from_dict, merged, tensor_names
 from hf_drt.linalg import (
     effective_rank,
     factored_singular_values,
@@ -55,7 +55,7 @@ class StoredLayer:
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: LayerShape
     form: Form
     files: dict[str, Path]
     transposed: bool | None = None
@@ -77,7 +77,7 @@ class StoredLayer:
         if isinstance(self.form, Dense):
             weight = self.tensor("weight")
             return weight.flatten(1) if weight.ndim > 2 else weight
-        tensors = {name: self.tensor(name) for name in NAMES if name in self.files}
+        tensors = {name: self.tensor(name) for name in tensor_names() if name in self.files}
         kernel = tuple(tensors["base"].shape[2:]) if "base" in tensors else ()
         return merged(self.form, tensors, Layout(bool(self.transposed), kernel))
 
@@ -89,8 +89,8 @@ class StoredLayer:
         """
         try:
             if isinstance(self.form, Factored):
-                tensors = {name: self.tensor(name) for name in NAMES if name in self.files}
-                values = factored_singular_values(*halves(self.form, tensors))
+                tensors = {name: self.tensor(name) for name in tensor_names() if name in self.files}
+                values = factored_singular_values(*factors(self.form, tensors))
             else:
                 values = singular_values(self.matrix())
         except ValueError as error:
@@ -178,8 +178,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             places[layer][tensor], sizes[key] = file, shape
     parameters = sum(torch.Size(shape).numel() for shape in sizes.values())
     kind, declared, plan = _declared(path)
-    dense = {
-        name: (sizes[f"{name}.weight"], Dense())
+    dense: dict[str, tuple[LayerShape, Form]] = {
+        name: (_pair(sizes[f"{name}.weight"]), Dense())
         for name, tensors in places.items()
         if kind != "training checkpoint" and _is_linear(name, sizes.get(f"{name}.weight", ()))
     }
@@ -211,7 +211,7 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
-def _declared(path: Path) -> tuple[str, dict[str, tuple[tuple[int, int], Form]], tuple[str, int, int] | None]:
+def _declared(path: Path) -> tuple[str, dict[str, tuple[LayerShape, Form]], tuple[str, int, int] | None]:
     """Kind, and shape and form of the layers that small files beside the weights tell of."""
     folder = path if path.is_dir() else path.parent
     if (folder / STATE_NAME).is_file():
@@ -227,15 +227,20 @@ def _declared(path: Path) -> tuple[str, dict[str, tuple[tuple[int, int], Form]],
     return "dense model", {}, None
 
 
+def _pair(size: tuple[int, ...]) -> LayerShape:
+    rows, columns = size
+    return LayerShape(rows, columns)
+
+
 def _is_fused(name: str, sizes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether a declared layer is one of fused experts, in any form: a stack of matrices."""
     return any(len(sizes.get(key, ())) == 3 for key in (name, f"{name}.U", f"{name}.lora_A"))
 
 
-def _state_layers(folder: Path, state: dict[str, Any]) -> dict[str, tuple[tuple[int, int], Form]]:
+def _state_layers(folder: Path, state: dict[str, Any]) -> dict[str, tuple[LayerShape, Form]]:
     try:
         entries = {name: dict(entry) for name, entry in state["layers"].items()}
-        return {name: (tuple(entry.pop("shape")), form_from_dict(entry)) for name, entry in entries.items()}
+        return {name: (LayerShape(*entry.pop("shape")), form_from_dict(entry)) for name, entry in entries.items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{folder / STATE_NAME} is damaged: its layers cannot be read ({error}). {_AGAIN}"
@@ -243,6 +248,7 @@ def _state_layers(folder: Path, state: dict[str, Any]) -> dict[str, tuple[tuple[
 
 
 def _state_plan(folder: Path, state: dict[str, Any]) -> tuple[str, int, int]:
+    plan: Any
     plan, steps, phase = (state.get(key) for key in ("plan", "max_steps", "phase"))
     try:
         entries = Schedule.parse(plan).entries
@@ -256,7 +262,7 @@ def _state_plan(folder: Path, state: dict[str, Any]) -> tuple[str, int, int]:
 
 
 def _layer(
-    name: str, shape: tuple[int, int], form: Form, places: dict[str, dict[str, Path]], sizes: dict[str, tuple[int, ...]]
+    name: str, shape: LayerShape, form: Form, places: dict[str, dict[str, Path]], sizes: dict[str, tuple[int, ...]]
 ) -> StoredLayer:
     needed = _needed(form)
     if missing := [tensor for tensor in needed if tensor not in places.get(name, {})]:
@@ -264,20 +270,13 @@ def _layer(
     # A low-rank layer's entry `weight`, without elements, is laid out as the dense weight would be.
     mark = sizes.get(f"{name}.weight", ())
     transposed = None if isinstance(form, Dense) or len(mark) != 2 else mark[1] == 0
-    return StoredLayer(name, tuple(shape), form, places[name], transposed)
+    return StoredLayer(name, shape, form, places[name], transposed)
 
 
 def _needed(form: Form) -> tuple[str, ...]:
-    match form:
-        case Dense():
-            return ("weight",)
-        case Factored(decomposition="svd"):
-            return ("U", "V")
-        case Adapter(decomposition="svd"):
-            return ("base", "lora_A", "lora_B")
-    prefix, base = ("lora", ("base",)) if isinstance(form, Adapter) else (form.decomposition, ())
-    inner = ("core",) if form.decomposition == "tucker" else ("width",)
-    return *base, *(f"{prefix}_{part}" for part in ("in", *inner, "out"))
+    if isinstance(form, Dense):
+        return ("weight",)
+    return *(("base",) if form.adapts else ()), *form.product.needed(form.adapts)
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:

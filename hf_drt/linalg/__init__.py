@@ -1,6 +1,6 @@
 """Matrices only: the SVD and its cheap ways, spectra and ranks, Tucker and CP."""
 
-from hf_drt.linalg.cp import cp, cp_limit, equal_norms
+from hf_drt.linalg.cp import cp, cp_limit, equal_norms, khatri_rao
 from hf_drt.linalg.spectral import (
     effective_rank,
     factored_singular_values,
@@ -25,6 +25,7 @@ __all__ = [
     "factored_singular_values",
     "full_precision",
     "gram_singular_values",
+    "khatri_rao",
     "retained_energy",
     "singular_values",
     "stable_rank",

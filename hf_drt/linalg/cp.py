@@ -40,7 +40,7 @@ def cp(W: Tensor, rank: int, generator: torch.Generator | None = None) -> tuple[
     size = T.norm()
     if rank >= cp_limit(tuple(T.shape)):
         factors = _exact(T, rank)
-    elif size == 0:
+    elif size.item() == 0:
         factors = [T.new_zeros(rank, n) for n in T.shape]
     else:
         generator = generator or torch.Generator().manual_seed(0)
@@ -62,7 +62,8 @@ def equal_norms(factors: list[Tensor]) -> list[Tensor]:
     return [factor * scale[:, None] for factor, scale in zip(factors, scales, strict=True)]
 
 
-def _khatri_rao(factors: list[Tensor]) -> Tensor:
+def khatri_rao(factors: list[Tensor]) -> Tensor:
+    """Row-wise Kronecker product of tensors ``(r, n_k)``, ``(r, n_1 n_2 ...)``: the last index runs fastest."""
     product = factors[0]
     for factor in factors[1:]:
         product = (product[:, :, None] * factor[:, None, :]).flatten(1)
@@ -70,7 +71,7 @@ def _khatri_rao(factors: list[Tensor]) -> Tensor:
 
 
 def _product(factors: list[Tensor]) -> Tensor:
-    return factors[0].mT @ _khatri_rao(factors[1:])
+    return factors[0].mT @ khatri_rao(factors[1:])
 
 
 def _exact(T: Tensor, rank: int) -> list[Tensor]:
@@ -106,7 +107,7 @@ def _als(T: Tensor, factors: list[Tensor], sweeps: int) -> tuple[list[Tensor], f
     W = T.flatten(1)
     for _ in range(sweeps):
         factors = equal_norms(factors)
-        factors[0] = _solved(factors, 0, _khatri_rao(factors[1:]) @ W.mT)
+        factors[0] = _solved(factors, 0, khatri_rao(factors[1:]) @ W.mT)
         # W enters only here and above: the other axes work on its image under the first factor.
         image = (factors[0] @ W).reshape(-1, *T.shape[1:])
         for axis in range(1, T.ndim):

@@ -7,10 +7,12 @@ useless. For a factored weight ``W = U V`` every metric comes from r x r matrice
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+LinAlgError: type[Exception] = vars(torch.linalg)["LinAlgError"]  # documented, but not among the names that it exports
 
 
 class SVD(NamedTuple):
@@ -39,7 +41,8 @@ def full_precision() -> Iterator[None]:
 
     Their relative error of 1e-3 would be that of every conversion. Also a decorator.
     """
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    mkldnn: Any = torch.backends.mkldnn  # whose attributes are set as it is imported
+    backends = (torch.backends.cuda.matmul, mkldnn.matmul)
     kept = [(backend, backend.fp32_precision) for backend in backends]
     reduced = [(backend, precision) for backend, precision in kept if precision not in ("none", "ieee")]
     for backend, _ in reduced:

@@ -152,5 +152,5 @@ def _gram_of(P: Tensor) -> Tensor:
 def _cut(parts: SVD, rank: int) -> Truncation:
     """The first directions of a full SVD, in memory of their own: a slice would keep all of U alive."""
     U, S, Vh = parts
-    U, S_r, Vh = (part.clone(memory_format=torch.contiguous_format) for part in (U[:, :rank], S[:rank], Vh[:rank]))
-    return Truncation(U, S_r, Vh, S.new_tensor(truncation_error(S, rank)))
+    U, Vh = (part.clone(memory_format=torch.contiguous_format) for part in (U[:, :rank], Vh[:rank]))
+    return Truncation(U, S[:rank].clone(), Vh, S.new_tensor(truncation_error(S, rank)))

@@ -27,20 +27,28 @@ def tucker2(W: Tensor, rank_out: int, rank_in: int) -> tuple[Tensor, Tensor, Ten
     """
     T = W.detach().double().flatten(2)
     total = T.square().sum()
-    into = _leading(T.transpose(0, 1).flatten(1), rank_in)
+    before = _leading(T.transpose(0, 1).flatten(1), rank_in)
+    out, before, core = _round(T, before, rank_out)
     kept = torch.zeros_like(total)
-    for _ in range(ROUNDS):
-        narrow = torch.einsum("oik,ib->obk", T, into)
-        out = _leading(narrow.flatten(1), rank_out)
-        into = _leading(torch.einsum("oik,oa->iak", T, out).flatten(1), rank_in)
-        core = torch.einsum("oik,oa,ib->abk", T, out, into)
-        before, kept = kept, core.square().sum()
-        if kept - before <= GAIN * total:
+    for _ in range(ROUNDS - 1):
+        last, kept = kept, core.square().sum()
+        if kept - last <= GAIN * total:
             break
-    rest = T - torch.einsum("abk,oa,ib->oik", core, out, into)
+        out, before, core = _round(T, before, rank_out)
+    rest = T - torch.einsum("abk,oa,ib->oik", core, out, before)
     error = rest.norm() / total.sqrt() if total > 0 else total
     core = core.reshape(rank_out, rank_in, *W.shape[2:])
-    return tuple(part.to(working_dtype(W.dtype)).contiguous() for part in (into.mT, core, out, error))
+    dtype = working_dtype(W.dtype)
+    return (
+        before.mT.to(dtype).contiguous(), core.to(dtype).contiguous(), out.to(dtype).contiguous(), error.to(dtype)
+    )  # fmt: skip
+
+
+def _round(T: Tensor, before: Tensor, rank_out: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best output directions for the input's ``before``, the best input's for those, and the core for both."""
+    out = _leading(torch.einsum("oik,ib->obk", T, before).flatten(1), rank_out)
+    before = _leading(torch.einsum("oik,oa->iak", T, out).flatten(1), before.shape[1])
+    return out, before, torch.einsum("oik,oa,ib->abk", T, out, before)
 
 
 def _leading(A: Tensor, rank: int) -> Tensor:

@@ -5,8 +5,8 @@ are ``dL/dL = s G R^T`` and ``dL/dR = s L^T G``, where G = dL/dW. A first moment
 follows the same linear maps. A second moment is the average of squared gradients; its image is exact for entries of G
 that are independent of each other (``v_L = s^2 v_W (R*R)^T``), which is the assumption Adam makes anyway.
 
-A kernel is the matrix that its layout makes of it. The products of 'tucker' and 'cp' have three factors or more: there
-moments start anew.
+A kernel is the matrix that its layout makes of it. Products of more tensors than two, or others, start with moments
+anew (:attr:`hf_drt.forms.Product.two_matrices`).
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_drt.forms import LowRankLinear, form_of, layout_of, trainable_weights
+from hf_drt.forms import Dense, LowRankLinear, form_of, layout_of, trainable_weights
 from hf_drt.linalg import working_dtype
 
 State = dict[str, Any]
@@ -86,7 +86,8 @@ def project(old: nn.Module, new: nn.Module, states: list[State], keys: MomentKey
 
 
 def _project(old: nn.Module, new: nn.Module, states: list[State], keys: MomentKeys) -> list[State]:
-    by_matrix = all(getattr(form_of(module), "decomposition", "svd") == "svd" for module in (old, new))
+    forms = (form_of(module) for module in (old, new))
+    by_matrix = all(isinstance(form, Dense) or form.product.two_matrices for form in forms)
     if not by_matrix or not all(states) or not (keys.first or keys.second):
         return [{} for _ in trainable_weights(new)]
     new_parts = trainable_weights(new)

@@ -6,13 +6,13 @@ from typing import Any
 from torch import nn
 
 from hf_drt.config import DRTConfig
-from hf_drt.forms import Dense, Form
+from hf_drt.forms import Dense, Form, LayerShape
 from hf_drt.planning.ranks import break_even_of, stays_dense
 from hf_drt.schedule import Phase, Plan, Trigger, whole_number
 
 logger = logging.getLogger(__name__)
 
-Shapes = dict[str, tuple[int, int]]
+Shapes = dict[str, LayerShape]
 
 
 def check_arguments(model: Any, max_steps: Any, plan: Any, trigger: Any, seed: Any) -> None:
@@ -70,10 +70,11 @@ def check_phase(phase: Phase, forms: dict[str, Form], targets: Shapes, config: D
 
 
 def _check_frobenius_decay(forms: dict[str, Form], config: DRTConfig) -> None:
-    if config.frobenius_decay and any(getattr(f, "decomposition", "svd") != "svd" for f in forms.values()):
+    low_rank = (form for form in forms.values() if not isinstance(form, Dense))
+    if config.frobenius_decay and not all(form.product.two_matrices for form in low_rank):
         raise ValueError(
             f"frobenius_decay is the decay of a product U V, and decomposition='{config.decomposition}' "
-            "has more factors. Use decomposition='svd', or leave frobenius_decay out."
+            "is of other tensors. Use decomposition='svd', or leave frobenius_decay out."
         )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hf_drt.forms import Dense, Form, flops_of, parameters_of
+from hf_drt.forms import Dense, Form, LayerShape, flops_of, parameters_of
 from hf_drt.schedule import Plan
 
 
@@ -44,7 +44,7 @@ class PlanCost:
 
 
 def relative_flops(
-    shapes: Sequence[tuple[int, int]], forms: Sequence[Form], copies: Sequence[tuple[int, int]] | None = None
+    shapes: Sequence[LayerShape], forms: Sequence[Form], copies: Sequence[tuple[int, int]] | None = None
 ) -> float:
     """Multiply-adds of layers of shapes ``(out, in)`` in some forms over those of the same layers in dense form.
 
@@ -59,7 +59,7 @@ def relative_flops(
 
 def plan_cost(
     plan: Plan,
-    shapes: Sequence[tuple[int, int]],
+    shapes: Sequence[LayerShape],
     forms: Sequence[Sequence[Form]],
     copies: Sequence[tuple[int, int]] | None = None,
 ) -> PlanCost:

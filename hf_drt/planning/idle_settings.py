@@ -10,11 +10,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from hf_drt.config import DRTConfig
+from hf_drt.forms import PRODUCTS, LayerShape
 from hf_drt.planning.ranks import stays_dense
 from hf_drt.schedule import Plan, Schedule, form_text
 
 Rank = int | float | str | None
-Shapes = dict[str, tuple[int, int]]
+Shapes = dict[str, LayerShape]
 
 
 @dataclass(frozen=True)
@@ -177,11 +178,12 @@ def _rank_multiple(usage: Usage) -> str | None:
 
 
 def _decomposition(usage: Usage) -> str | None:
-    if any(max(getattr(shape, "kernel", (1,))) > 1 for shape in usage.targets.values()):
+    product = PRODUCTS[usage.config.decomposition]
+    if any(map(product.suits, usage.targets.values())):
         return _needs_low_rank(usage)
     return (
-        f"it is for convolutions, and none of the {len(usage.targets)} target layers is one with a kernel. Linear "
-        "layers and 1 x 1 convolutions are always 'svd'."
+        f"none of the {len(usage.targets)} target layers is {product.fits_only}, and other layers take "
+        f"'{DRTConfig.decomposition}' whatever it is. Include such layers, or leave it out."
     )
 
 

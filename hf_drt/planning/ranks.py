@@ -2,9 +2,10 @@
 
 import math
 import re
+from typing import cast
 
 from hf_drt.config import DRTConfig
-from hf_drt.forms import Adapter, Dense, Factored, Form, parameters_of, rank_limit
+from hf_drt.forms import Adapter, Dense, Factored, Form, LayerShape, parameters_of, product_for, rank_limit
 
 # Leaves such as q_proj, k_lin, query, key_proj, wq, to_k, q_a_proj; none that holds values too, as kv_proj or qkv.
 _QUERY_OR_KEY = re.compile(
@@ -18,57 +19,49 @@ def is_query_or_key(name: str) -> bool:
     return "att" in owner.lower() and _QUERY_OR_KEY.fullmatch(leaf) is not None
 
 
-def break_even_rank(out: int, into: int) -> float:
+def break_even_rank(d_out: int, d_in: int) -> float:
     """``out in / (out + in)``: the rank at which the factors hold as many parameters as W."""
-    return out * into / (out + into)
+    return d_out * d_in / (d_out + d_in)
 
 
-def break_even_of(shape: tuple[int, int], decomposition: str) -> float:
-    """The rank at which a layer's factors hold as many parameters as W, in the decomposition that it would take."""
-    if not _has_structure(shape, decomposition):
-        return break_even_rank(*shape)
-    out, into = shape
-    size, ratio = into // shape.channels, shape.channels / out
-    if decomposition == "cp":
-        return out * into / (out + shape.channels + sum(shape.kernel))
-    # ratio size r^2 + (out + ratio channels) r = out in, with r_in = ratio r
-    linear, square = out + ratio * shape.channels, ratio * size
-    return (math.sqrt(linear**2 + 4 * square * out * into) - linear) / (2 * square)
+def break_even_of(shape: LayerShape, decomposition: str) -> float:
+    """The rank at which a layer's product holds as many parameters as W, in the decomposition that it would take."""
+    return product_for(decomposition, shape).break_even(shape)
 
 
-def _has_structure(shape: tuple[int, int], decomposition: str) -> bool:
-    """Whether a layer takes another decomposition than 'svd': a kernel of one element is nothing but a matrix."""
-    return decomposition != "svd" and max(getattr(shape, "kernel", (1,))) > 1
-
-
-def resolve_rank(shape: tuple[int, int], rank: float, multiple: int) -> int:
+def resolve_rank(shape: LayerShape, rank: float, multiple: int) -> int:
     """An absolute rank (int) as it is, a share (float) of min(out, in) rounded to a multiple, at least one of it.
 
     Of a convolution the share is one of its output channels.
     """
     if isinstance(rank, int):
         return rank
-    whole = shape[0] if hasattr(shape, "kernel") else min(shape)
+    whole = shape.d_out if shape.kernel else min(shape)
     return max(multiple, multiple * round(rank * whole / multiple))
 
 
-def resolve_rank_in(shape: tuple[int, int], rank: float, multiple: int) -> int:
-    """Tucker's rank of the input channels: the same share of them, in 1..channels; of an absolute rank the share that
-    it is of the output channels, unrounded."""
+def resolve_rank_in(shape: LayerShape, rank: float, multiple: int) -> int:
+    """The second rank, of the input channels: the same share of them, in 1..channels; of an absolute rank the share
+    that it is of the output channels, unrounded."""
     if isinstance(rank, int):
-        return min(shape.channels, max(1, round(shape.channels * rank / shape[0])))
+        return min(shape.channels, max(1, round(shape.channels * rank / shape.d_out)))
     return min(shape.channels, max(multiple, multiple * round(rank * shape.channels / multiple)))
+
+
+def _patterns(config: DRTConfig) -> dict[str, float]:
+    """``rank_pattern`` as it was read: a text is a dict by now."""
+    return config.rank_pattern if isinstance(config.rank_pattern, dict) else {}
 
 
 def stays_dense(kind: str, name: str, config: DRTConfig) -> bool:
     """Whether the configuration keeps a layer dense in phases of a kind, whatever its rank (``dense_query_key``)."""
-    named = any(re.search(pattern, name) for pattern in config.rank_pattern or {})
+    named = any(re.search(pattern, name) for pattern in _patterns(config))
     return kind == "factored" and config.keeps_query_key and is_query_or_key(name) and not named
 
 
 def requested_rank(name: str, phase_rank: float | None, config: DRTConfig) -> float:
     """The rank asked for a layer, most specific first: rank_pattern, the phase's own, rank, rank_ratio."""
-    for pattern, rank in (config.rank_pattern or {}).items():
+    for pattern, rank in _patterns(config).items():
         if re.search(pattern, name):
             return rank
     if phase_rank is not None:
@@ -76,12 +69,12 @@ def requested_rank(name: str, phase_rank: float | None, config: DRTConfig) -> fl
     return config.rank if config.rank is not None else float(config.rank_ratio)
 
 
-def resolve_form(kind: str, shape: tuple[int, int], config: DRTConfig, name: str, phase_rank: float | None) -> Form:
+def resolve_form(kind: str, shape: LayerShape, config: DRTConfig, name: str, phase_rank: float | None) -> Form:
     """The form of one layer in one phase.
 
     Args:
         kind: 'dense', 'factored' or 'adapter'.
-        shape: ``(out, in)``; of a convolution a :class:`hf_drt.forms.ConvShape`.
+        shape: Of its W.
         config: Source of ranks, alpha and initialisation.
         name: The layer's name in the model, for ``rank_pattern``.
         phase_rank: Rank written into the schedule; None for the configuration's.
@@ -95,11 +88,11 @@ def resolve_form(kind: str, shape: tuple[int, int], config: DRTConfig, name: str
         return Dense()
     requested = requested_rank(name, phase_rank, config)
     rank = resolve_rank(shape, requested, config.rank_multiple)
-    decomposition = config.decomposition if _has_structure(shape, config.decomposition) else "svd"
-    rank_in = resolve_rank_in(shape, requested, config.rank_multiple) if decomposition == "tucker" else None
-    factored = Factored(rank, decomposition, rank_in)
+    product = product_for(config.decomposition, shape)
+    rank_in = resolve_rank_in(shape, requested, config.rank_multiple) if product.has_rank_in else None
+    factored = Factored(rank, product.name, rank_in)
     if parameters_of(factored, shape) >= math.prod(shape) or rank > rank_limit(factored, shape):
         return Dense()
     if kind == "factored":
         return factored
-    return Adapter(rank, float(config.adapter_alpha), config.adapter_init, decomposition, rank_in)
+    return Adapter(rank, float(cast(float, config.adapter_alpha)), config.adapter_init, product.name, rank_in)

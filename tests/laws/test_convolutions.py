@@ -12,9 +12,9 @@ from torch import nn
 
 from hf_drt.forms import (
     Adapter,
-    ConvShape,
     Dense,
     Factored,
+    LayerShape,
     convert,
     effective_weight,
     empty_like,
@@ -200,7 +200,7 @@ def test_a_shape_survives_copies_and_unpacks():
     shape = weight_shape(dense("strided"))
     assert shape == (OUT, CHANNELS * 9)
     other = copy.deepcopy(shape)
-    assert isinstance(other, ConvShape)
+    assert isinstance(other, LayerShape)
     assert (other.channels, other.kernel, other.stride) == (CHANNELS, (3, 3), (2, 3))
 
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from hf_drt.forms.structures import khatri_rao
-from hf_drt.linalg.cp import cp, cp_limit
+from hf_drt.linalg.cp import cp, cp_limit, khatri_rao
 from hf_drt.linalg.tucker import tucker2
 
 tensorly = pytest.importorskip("tensorly")

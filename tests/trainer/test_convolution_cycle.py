@@ -128,7 +128,7 @@ def test_peft_does_not_have_other_adapters(tmp_path, decomposition):
 
     model = tiny.resnet()
     DynamicRank(model, DRTConfig(schedule="adapter@0", rank_multiple=4, decomposition=decomposition), 10).apply(0)
-    with pytest.raises(ValueError, match="is a convolution with an adapter that PEFT does not have"):
+    with pytest.raises(ValueError, match="has an adapter that PEFT does not have"):
         save_peft_adapter(model, tmp_path)
 
 

@@ -128,10 +128,10 @@ def check_adapters(model: nn.Module) -> dict[str, AdapterLinear]:
             f"{some(factored)} is in factored form, which PEFT does not have. Make such layers dense first: "
             "model.set_submodule(name, hf_drt.convert(model.get_submodule(name), hf_drt.Dense()).module)."
         )
-    if foreign := [name for name, m in adapters.items() if m.layout.kernel and not _is_conv_of_peft(m)]:
+    if foreign := [name for name, m in adapters.items() if not _is_lora(m)]:
         raise ValueError(
-            f"{some(foreign)} is a convolution with an adapter that PEFT does not have: its LoRA is of decomposition "
-            "'svd', without dilation and padded with zeros. Save the dense model in its place "
+            f"{some(foreign)} has an adapter that PEFT does not have: its LoRA is of decomposition 'svd', "
+            "and in convolutions without dilation and padded with zeros. Save the dense model in its place "
             "(hf_drt.dense_state_dict), or use export=native."
         )
     if misread := _taken_for_experts(model, list(adapters)):
@@ -149,9 +149,10 @@ def check_adapters(model: nn.Module) -> dict[str, AdapterLinear]:
     return adapters
 
 
-def _is_conv_of_peft(module: nn.Module) -> bool:
-    plain = module.padding_mode == "zeros" and all(step == 1 for step in module.dilation)
-    return plain and module.form.decomposition == "svd"
+def _is_lora(module: LowRankLinear) -> bool:
+    """Whether PEFT's LoRA computes what this adapter does."""
+    plain = not module.layout.kernel or (module.padding_mode == "zeros" and all(step == 1 for step in module.dilation))
+    return plain and module.form.product.two_matrices
 
 
 def _taken_for_experts(model: nn.Module, names: list[str]) -> list[str]:
