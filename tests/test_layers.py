@@ -98,3 +98,13 @@ def test_the_table_has_no_cycle():
         ready = {unit for unit, needs in ALLOWED.items() if unit not in done and needs <= done}
         assert ready, f"cycle among {set(ALLOWED) - done}"
         done |= ready
+
+
+# What is tested across packages, or is no part of one.
+ACROSS = {"distributed", "docs", "laws", "package", "recipes", "scripts", "sweep"}
+
+
+def test_every_other_folder_of_tests_is_that_of_a_package():
+    folders = {path.name for path in Path(__file__).parent.iterdir() if any(path.glob("*.py"))}
+    packages = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()}
+    assert folders - ACROSS <= packages

@@ -60,7 +60,7 @@ from hf_drt.trainer.search import checked_search, settings_of
 from hf_drt.trainer.undo import as_it_was_on_failure, loaded_in_full
 from hf_drt.trainer.writer import ModelWriter
 
-# The seams and their parameters; tests/unit/test_seams.py fails first if transformers moves one.
+# The seams and their parameters; tests/trainer/test_seams.py fails first if transformers moves one.
 # fmt: off
 SEAMS: dict[str, tuple[str, ...]] = {
     "train": ("resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
