@@ -17,30 +17,30 @@ _PAPER_ALPHA = {"svd": 16.0, "tucker": 1.0, "cp": 64.0}
 _RANK_BY_BUDGET = re.compile(r"^\s*auto\b|:budget\b")
 
 
-class _Help(Mapping[str, str]):
-    """Metadata of a field whose help lists the members of a registry: made when it is asked for."""
+class _Help(Mapping[str, Any]):
+    """Metadata of a field whose help, and whose choices, are those of a registry: made when they are asked for."""
 
-    def __init__(self, text: Callable[[], str]):
-        self._text = text
+    def __init__(self, text: Callable[[], str], members: Mapping[str, Any] | None):
+        self._made: dict[str, Callable[[], Any]] = {"help": text}
+        if members is not None:
+            self._made["choices"] = lambda: list(members)
 
-    def __getitem__(self, key: str) -> str:
-        if key != "help":
-            raise KeyError(key)
-        return self._text()
+    def __getitem__(self, key: str) -> Any:
+        return self._made[key]()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(("help",))
+        return iter(self._made)
 
     def __len__(self) -> int:
-        return 1
+        return len(self._made)
 
-    def copy(self) -> dict[str, str]:
+    def copy(self) -> dict[str, Any]:
         """As parsers ask for it, who take ``metadata`` for a dict."""
         return dict(self)
 
 
-def _option(default: Any, help: str | Callable[[], str]) -> Any:
-    return field(default=default, metadata={"help": help} if isinstance(help, str) else _Help(help))
+def _option(default: Any, help: str | Callable[[], str], members: Mapping[str, Any] | None = None) -> Any:
+    return field(default=default, metadata={"help": help} if isinstance(help, str) else _Help(help, members))
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class DRTConfig:
             "1 x 1 convolutions where it is one of kernels, take 'svd'. The rank of a convolution, where it is a "
             "share, is one of its output channels."
         ),
+        PRODUCTS,
     )
     rank_multiple: int = _option(8, "Ranks given as a share are rounded to a multiple of this, at least 1.")
     include: list[str] | None = _option(
@@ -139,7 +140,7 @@ class DRTConfig:
     )
     save_at_switch: bool = _option(False, "Save a checkpoint at the end of every phase but the last.")
     export: str = _option(
-        "dense", lambda: f"Form in which the Trainer saves and pushes the model: {EXPORTERS.described()}."
+        "dense", lambda: f"Form in which the Trainer saves and pushes the model: {EXPORTERS.described()}.", EXPORTERS
     )
     tag_phases: bool = _option(
         False, "Push the end of every phase to the Hub as a revision of its own, e.g. 'phase-1-dense'."

@@ -72,7 +72,7 @@ class Registry(Mapping[str, M]):
         Raises:
             ValueError: There is none; the message names those that there are.
         """
-        if name not in self:
+        if not isinstance(name, str) or name not in self:
             raise ValueError(f"{self.setting} must be one of {', '.join(self)}, got {name!r}.")
         return self[name]
 

@@ -31,6 +31,11 @@ def test_an_unknown_name_is_refused_with_those_that_there_are():
         toys("red", "blue").find("green")
 
 
+def test_what_is_not_a_text_is_refused_as_an_unknown_name():
+    with pytest.raises(ValueError, match=r"toy must be one of red, got \['red'\]\."):
+        toys("red").find(["red"])
+
+
 def test_a_name_belongs_to_one_member():
     registry = toys("red")
     registry.add("red", registry["red"])

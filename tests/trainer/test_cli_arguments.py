@@ -136,7 +136,7 @@ def test_dashes_may_stand_for_underscores(cls):
 
 
 @classes
-@pytest.mark.parametrize("name", ["start", "adapter_init", "moments", "export"])
+@pytest.mark.parametrize("name", ["start", "adapter_init", "moments", "export", "decomposition"])
 def test_the_command_line_refuses_a_word_that_is_no_choice(cls, name, capsys):
     with pytest.raises(SystemExit):
         parse(cls, f"--drt_{name}", "nonsense")
