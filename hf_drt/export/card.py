@@ -80,7 +80,8 @@ def renew_card(folder: str | Path) -> None:
     path = Path(folder) / "README.md"
     if path.is_file():
         card = ModelCard.load(path)
-        card.data.library_name = "transformers"
+        data: Any = card.data  # whatever its header holds
+        data.library_name = "transformers"
         card.save(path)
 
 
@@ -88,8 +89,9 @@ def complete_card(folder: str | Path, run: RunSummary) -> None:
     """Add the method to the model card ``README.md`` in a folder: metadata, picture and :func:`method_section`."""
     path = Path(folder) / "README.md"
     card = ModelCard.load(path)
-    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *TAGS]))
-    card.data.library_name = EXPORTERS[run.export].library
+    data: Any = card.data
+    data.tags = list(dict.fromkeys([*(data.tags or []), *TAGS]))
+    data.library_name = EXPORTERS[run.export].library
     picture = draw_timeline(run.phases, path.with_name(TIMELINE_NAME))
     card.text = f"{card.text.rstrip()}\n\n{method_section(run, picture)}\n"
     card.save(path)

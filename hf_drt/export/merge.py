@@ -25,8 +25,8 @@ def dense_state_dict(model: nn.Module, state: dict[str, Tensor] | None = None) -
     """
     merged = dict(model.state_dict() if state is None else state)
     for name, layer in low_rank_layers(model):
-        tensors = {key: merged.pop(f"{name}.{key}", None) for key in layer.tensors}
-        if None not in tensors.values():
+        tensors = {key: merged.pop(f"{name}.{key}") for key in layer.tensors if f"{name}.{key}" in merged}
+        if len(tensors) == len(layer.tensors):
             dtype = next(iter(tensors.values())).dtype
             merged[layer.dense_key(name)] = layer.layout.stored(_merged(layer, tensors)).to(dtype).contiguous()
     return merged
@@ -34,7 +34,7 @@ def dense_state_dict(model: nn.Module, state: dict[str, Tensor] | None = None) -
 
 def dense_weight(layer: LowRankLinear) -> Tensor:
     """The effective W of a layer in the dense layout, merged in float32 or better and cast once."""
-    tensors = {key: layer.get_parameter(key) for key in layer.tensors}
+    tensors: dict[str, Tensor] = {key: layer.get_parameter(key) for key in layer.tensors}
     dtype = next(iter(tensors.values())).dtype
     return layer.layout.stored(_merged(layer, tensors)).to(dtype).contiguous()
 
@@ -75,8 +75,8 @@ def merge_errors(model: nn.Module, state: dict[str, Tensor] | None = None) -> di
     state = model.state_dict() if state is None else state
     errors = {}
     for name, layer in low_rank_layers(model):
-        tensors = {key: state.get(f"{name}.{key}") for key in layer.tensors}
-        if None not in tensors.values():
+        tensors = {key: state[f"{name}.{key}"] for key in layer.tensors if f"{name}.{key}" in state}
+        if len(tensors) == len(layer.tensors):
             errors[name] = _merge_error(layer, tensors)
     return errors
 

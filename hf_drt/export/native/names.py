@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_drt.checkpoint import AGAIN, CheckpointError, DeclaredLayer
 from hf_drt.forms import LowRankLinear, check_rank, layer_of, weight_shape
@@ -22,7 +23,7 @@ def candidates(name: str, prefix: str) -> Iterator[str]:
     yield name
 
 
-def matched(model: nn.Module, declared: Sequence[DeclaredLayer]) -> dict[str, DeclaredLayer]:
+def matched(model: PreTrainedModel, declared: Sequence[DeclaredLayer]) -> dict[str, DeclaredLayer]:
     """The declared layers by their names in a dense model.
 
     Layers may be absent where transformers drops their weights without an error: in another head, and where the model
@@ -74,7 +75,7 @@ def _check_layer(name: str, module: nn.Module, layer: DeclaredLayer) -> None:
         ) from None
 
 
-def _lost(model: nn.Module, absent: list[str], names: list[str]) -> list[str]:
+def _lost(model: PreTrainedModel, absent: list[str], names: list[str]) -> list[str]:
     """The absent layers that transformers does not mean to drop."""
     base, ignored = f"{model.base_model_prefix}.", model._keys_to_ignore_on_load_unexpected or ()
     has_head = any(name.startswith(base) for name in names)

@@ -9,8 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_drt.checkpoint import AGAIN, METHOD, CheckpointError, DeclaredLayer, declare, read_block
@@ -46,6 +52,7 @@ class NativeQuantizer(HfQuantizer):
             declares.
     """
 
+    quantization_config: NativeConfig
     requires_calibration = True  # in transformers' terms: it cannot be asked to convert a dense checkpoint
 
     def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
@@ -53,7 +60,7 @@ class NativeQuantizer(HfQuantizer):
         return []
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         if getattr(model.config, "distributed_config", None) is not None:
             raise CheckpointError(
@@ -63,7 +70,7 @@ class NativeQuantizer(HfQuantizer):
         declared = self.quantization_config.read()
         layers = [(name, layer, layer_of(model, name)) for name, layer in matched(model, declared).items()]
         if checkpoint_files and all(str(path).endswith(".safetensors") for path in checkpoint_files):
-            check_weights(checkpoint_files, [pair for _, *pair in layers], model.base_model_prefix)
+            check_weights(checkpoint_files, [(layer, module) for _, layer, module in layers], model.base_model_prefix)
         swaps = [Swap(name, module, empty_like(module, layer.form)) for name, layer, module in layers]
         replace(model, swaps)
         self._layers = {swap.name: swap.new for swap in swaps}
@@ -71,7 +78,7 @@ class NativeQuantizer(HfQuantizer):
             layer._is_hf_initialized = True  # else the model's _init_weights would write to its weight
         self._hide_empty_weights(model, [layer.name for layer in declared])
 
-    def _hide_empty_weights(self, model: nn.Module, declared: list[str]) -> None:
+    def _hide_empty_weights(self, model: PreTrainedModel, declared: list[str]) -> None:
         """Entries without elements under a dense weight's name stop a loader that does not know the format. This one
         passes over them: the model has no use for them, and they are not reported as unexpected."""
         modules = model.named_modules(remove_duplicate=False)
@@ -88,7 +95,7 @@ class NativeQuantizer(HfQuantizer):
         patterns = {f"^{re.escape(name)}$" for name in own | stored}
         model._keys_to_ignore_on_load_unexpected = patterns.union(self._ignored or ())
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self._hook.remove()
         model._keys_to_ignore_on_load_unexpected = self._ignored
         self._check_loaded()
