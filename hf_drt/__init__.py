@@ -1,27 +1,57 @@
-"""hf_drt: dynamic-rank training for Hugging Face Transformers."""
+"""hf_drt: dynamic-rank training for Hugging Face Transformers.
 
-from hf_drt.checkpoint import CheckpointError, declare
-from hf_drt.config import DRTConfig
-from hf_drt.controller import DynamicRank
-from hf_drt.export import dense_state_dict, merge_errors, register_native_format
-from hf_drt.forms import Adapter, Dense, Factored, Form, convert, effective_weight, empty_like, form_of
+Names are imported when they are asked for: :class:`DynamicRank` and all else for a loop of one's own comes without
+transformers, and the command line without either. Native checkpoints load from ``import hf_drt`` on all the same.
+"""
+
+from typing import TYPE_CHECKING
+
+from hf_drt.after_import import registered_with
+from hf_drt.lazy import lazy_names
 from hf_drt.renamed import accept_old_names
-from hf_drt.schedule import Phase, Plan, Run, Schedule
-from hf_drt.targets import Selection, find_targets
-from hf_drt.trainer import (
-    DRTCallback,
-    DRTSeq2SeqTrainer,
-    DRTSeq2SeqTrainingArguments,
-    DRTTrainer,
-    DRTTrainerMixin,
-    DRTTrainingArguments,
-)
-from hf_drt.transition import Transition
+
+if TYPE_CHECKING:
+    from hf_drt.checkpoint import CheckpointError, declare
+    from hf_drt.config import DRTConfig
+    from hf_drt.controller import DynamicRank
+    from hf_drt.export import dense_state_dict, merge_errors
+    from hf_drt.forms import Adapter, Dense, Factored, Form, convert, effective_weight, empty_like, form_of
+    from hf_drt.schedule import Phase, Plan, Run, Schedule
+    from hf_drt.targets import Selection, find_targets
+    from hf_drt.trainer import (
+        DRTCallback,
+        DRTSeq2SeqTrainer,
+        DRTSeq2SeqTrainingArguments,
+        DRTTrainer,
+        DRTTrainerMixin,
+        DRTTrainingArguments,
+    )
+    from hf_drt.transition import Transition
 
 __version__ = "0.1.0"
 
+_NAMES = {
+    "checkpoint": ("CheckpointError", "declare"),
+    "config": ("DRTConfig",),
+    "controller": ("DynamicRank",),
+    "export": ("dense_state_dict", "merge_errors"),
+    "forms": ("Adapter", "Dense", "Factored", "Form", "convert", "effective_weight", "empty_like", "form_of"),
+    "schedule": ("Phase", "Plan", "Run", "Schedule"),
+    "targets": ("Selection", "find_targets"),
+    "trainer": (
+        "DRTCallback",
+        "DRTSeq2SeqTrainer",
+        "DRTSeq2SeqTrainingArguments",
+        "DRTTrainer",
+        "DRTTrainerMixin",
+        "DRTTrainingArguments",
+    ),
+    "transition": ("Transition",),
+}
+__getattr__, __dir__ = lazy_names(__name__, _NAMES, modules=("engines", "linalg", "messages", "optim", "planning"))
+
 accept_old_names()
-register_native_format()
+registered_with("transformers.quantizers.auto", "hf_drt.export.native", "register_native_format")
 
 __all__ = [
     "Adapter",

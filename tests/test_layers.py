@@ -13,6 +13,8 @@ ALLOWED = {
     "messages":   set(),
     "renamed":    set(),
     "registry":   set(),
+    "lazy":       set(),
+    "after_import": set(),
     "config":     {"registry"},
     "schedule":   {"registry"},
     "linalg":     set(),
@@ -37,7 +39,7 @@ ALLOWED = {
     "run":        {"config", "trainer"},
     "trl":        {"trainer"},
 }
-STDLIB_ONLY = {"config", "messages", "registry", "renamed", "schedule"}
+STDLIB_ONLY = {"after_import", "config", "lazy", "messages", "registry", "renamed", "schedule"}
 KNOWS_TRANSFORMERS = {"trainer", "export", "run", "cli"}
 # fmt: on
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +84,8 @@ class _File:
 
 def _stored(folder: Path, since: float) -> dict[str, _File]:
     """The files that were written, by the names of their tensors."""
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # not on import: see native/quantizer.py
+
     paths = (path for pattern in _PATTERNS for path in folder.rglob(pattern))
     fresh = (
         path

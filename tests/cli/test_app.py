@@ -1,6 +1,7 @@
 """The program as a whole: help, a pipe, and an installation without the extra."""
 
 import logging
+import os
 import subprocess
 import sys
 import tomllib
@@ -11,6 +12,8 @@ import forked
 import pytest
 import tiny
 import transformers
+
+from hf_drt.cli.app import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,3 +63,25 @@ def test_a_command_leaves_the_logging_of_its_process_alone(hf_drt, configured):
     assert hf_drt("plan", configured(), "--rank-multiple", 4, "--seq-length", 8).code == 0
     assert hf_drt("plan", "/no/such").code == 1
     assert (logger.level, transformers.logging.get_verbosity()) == (level, before)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_listed_command_is_the_one_that_runs(hf_drt, command):
+    own = import_module(f"hf_drt.cli.{command}")
+    text = " ".join(hf_drt(command, "--help").out.split())
+    assert " ".join(getattr(own, command).__doc__.split()) in text  # the real one's help, in full
+    assert f"{command} {COMMANDS[command]}" in " ".join(hf_drt("--help").out.split())  # not cut short
+
+
+def test_a_mistyped_command_is_told_which_one_is_near(hf_drt):
+    assert "Did you mean 'inspect'?" in hf_drt("inspekt").err
+
+
+def test_options_of_a_command_complete_without_the_others():
+    words = {"_HF_DRT_COMPLETE": "complete_bash", "COMP_WORDS": "hf-drt report --fig", "COMP_CWORD": "2"}
+    code = (
+        "import sys, atexit; atexit.register(lambda: print('transformers.trainer' in sys.modules, file=sys.stderr)); "
+    )
+    command = [sys.executable, "-c", code + "from hf_drt.cli import main; main()"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | words)
+    assert (result.stdout.split(), result.stderr.strip()) == (["--figures"], "False"), result

@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from hf_drt.checkpoint import AGAIN, CheckpointError, DeclaredLayer
 from hf_drt.forms import LowRankLinear, check_rank, layer_of, weight_shape
@@ -12,6 +12,9 @@ from hf_drt.messages import some
 from hf_drt.targets import is_layer
 
 _SAME = "Load it with the architecture and the configuration that it was saved from."
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def candidates(name: str, prefix: str) -> Iterator[str]:
@@ -23,7 +26,7 @@ def candidates(name: str, prefix: str) -> Iterator[str]:
     yield name
 
 
-def matched(model: PreTrainedModel, declared: Sequence[DeclaredLayer]) -> dict[str, DeclaredLayer]:
+def matched(model: "PreTrainedModel", declared: Sequence[DeclaredLayer]) -> dict[str, DeclaredLayer]:
     """The declared layers by their names in a dense model.
 
     Layers may be absent where transformers drops their weights without an error: in another head, and where the model
@@ -75,7 +78,7 @@ def _check_layer(name: str, module: nn.Module, layer: DeclaredLayer) -> None:
         ) from None
 
 
-def _lost(model: PreTrainedModel, absent: list[str], names: list[str]) -> list[str]:
+def _lost(model: "PreTrainedModel", absent: list[str], names: list[str]) -> list[str]:
     """The absent layers that transformers does not mean to drop."""
     base, ignored = f"{model.base_model_prefix}.", model._keys_to_ignore_on_load_unexpected or ()
     has_head = any(name.startswith(base) for name in names)

@@ -2,20 +2,17 @@
 
 Nothing is quantized: the registry is the one place where a package may replace layers of any model between its
 construction and the loading of its weights, whichever class or pipeline loads it.
+
+``import hf_drt`` has this module imported at the end of the import of ``transformers.quantizers.auto``, in the middle
+of transformers' own: what it imports, and this package's face with it, must do without transformers' models.
 """
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -25,6 +22,9 @@ from hf_drt.export.native.weights import check_weights
 from hf_drt.forms import AdapterLinear, LowRankLinear, empty_like, layer_of
 from hf_drt.messages import some
 from hf_drt.targets import Swap, replace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class NativeConfig(QuantizationConfigMixin):
@@ -60,7 +60,7 @@ class NativeQuantizer(HfQuantizer):
         return []
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+        self, model: "PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         if getattr(model.config, "distributed_config", None) is not None:
             raise CheckpointError(
@@ -78,7 +78,7 @@ class NativeQuantizer(HfQuantizer):
             layer._is_hf_initialized = True  # else the model's _init_weights would write to its weight
         self._hide_empty_weights(model, [layer.name for layer in declared])
 
-    def _hide_empty_weights(self, model: PreTrainedModel, declared: list[str]) -> None:
+    def _hide_empty_weights(self, model: "PreTrainedModel", declared: list[str]) -> None:
         """Entries without elements under a dense weight's name stop a loader that does not know the format. This one
         passes over them: the model has no use for them, and they are not reported as unexpected."""
         modules = model.named_modules(remove_duplicate=False)
@@ -95,7 +95,7 @@ class NativeQuantizer(HfQuantizer):
         patterns = {f"^{re.escape(name)}$" for name in own | stored}
         model._keys_to_ignore_on_load_unexpected = patterns.union(self._ignored or ())
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         self._hook.remove()
         model._keys_to_ignore_on_load_unexpected = self._ignored
         self._check_loaded()
@@ -141,8 +141,11 @@ class NativeQuantizer(HfQuantizer):
 
 
 def register_native_format() -> None:
-    """Make native checkpoints known to transformers. ``import hf_drt`` does it; doing it again is harmless."""
-    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(METHOD)(NativeConfig)
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(METHOD)(NativeQuantizer)
+    """Make native checkpoints known to transformers. ``import hf_drt`` sees to it; doing it again is harmless."""
+    if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config(METHOD)(NativeConfig)
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantizer(METHOD)(NativeQuantizer)
+
+
+register_native_format()  # for who imports this module before anything has imported transformers.quantizers
