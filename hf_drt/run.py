@@ -27,6 +27,7 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any, cast
 
 from transformers import HfArgumentParser, Seq2SeqTrainer, Trainer
 
@@ -87,8 +88,9 @@ def read_command(words: list[str]) -> tuple[str, bool, DRTConfig, list[str]]:
         SystemExit: With status 0 after ``--help``; with status 2 and a message on stderr where something is wrong.
     """
     parser = HfArgumentParser(
-        DRTFields, prog=PROGRAM, usage=USAGE, description="Run a training script with dynamic-rank training in it.",
-        epilog="The script comes first. Its own help: script.py --help.", allow_abbrev=False,
+        cast(Any, DRTFields), prog=PROGRAM, usage=USAGE, allow_abbrev=False,
+        description="Run a training script with dynamic-rank training in it.",
+        epilog="The script comes first. Its own help: script.py --help.",
     )  # fmt: skip
     if words[:1] in (["-h"], ["--help"]):
         parser.print_help()

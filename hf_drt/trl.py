@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 try:
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer  # type: ignore[reportPrivateImportUsage]  # public, and imported on demand
 except ImportError as error:
     raise ImportError(
         f"hf_drt.trl needs TRL 1.16 or newer, which cannot be imported ({error}). Run: pip install 'hf-drt[trl]'"

@@ -44,7 +44,7 @@ def compare(
     folders = [local_folder(source) for source in (first, second)]
     found = [read_checkpoint(folder) for folder in folders]
     pairs = common_layers(*(checkpoint.layers for checkpoint in found))
-    outputs = _outputs(*folders, task, text, samples, length, seed) if logits else None
+    outputs = _outputs(folders[0], folders[1], task, text, samples, length, seed) if logits else None
     weights = _weights(pairs) if spectra else []
     if json:
         print_json({"logits": outputs and asdict(outputs), "layers": [_as_json(w) for w in weights]})

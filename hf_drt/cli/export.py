@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from torch import Tensor
@@ -44,7 +44,7 @@ def export(
             f"{source} has no layer in adapter form, so it cannot be a PEFT adapter. Export it as dense or native."
         )
     with progress("export", 3) as tick:
-        model = load(folder, task)
+        model: Any = load(folder, task)
         tick()
 
         def save(where: str, state: dict[str, Tensor] | None) -> None:

@@ -1,7 +1,7 @@
 """TrainingArguments with ``drt_*`` fields, made from DRTConfig so that every parameter is written once."""
 
 from dataclasses import dataclass, field, fields, make_dataclass
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
@@ -41,7 +41,13 @@ def turn_off(args: Any) -> None:
         setattr(args, PREFIX + f.name, f.default)
 
 
-class Validated:
+if TYPE_CHECKING:
+    _Arguments = TrainingArguments
+else:  # a mixin for those of any library
+    _Arguments = object
+
+
+class Validated(_Arguments):
     """Checks the ``drt_*`` values of training arguments as soon as they are made."""
 
     def __post_init__(self) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
 
 from hf_drt.forms import AdapterLinear
 
@@ -15,7 +14,8 @@ def upcast_bases(model: nn.Module) -> None:
     an adapter's base is frozen now and trainable later."""
     for module in model.modules():
         if isinstance(module, AdapterLinear):
-            module.base.data = module.base.data.float()
+            base = module.get_parameter("base")
+            base.data = base.data.float()
 
 
 @contextlib.contextmanager
@@ -27,14 +27,14 @@ def runtime_names(model: nn.Module) -> Iterator[None]:
     """
     missing = object()
     kept = getattr(model, "_weight_conversions", missing)
-    model._weight_conversions = []
+    vars(model)["_weight_conversions"] = []
     try:
         yield
     finally:
         if kept is missing:
             del model._weight_conversions
         else:
-            model._weight_conversions = kept
+            vars(model)["_weight_conversions"] = kept
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def hidden_token(args: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def metrics_set_aside(trainer: Trainer) -> Iterator[None]:
+def metrics_set_aside(trainer: Any) -> Iterator[None]:
     """Log a row of ours alone: TRL's trainers add to any row the metrics of the steps since the last one, and forget
     them, so that their own row would lack them."""
     gathered = getattr(trainer, "_metrics", None)

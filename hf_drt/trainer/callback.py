@@ -1,30 +1,24 @@
-"""DRTCallback: drives a DynamicRank through the events of a Trainer's loop, and reports what it does."""
+"""DRTCallback: dynamic-rank training as a callback of a plain Trainer, and what that cannot do."""
 
-import contextlib
 import logging
 import math
-import statistics
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, get_last_checkpoint
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 
-from hf_drt.checkpoint import write_state
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.optim import form_group_options
 from hf_drt.planning import resolved_plan
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Run, Schedule
-from hf_drt.trainer.checkpoint import random_state_files
 from hf_drt.trainer.delivery import deliver
+from hf_drt.trainer.driver import PhaseDriver
+from hf_drt.trainer.events import DriverEvents
+from hf_drt.trainer.loop import Log, PlainLoop
 from hf_drt.trainer.lr import existing_curve, is_fused
-from hf_drt.trainer.meter import PhaseMeter
 from hf_drt.trainer.refusals import refuse_anchors_with_scaler, refuse_lone_process, refuse_own_rate, refuse_unused
-from hf_drt.transition import Transition
 
 logger = logging.getLogger(__name__)
 
@@ -34,50 +28,63 @@ _LIMITS = (
 )
 
 
-class DRTCallback(TrainerCallback):
-    """Dynamic-rank training as a callback.
+class DRTCallback(DriverEvents):
+    """Dynamic-rank training as a callback of a plain ``Trainer`` on one process.
 
-    Part of :class:`hf_drt.DRTTrainer`, or on its own in a plain ``Trainer`` on one process. On its own it cannot resume
-    (``drt_state.json`` is written all the same, so that DRTTrainer can), load the best model at the end, measure the
-    function-preservation error, or use form groups (``factored_lr_scale``, ``adapter_lr_scale``,
-    ``frobenius_decay``); it says so when asked to.
+    It cannot resume (``drt_state.json`` is written all the same, so that DRTTrainer can), load the best model at the
+    end, measure the function-preservation error, or use form groups (``factored_lr_scale``, ``adapter_lr_scale``,
+    ``frobenius_decay``); it says so when asked to. :class:`hf_drt.DRTTrainer` can, and has no place for it.
 
     Args:
         config: Settings, or just the schedule's text.
-        log: Receives each row of metrics. In a plain Trainer rows go to ``state.log_history``; assign ``trainer.log``
-            to send them to TensorBoard and other reports too.
+        log: Receives each row of metrics; by default rows go to ``state.log_history``. Assign ``trainer.log`` to
+            the attribute to send them to TensorBoard and other reports too.
+
+    Attributes:
+        config: As given.
+        schedule: That of the settings, read.
+        controller: That of the run, from the start of training on.
 
     Raises:
         ValueError: No schedule, or one that cannot be read.
     """
 
-    def __init__(self, config: DRTConfig | str, log: Callable[[dict[str, float]], None] | None = None):
+    def __init__(self, config: DRTConfig | str, log: Log | None = None):
         self.config = DRTConfig.of(config)
         if self.config.schedule is None:
             raise ValueError("DRTCallback needs a schedule, e.g. 'factored@0 dense@40% adapter@80%'; got None.")
         self.schedule = Schedule.parse(self.config.schedule)
-        self.log = log
-        self.controller: DynamicRank | None = None
-        self.meter = PhaseMeter()
-        self.probe: Callable[[], torch.Tensor | None] | None = None
-        self.first_transition: Transition | None = None
-        self.batches: list[Any] = []
-        self.step_loss: Callable[[], torch.Tensor | None] = lambda: None
-        self.around_switch: Callable[[], AbstractContextManager] = contextlib.nullcontext
-        self.in_drt_trainer = False
-        self.evaluates_at: int | None = None  # update step whose evaluation nothing but a switch has asked for
-        self.saves_at: int | None = None  # update step that a switch has asked to save
+        self._loop = PlainLoop(log)
+        self._driver: PhaseDriver | None = None
 
-    # ---- on its own: what DRTTrainer does before the loop
+    @property
+    def log(self) -> Log | None:
+        """Receives each row of metrics; may be assigned."""
+        return self._loop.sink
+
+    @log.setter
+    def log(self, sink: Log | None) -> None:
+        self._loop.sink = sink
+
+    @property
+    def controller(self) -> DynamicRank | None:
+        """That of the run, from the start of training on."""
+        return self._driver.controller if self._driver is not None else None
+
+    @property
+    def driver(self) -> PhaseDriver:
+        if self._driver is None:
+            raise RuntimeError("DRTCallback was added after training had begun. Add it before trainer.train().")
+        return self._driver
+
+    # ---- what DRTTrainer does before the loop
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.in_drt_trainer:
-            return
-        self._check_alone(args, kwargs["model"])
+        self._check(args, kwargs["model"])
         if get_last_checkpoint(args.output_dir) is not None:
             logger.warning("output_dir holds checkpoints. If you mean to resume from one: %s", _LIMITS)
 
-    def _check_alone(self, args: TrainingArguments, model: Any) -> None:
+    def _check(self, args: TrainingArguments, model: Any) -> None:
         """What a callback cannot do in a plain Trainer is refused, not done wrong."""
         if args.world_size > 1:
             raise ValueError(f"DRTCallback runs on one process, got {args.world_size}. Use DRTTrainer.")
@@ -89,7 +96,7 @@ class DRTCallback(TrainerCallback):
                 "Use DRTTrainer, or set load_best_model_at_end=False."
             )
         if several:
-            self._check_switches_alone(args)
+            self._check_switches(args)
         if args.enable_jit_checkpoint:
             raise ValueError(
                 "enable_jit_checkpoint saves without an event in a plain Trainer, so that drt_state.json would be "
@@ -112,7 +119,7 @@ class DRTCallback(TrainerCallback):
             )
         refuse_unused(model, self.config)
 
-    def _check_switches_alone(self, args: TrainingArguments) -> None:
+    def _check_switches(self, args: TrainingArguments) -> None:
         """A plain Trainer drops a save at a step that is evaluated under save_strategy=best, and takes any score for
         the best one, be its weights saved or not."""
         saves, best = self.config.save_at_switch, args.save_strategy == SaveStrategy.BEST
@@ -130,154 +137,36 @@ class DRTCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not self.in_drt_trainer:
-            self._begin_alone(args, state, kwargs)
-        first = self.first_transition
-        self.meter.start_phase(self.controller.phase, args.device, first.seconds if first is not None else 0.0)
-        cost = self.controller.cost()
-        if first is not None:
-            row = {"drt_plan_flops": round(cost.flops, 4), "drt_plan_parameters": round(cost.parameters, 4)}
-            self._log(state, row | _switch_row(first))
-            self.first_transition = None
-        logger.info(
-            "dynamic-rank plan: %s (of %d update steps) on %d layers; on average %.2f of their dense training FLOPs "
-            "and %.2f of their trainable parameters",
-            self.controller.plan,
-            self.controller.plan.max_steps,
-            len(self.controller.targets),
-            cost.flops,
-            cost.parameters,
-        )
+        self._driver = self._begin(args, state, kwargs)
+        super().on_train_begin(args, state, control, **kwargs)
 
-    def _begin_alone(self, args: TrainingArguments, state: TrainerState, kwargs: dict[str, Any]) -> None:
+    def _begin(self, args: TrainingArguments, state: TrainerState, kwargs: dict[str, Any]) -> PhaseDriver:
         if state.global_step > 0:
             raise ValueError(_LIMITS)
         model, scheduler = kwargs["model"], kwargs["lr_scheduler"]
-        self._check_alone(args, model)  # on_init_end is too early for a callback that is added later
+        self._check(args, model)  # on_init_end is too early for a callback that is added later
         refuse_own_rate(kwargs["optimizer"], self.config, self.schedule)
         epoch = updates_per_epoch(kwargs["train_dataloader"], args.gradient_accumulation_steps)
         optimizer = kwargs["optimizer"]
         refuse_anchors_with_scaler(self.schedule, getattr(optimizer, "scaler", None), is_fused(optimizer))
         run = Run(state.max_steps, epoch, existing_curve(scheduler, state.max_steps))
         plan = resolved_plan(self.schedule, run, self.config, model)
-        self.controller = DynamicRank(
+        controller = DynamicRank(
             model, self.config, plan=plan, trigger=self.schedule.trigger, seed=args.seed, in_trainer=True
         )
-        self.first_transition = self.controller.apply(0, optimizer)
-        self.meter = PhaseMeter()
+        return PhaseDriver(controller, self._loop, first=controller.apply(0, optimizer))
 
     # ---- in the loop
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        switch = self.around_switch() if self.controller.match(state.global_step) else contextlib.nullcontext()
-        with switch:
-            transition = self.controller.begin_step(state.global_step, kwargs["optimizer"], self.probe)
-        if transition is not None:
-            self.meter.start_phase(transition.phase, args.device, transition.seconds)
-            self._log(state, _switch_row(transition))
-            logger.info("update step %d: phase %d (%s)", transition.step, transition.phase, transition.kind)
-        if self.in_drt_trainer:
-            self.meter.count(self.batches, args.world_size)
-        else:
-            self.meter.samples += args.train_batch_size * args.gradient_accumulation_steps
-        self.meter.start_step()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.meter.end_step()
-        step = state.global_step
-        row = self._observe(step)
-        plan = self.controller.plan
-        phase_ends = step == plan.end_of(self.controller.phase)
-        every = self.config.log_rank_steps
-        row |= self.meter.row() if phase_ends else {}
-        if every and (phase_ends or step % every == 0):
-            row |= self._rank_row()
-        if row:
-            due = control.should_log
-            self._log(state, row)
-            control.should_log = due  # Trainer.log takes its own row, of the loss, for logged
-        self._ask(args, state, control, phase_ends)
-
-    def _ask(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, phase_ends: bool) -> None:
-        """Evaluate and save at the end of a phase. A score that may become the best one is saved with its weights,
-        which load_best_model_at_end looks for; under save_strategy=best the Trainer sees to that itself."""
-        switches = phase_ends and state.global_step < self.controller.plan.max_steps
-        evaluates = switches and self.config.evaluate_at_switch and not _is_delayed(args, state)
-        loads_best = args.load_best_model_at_end and args.save_strategy not in (SaveStrategy.NO, SaveStrategy.BEST)
-        saves = (switches and self.config.save_at_switch) or (phase_ends and self.config.tag_phases)
-        saves = saves or (evaluates and loads_best)
-        self.evaluates_at = state.global_step if evaluates and not control.should_evaluate else None
-        self.saves_at = state.global_step if saves else None
-        control.should_evaluate |= evaluates
-        control.should_save |= saves
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.evaluates_at = None  # an evaluation that follows is the Trainer's
-
-    def _observe(self, step: int) -> dict[str, float]:
-        """Let a trigger look, and report what it saw."""
-        windows = self.controller.windows
-        if windows is None:
-            return {}
-        checks = len(windows.trace)
-        begins = self.controller.observe(step, self.step_loss())
-        if len(windows.trace) == checks:
-            return {}
-        check = windows.trace[-1]
-        if check["decision"] is not None:
-            what = "begins" if begins else "is due, but would exceed the budget"
-            logger.info("update step %d: a full-rank window %s (signal: %s)", step, what, check["decision"])
-        return {"drt_effective_rank_mean": check["effective_rank"], "drt_window": float(begins)}
-
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not self.in_drt_trainer:
-            self.write_state(f"{args.output_dir}/checkpoint-{state.global_step}", state.global_step, args)
+        self.driver.write_state(f"{args.output_dir}/checkpoint-{state.global_step}", state.global_step, args)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step != self.controller.plan.end_of(self.meter.phase):  # stopped early, within a phase
-            self._log(state, self.meter.row())
-        if not self.in_drt_trainer and EXPORTERS[self.config.export].in_place:
-            deliver(self.controller, kwargs["optimizer"])
-
-    def write_state(self, folder: str, step: int, args: TrainingArguments) -> None:
-        """Write ``drt_state.json`` into a checkpoint folder."""
-        state = {"step": step, "random_states": random_state_files(args), **self.controller.state_dict()}
-        write_state(folder, state | {"meter": self.meter.state_dict()})
-
-    # ---- rows
-
-    def _log(self, state: TrainerState, row: dict[str, float]) -> None:
-        row = {**row, "drt_seconds": round(self.meter.trained, 4)}
-        if self.log is not None:
-            self.log(row)
-        else:
-            state.log_history.append({**row, "epoch": state.epoch, "step": state.global_step})
-
-    def _rank_row(self) -> dict[str, float]:
-        ranks = self.controller.effective_ranks()
-        row = {
-            "drt_effective_rank_mean": statistics.fmean(ranks.values()),
-            "drt_effective_rank_min": min(ranks.values()),
-        }
-        if self.config.log_rank_per_layer:
-            row |= {f"drt_effective_rank/{name}": rank for name, rank in ranks.items()}
-        return row
-
-
-def _is_delayed(args: TrainingArguments, state: TrainerState) -> bool:
-    """Whether eval_delay, in the unit of eval_strategy, forbids an evaluation yet."""
-    match args.eval_strategy:
-        case IntervalStrategy.STEPS:
-            return state.global_step < args.eval_delay
-        case IntervalStrategy.EPOCH:
-            return state.epoch < args.eval_delay
-    return False
+        super().on_train_end(args, state, control, **kwargs)
+        if self.config.export == "dense":
+            deliver(self.driver.controller, kwargs["optimizer"])
 
 
 def updates_per_epoch(dataloader: Any, accumulation: int) -> int | None:
@@ -288,16 +177,3 @@ def updates_per_epoch(dataloader: Any, accumulation: int) -> int | None:
     except TypeError:
         return None
     return max(math.ceil(batches / accumulation), 1)
-
-
-def _switch_row(transition: Transition) -> dict[str, float]:
-    row = {
-        "drt_phase": transition.phase,
-        "drt_trainable_parameters": transition.parameters[1],
-        "drt_switch_seconds": round(transition.seconds, 4),
-        "drt_truncation_error": transition.truncation_error,
-        "drt_merge_error": transition.merge_error,
-    }
-    if transition.function_error is not None:
-        row["drt_function_error"] = transition.function_error
-    return row

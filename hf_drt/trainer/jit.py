@@ -39,7 +39,8 @@ class JITCheckpoint(TrainerCallback):
                 self.trainer._save_checkpoint(self.trainer.model, trial=None)
 
     def _requested(self) -> bool:
-        manager, accelerator = self.original.jit_manager, self.trainer.accelerator
+        manager: Any = self.original.jit_manager  # made when training began
+        accelerator = self.trainer.accelerator
         requested = manager.is_checkpoint_requested
         if accelerator.num_processes > 1:
             if requested:

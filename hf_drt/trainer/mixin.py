@@ -25,13 +25,13 @@ import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_drt.checkpoint import STATE_NAME, CheckpointError, read_state
 from hf_drt.config import DRTConfig
@@ -42,14 +42,16 @@ from hf_drt.optim import form_group_options
 from hf_drt.planning import refuse_without_schedule, resolution
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Run, Schedule
-from hf_drt.trainer.aside import hidden_token, metrics_set_aside, upcast_bases
+from hf_drt.trainer.aside import hidden_token, upcast_bases
 from hf_drt.trainer.callback import DRTCallback, updates_per_epoch
 from hf_drt.trainer.checkpoint import checked_state, last_complete_checkpoint, readable_state
 from hf_drt.trainer.delivery import Delivery, deliver
+from hf_drt.trainer.driver import PhaseDriver
+from hf_drt.trainer.events import TrainerEvents
 from hf_drt.trainer.jit import save_at_step_end
+from hf_drt.trainer.loop import TrainerLoop
 from hf_drt.trainer.meter import PhaseMeter
 from hf_drt.trainer.outermost import call_with, wrap_overrides
-from hf_drt.trainer.probe import Probe
 from hf_drt.trainer.publishing import PublishingMixin
 from hf_drt.trainer.push import Publisher
 from hf_drt.trainer.rates import RunRates
@@ -93,6 +95,10 @@ SEAMS: dict[str, tuple[str, ...]] = {
 # fmt: on
 
 
+class _Default(Protocol):
+    def __call__(self) -> DRTConfig: ...
+
+
 class DRTTrainerMixin(PublishingMixin):
     """Dynamic-rank training for any subclass of ``Trainer``: ``class MyTrainer(DRTTrainerMixin, SomeTrainer)``.
 
@@ -108,12 +114,10 @@ class DRTTrainerMixin(PublishingMixin):
         ValueError: The configuration is invalid, selects no layer, or meets an engine that is not supported.
     """
 
-    drt: DynamicRank | None = None
     # Settings of every trainer that brings none of its own; ``python -m hf_drt.run`` sets it.
-    _drt_default: Callable[[], DRTConfig] | None = None
-    _drt_callback: DRTCallback | None = None
+    _drt_default: "_Default | None" = None
     _drt_given: DRTConfig | str | None = None
-    _drt_losses: torch.Tensor | float = 0.0
+    _drt_driver: PhaseDriver | None = None  # of the latest run
     _drt_made: torch.optim.Optimizer | None = None
     _drt_starting = False
     _drt_load: Callable[[], Any] | None = None
@@ -125,23 +129,18 @@ class DRTTrainerMixin(PublishingMixin):
         self._drt_refuse_callbacks()
         if config.schedule is None:
             return
-        callback = DRTCallback(config, log=self._drt_log)
-        callback.in_drt_trainer = True
         refuse_own_rate_of(self, config)
         refuse_unsupported(self, config)
         warn_of_another_engine(self)
         refuse_unused(self.model, config)
-        self._drt_probe, self._drt_rates = Probe(self), RunRates(self)
-        callback.probe = self._drt_probe
-        callback.around_switch = self._drt_around_switch
-        callback.step_loss = self._drt_step_loss
+        self._drt_loop, self._drt_rates = TrainerLoop(self), RunRates(self)
         self._drt_writer = ModelWriter(self, lambda: self._drt_config().export, self._drt_write_state)
         self._drt_publisher = Publisher(self.args, self._drt_publish)
         if self.args.push_to_hub and self.is_world_process_zero():
             self._drt_publisher.make_branch(self.hub_model_id)
-        self.add_callback(callback)
+        self.add_callback(TrainerEvents(self))
         self.callback_handler.callbacks.insert(0, Delivery(self))
-        self._drt_callback = callback
+        self._drt_settings = config
         save_at_step_end(self)
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -149,12 +148,11 @@ class DRTTrainerMixin(PublishingMixin):
         wrap_overrides(cls)
 
     def _drt_refuse_callbacks(self) -> None:
-        others = (callback for callback in self.callback_handler.callbacks if callback is not self._drt_callback)
-        if any(isinstance(callback, DRTCallback) for callback in others):
+        if any(isinstance(callback, DRTCallback) for callback in self.callback_handler.callbacks):
             raise ValueError("DRTCallback is part of this trainer. Pass its settings as drt=, or as drt_* arguments.")
 
     def _drt_refuse_late_settings(self) -> None:
-        off, schedule = self._drt_callback is None, self._drt_config().schedule
+        off, schedule = self._drt_settings is None, self._drt_config().schedule
         if off != (schedule is None):
             raise ValueError(
                 f"dynamic-rank training was {'off' if off else 'on'} when this trainer was made, and the schedule has "
@@ -184,21 +182,17 @@ class DRTTrainerMixin(PublishingMixin):
 
     def _hp_search_setup(self, trial: Any) -> None:
         given = self._drt_given if self._drt_default is None else self._drt_default()
-        with checked_search(self, trial, self._drt_callback is not None, given):
+        with checked_search(self, trial, self._drt_settings is not None, given):
             super()._hp_search_setup(trial)
-
-    def _drt_log(self, row: dict[str, float]) -> None:
-        with metrics_set_aside(self):
-            self.log(row)
 
     # ---- the plan, and the model in its first phase
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         self._drt_refuse_callbacks()
         self._drt_refuse_late_settings()
-        if self._drt_callback is None:
+        if self._drt_settings is None:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        self._drt_losses = 0.0  # of an update that an interrupted run has not finished
+        self._drt_loop.restart()
         self._drt_starting = False
         controller = self._drt_controller(max_steps, train_dataloader, resume_from_checkpoint is not None)
         fresh = resume_from_checkpoint is None
@@ -214,8 +208,8 @@ class DRTTrainerMixin(PublishingMixin):
         """The model in its first phase, or as a checkpoint has it; before the optimizer is made."""
         if folder is None:
             with self._drt_around_switch():  # a second train() finds its model wrapped
-                self._drt_callback.first_transition = begin(self, controller)
-            self._drt_callback.meter = PhaseMeter()
+                first = begin(self, controller)
+            self._drt_driver = PhaseDriver(controller, self._drt_loop, first)
         elif self.is_fsdp_enabled:
             self._drt_restore_before_sharding(folder, controller)
         else:
@@ -227,35 +221,33 @@ class DRTTrainerMixin(PublishingMixin):
         """FSDP loads weights and optimizer after both have been sharded, and so after the structure has to be there."""
         state = checked_state(folder, controller, for_resume=True, fsdp=True)
         restore(self, controller, state, folder, compare=False)
-        self._drt_callback.meter.load_state_dict(state.get("meter", {}))
+        self._drt_go_on(controller, state)
 
     def _drt_controller(self, max_steps: int, train_dataloader: Any, resumed: bool) -> DynamicRank:
         """The controller of this model and run: the present one if it fits, else a new one."""
-        callback = self._drt_callback
-        config = self._drt_config()
-        if self.optimizer is not None and form_group_options(config) != form_group_options(callback.config):
+        before, config = self._drt_settings, self._drt_config()
+        if self.optimizer is not None and form_group_options(config) != form_group_options(before or config):
             raise ValueError(
                 "factored_lr_scale, adapter_lr_scale and frobenius_decay decide the optimizer's groups, and cannot "
                 "change between two train() calls with one optimizer. Make a new trainer."
             )
-        callback.config, callback.schedule = config, Schedule.parse(config.schedule)
+        self._drt_settings, schedule = config, Schedule.parse(config.schedule)
         epoch = updates_per_epoch(train_dataloader, self.args.gradient_accumulation_steps)
-        self._drt_resolution = resolution(callback.schedule, Run(max_steps, epoch), config, self.model, resumed)
+        self._drt_resolution = resolution(schedule, Run(max_steps, epoch), config, self.model, resumed)
         plan, outline = self._drt_rates.first_plan(self._drt_resolution, resumed)
         drt = self.drt
         fits = drt is not None and (drt.model, drt.initial_plan, drt.config) == (self.model, plan, config)
-        if not fits or (drt.windows is not None and not resumed):  # a new run has its own windows
-            trigger = callback.schedule.trigger
+        if drt is None or not fits or (drt.windows is not None and not resumed):  # a new run has its own windows
+            trigger = schedule.trigger
             check_export(config.export, plan, self.args, self.is_fsdp_enabled, grows=trigger is not None)
-            self.drt = DynamicRank(
+            drt = self.drt = DynamicRank(
                 self.model, config, plan=plan, trigger=trigger, seed=self.args.seed, in_trainer=True, outline=outline
             )
-            callback.controller = self.drt
-        return self.drt
+        return drt
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self._drt_callback is not None:
-            self._drt_rates.settle(self.drt, self._drt_resolution, checkpoint)
+        if checkpoint is not None and self._drt_settings is not None:
+            self._drt_rates.settle(self._drt_running().controller, self._drt_resolution, checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -281,40 +273,29 @@ class DRTTrainerMixin(PublishingMixin):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The base's batches of one update step; looked at on the way for throughput and for the probe."""
         result = super().get_batch_samples(*args, **kwargs)
-        if self._drt_callback is not None and result[0]:
-            self._drt_probe.batch = result[0][0]
-            self._drt_callback.batches = result[0]
+        if self._drt_settings is not None:
+            self._drt_loop.saw_batches(result[0])
         return result
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base's; its loss is added up where a trigger wants to know it."""
         loss = super().training_step(*args, **kwargs)
         if self.drt is not None and self.drt.windows is not None:
-            self._drt_losses = self._drt_losses + loss.detach()
+            self._drt_loop.saw_loss(loss)
         return loss
-
-    def _drt_step_loss(self) -> torch.Tensor:
-        """The loss of the update step that ends, alike on all processes."""
-        loss, self._drt_losses = torch.as_tensor(self._drt_losses, device=self.args.device), 0.0
-        return self.accelerator.reduce(loss, "mean")
 
     # ---- saving
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """The base's answer, which decides on a save under ``save_strategy=best`` and nothing else. An evaluation of
-        ours becomes the best score only if the step is saved, and a save that was asked for at a switch is made."""
-        callback, state = self._drt_callback, self.state
-        if callback is None or state.global_step not in (callback.evaluates_at, callback.saves_at):
-            return super()._determine_best_metric(metrics=metrics, trial=trial)
-        before = state.best_metric, state.best_global_step
-        best = super()._determine_best_metric(metrics=metrics, trial=trial)
-        saves = self.control.should_save or (best and self.args.save_strategy == SaveStrategy.BEST)
-        if not saves and state.global_step == callback.evaluates_at:
-            state.best_metric, state.best_global_step = before
-        return saves
+        """The base's answer, which decides on a save under ``save_strategy=best`` and nothing else; see
+        :meth:`hf_drt.trainer.requests.SwitchRequests.saves_best`."""
+        compare = partial(super()._determine_best_metric, metrics=metrics, trial=trial)
+        if self._drt_driver is None:
+            return compare()
+        return self._drt_driver.requests.saves_best(self.args, self.state, self.control, compare)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self._drt_callback is None:
+        if self._drt_settings is None:
             return super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         own, limit = self.args.should_save, self.args.save_total_limit
@@ -323,12 +304,12 @@ class DRTTrainerMixin(PublishingMixin):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        if self._drt_callback is not None:
+        if self._drt_settings is not None:
             self.accelerator.wait_for_everyone()
 
     def _drt_around_saving(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Around ``save_model(output_dir, ...)`` and ``_save(output_dir, state_dict)``, whoever overrides them."""
-        if self._drt_callback is None:
+        if self._drt_settings is None:
             return write(*args, **kwargs)
         if not self._drt_writer.checkpoint:
             self._drt_wait_for_push()
@@ -349,49 +330,53 @@ class DRTTrainerMixin(PublishingMixin):
         push comes once all is written and the model is itself again."""
         save = super().save_model
         transformers_own = getattr(save, "__func__", None) is Trainer.save_model
-        if self._drt_callback is not None and transformers_own and self.args.push_to_hub:
+        if self._drt_settings is not None and transformers_own and self.args.push_to_hub:
             if not kwargs.get("_internal_call", len(args) > 1 and args[1]):
                 push = partial(self.push_to_hub, commit_message="Model save", revision=self.args.hub_revision)
                 self._drt_writer.once_written(push)
             call_with(save, args, kwargs, {"_internal_call": (1, True)})
         else:
             save(*args, **kwargs)
-        if self._drt_callback is not None and self._drt_saves_shards() and not self._drt_writer.checkpoint:
+        if self._drt_settings is not None and self._drt_saves_shards() and not self._drt_writer.checkpoint:
             folder = kwargs.get("output_dir", args[0] if args else None) or self.args.output_dir
             self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
 
     def _drt_saves_shards(self) -> bool:
-        return self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        if not self.is_fsdp_enabled:
+            return False  # the plugin is no attribute then
+        plugin: Any = self.accelerator.state.fsdp_plugin
+        return "SHARDED" in str(plugin.state_dict_type)
 
     def _drt_around_save(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        with hidden_token(self.args) if self._drt_callback is not None else contextlib.nullcontext():
+        with hidden_token(self.args) if self._drt_settings is not None else contextlib.nullcontext():
             self._drt_around_saving(write, *args, **kwargs)
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
         self._drt_around_save(super()._save, *args, **kwargs)
 
     def _drt_write_state(self, folder: str) -> None:
-        self._drt_callback.write_state(folder, self.state.global_step, self.args)
+        self._drt_running().write_state(folder, self.state.global_step, self.args)
 
     def _drt_deliver(self) -> None:
         """At the end of training: the model itself in the form of ``drt_export``, where it can take it."""
         if EXPORTERS[self._drt_config().export].in_place:
             with self._drt_around_switch():
-                deliver(self.drt, self.optimizer)
+                deliver(self._drt_running().controller, self.optimizer)
 
     # ---- loading
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """The base's training; ``resume_from_checkpoint=True`` passes over checkpoints that were cut short."""
-        if self._drt_callback is None:
+        if self._drt_settings is None:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         if resume_from_checkpoint:
             last = resume_from_checkpoint is True
+            run_dir = str(self.args.output_dir) if last else Path(resume_from_checkpoint).parent
             if self.args.should_save:
-                recover(self.args.output_dir if last else Path(resume_from_checkpoint).parent)
+                recover(run_dir)
             self.accelerator.wait_for_everyone()
             if last:
-                resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+                resume_from_checkpoint = last_complete_checkpoint(run_dir)
         self._drt_starting = True
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -405,8 +390,8 @@ class DRTTrainerMixin(PublishingMixin):
         there before the weights are. So it waits until the Trainer has made its loader: making one here would shuffle
         the data once more wherever their order comes from a global generator.
         """
-        folder = args[0] if args else kwargs.get("resume_from_checkpoint")
-        if self._drt_callback is None:
+        folder: str = args[0] if args else kwargs["resume_from_checkpoint"]
+        if self._drt_settings is None:
             _refuse_low_rank(folder)
         elif self._drt_starting and self._drt_load is None and not self.is_fsdp_enabled:
             readable_state(folder, for_resume=True)
@@ -422,14 +407,30 @@ class DRTTrainerMixin(PublishingMixin):
         undone = as_it_was_on_failure(self, controller)
         with undone, self._drt_around_switch(), loaded_in_full(controller, folder):
             restore(self, controller, state, folder)
-            self._drt_callback.meter.load_state_dict(state.get("meter", {}))
-            self._drt_load()
+            self._drt_go_on(controller, state)
+            self._drt_load()  # type: ignore[reportOptionalCall]  # train() has come by _drt_around_loading
+
+    def _drt_go_on(self, controller: DynamicRank, state: dict[str, Any]) -> None:
+        """A driver that counts on from where a checkpoint's has stopped."""
+        meter = PhaseMeter()
+        meter.load_state_dict(state.get("meter", {}))
+        self._drt_driver = PhaseDriver(controller, self._drt_loop, meter=meter)
+
+    def _drt_running(self) -> PhaseDriver:
+        """The driver of the run in progress, or of the latest one.
+
+        Raises:
+            RuntimeError: There has been none.
+        """
+        if self._drt_driver is None:
+            raise RuntimeError("there is no phase to tell of before trainer.train() has begun.")
+        return self._drt_driver
 
     def _drt_around_best_model(self, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around ``_load_best_model``, whoever overrides it."""
-        if self.drt is None:
-            return load(*args, **kwargs)
         folder = self.state.best_model_checkpoint
+        if self.drt is None or folder is None:
+            return load(*args, **kwargs)
         state = checked_state(folder, self.drt, for_resume=False, fsdp=self.is_fsdp_enabled)
         with as_it_was_on_failure(self, self.drt), self._drt_around_switch(), loaded_in_full(self.drt, folder):
             self.drt.load_state_dict(state, self.optimizer, history=False)

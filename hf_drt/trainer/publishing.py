@@ -5,33 +5,41 @@
 - ``push_to_hub``: a model that an earlier push has left there in another form goes.
 """
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_utils import HubStrategy
-from transformers.utils import PushInProgress
 
+from hf_drt.config import DRTConfig
+from hf_drt.controller import DynamicRank
 from hf_drt.export import complete_card, renew_card
-from hf_drt.trainer.push import Publisher, phase_tag
+from hf_drt.trainer.base import TrainerBase
+from hf_drt.trainer.push import Publisher, in_progress, phase_tag
 from hf_drt.trainer.saving import finish
 from hf_drt.trainer.summary import run_summary
+from hf_drt.trainer.writer import ModelWriter
 
 
-class PublishingMixin:
+class PublishingMixin(TrainerBase):
     """The part of :class:`hf_drt.DRTTrainerMixin` that publishes; without DRT everything is the base's."""
 
+    drt: DynamicRank | None = None
+    _drt_settings: DRTConfig | None = None  # of the latest run, before it those of the making; None while DRT is off
     _drt_publisher: Publisher
+    _drt_writer: ModelWriter
+    _drt_config: Callable[[], DRTConfig]
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._drt_callback is None:
+        if self._drt_settings is None or self.drt is None:
             return super()._push_from_checkpoint(checkpoint_folder)
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         finish(Path(checkpoint_folder))  # a mark is not uploaded
         step = self.state.global_step
-        tag = phase_tag(self.drt.plan, step) if self._drt_callback.config.tag_phases else None
+        tag = phase_tag(self.drt.plan, step) if self._drt_settings.tag_phases else None
         last = self.control.should_training_stop
         if self.push_in_progress is not None and not self.push_in_progress.is_done():
             if tag is None and not last and not self.args.hub_always_push:
@@ -48,7 +56,7 @@ class PublishingMixin:
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
-        if self._drt_callback is not None and getattr(self, "hub_model_id", None) and self.is_world_process_zero():
+        if self._drt_settings is not None and getattr(self, "hub_model_id", None) and self.is_world_process_zero():
             self._drt_publisher.finish(self.hub_model_id)
 
     def _drt_wait_for_push(self) -> None:
@@ -57,14 +65,13 @@ class PublishingMixin:
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The base's card, with how the model was trained in changing rank and how to load it."""
-        ours = self.drt is not None and self.is_world_process_zero()
-        if ours:
-            renew_card(self.args.output_dir)
+        drt, folder = self.drt if self.is_world_process_zero() else None, str(self.args.output_dir)
+        if drt is not None:
+            renew_card(folder)
         super().create_model_card(*args, **kwargs)
-        if ours:
-            repository = getattr(self, "hub_model_id", None) or self.args.output_dir
-            export = self._drt_config().export
-            complete_card(self.args.output_dir, run_summary(self.drt, self.state.log_history, export, repository))
+        if drt is not None:
+            repository = getattr(self, "hub_model_id", None) or folder
+            complete_card(folder, run_summary(drt, self.state.log_history, self._drt_config().export, repository))
 
     def push_to_hub(
         self,
@@ -77,10 +84,10 @@ class PublishingMixin:
     ) -> Any:
         """The base's; a model that an earlier push has left there in another form is deleted afterwards."""
         commit = super().push_to_hub(commit_message, blocking, token, revision, *args, **kwargs)
-        if self._drt_callback is not None and self.is_world_process_zero():
+        if self._drt_settings is not None and self.is_world_process_zero():
             clear = partial(self._drt_publisher.clear, self.hub_model_id, revision or self.args.hub_revision, token)
             if isinstance(commit, Future):
-                self.push_in_progress = PushInProgress([commit])
+                self.push_in_progress = in_progress(commit)
                 commit.add_done_callback(lambda upload: upload.exception() or clear())
             else:
                 clear()

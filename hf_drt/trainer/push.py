@@ -5,6 +5,7 @@ import logging
 import shlex
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
-from transformers.utils import PushInProgress
+from transformers.utils.hub import PushInProgress
 
 from hf_drt.export import model_files
 from hf_drt.schedule import Plan
@@ -42,6 +43,11 @@ class Upload:
     path: str | None
     message: str
     tag: str | None = None
+
+
+def in_progress(upload: Future) -> PushInProgress:
+    """A job in the background, as the Trainer keeps it."""
+    return PushInProgress([upload])  # type: ignore[reportArgumentType]  # annotated as one job, used as their list
 
 
 class Publisher:
@@ -141,7 +147,7 @@ class Publisher:
 
     def _start(self, repository: str, uploads: list[Upload]) -> PushInProgress:
         api = HfApi()
-        return PushInProgress([api.run_as_future(self._run, api, repository, uploads)])
+        return in_progress(api.run_as_future(self._run, api, repository, uploads))
 
     def _run(self, api: HfApi, repository: str, uploads: list[Upload]) -> None:
         for upload in uploads:

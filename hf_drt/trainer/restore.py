@@ -11,8 +11,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import Trainer
-
 from hf_drt.checkpoint import MADE_IN
 from hf_drt.controller import DynamicRank
 from hf_drt.trainer.checkpoint import check_optimizer
@@ -21,7 +19,7 @@ from hf_drt.transition import Transition
 _PARAMETERS = ("params", "model", "optimizer_dict")  # what Trainer takes in place of its own parameter groups
 
 
-def begin(trainer: Trainer, controller: DynamicRank) -> Transition:
+def begin(trainer: Any, controller: DynamicRank) -> Transition:
     """Bring the model into the phase of the present step, with the optimizer if there is one.
 
     One that finds its parameters in ``optimizer_cls_and_kwargs`` is made before the first phase, whose new weights then
@@ -36,9 +34,7 @@ def begin(trainer: Trainer, controller: DynamicRank) -> Transition:
     return transition
 
 
-def restore(
-    trainer: Trainer, controller: DynamicRank, state: dict[str, Any], folder: str, *, compare: bool = True
-) -> None:
+def restore(trainer: Any, controller: DynamicRank, state: dict[str, Any], folder: str, *, compare: bool = True) -> None:
     """The structure of a checkpoint, and an optimizer over it.
 
     Args:
@@ -56,7 +52,7 @@ def restore(
 
 
 @contextlib.contextmanager
-def optimizer_made(trainer: Trainer) -> Iterator[None]:
+def optimizer_made(trainer: Any) -> Iterator[None]:
     """In the block ``create_optimizer`` leaves it at the optimizer that :func:`begin` or :func:`restore` has made: an
     override need not look whether there is one, and would make another over the structure of now."""
     made, trainer._drt_made = trainer._drt_made, None
@@ -75,7 +71,7 @@ def optimizer_made(trainer: Trainer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _parameters_put_back(trainer: Trainer) -> Iterator[None]:
+def _parameters_put_back(trainer: Any) -> Iterator[None]:
     """After an exception ``optimizer_cls_and_kwargs`` has the parameters again, which the Trainer takes out of it."""
     settings = _settings(trainer)
     parameters = {key: settings[key] for key in _PARAMETERS if key in settings}
@@ -86,10 +82,10 @@ def _parameters_put_back(trainer: Trainer) -> Iterator[None]:
         raise
 
 
-def _brings_parameters(trainer: Trainer) -> bool:
+def _brings_parameters(trainer: Any) -> bool:
     return any(key in _settings(trainer) for key in _PARAMETERS)
 
 
-def _settings(trainer: Trainer) -> dict[str, Any]:
+def _settings(trainer: Any) -> dict[str, Any]:
     given = trainer.optimizer_cls_and_kwargs
     return given[1] if given is not None else {}

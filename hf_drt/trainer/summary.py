@@ -24,7 +24,7 @@ def run_summary(controller: DynamicRank, history: list[dict[str, Any]], export: 
         rows[index] |= {key: value for key, value in entry.items() if key.startswith("drt_")}
     phases = []
     for index, (phase, row) in enumerate(zip(plan.phases, rows, strict=True)):
-        ranks = [form.rank for form in controller.forms(index).values() if form != Dense()]
+        ranks = [form.rank for form in controller.forms(index).values() if not isinstance(form, Dense)]
         phases.append(
             PhaseSummary(
                 kind=phase.kind,

@@ -58,7 +58,7 @@ class ModelWriter:
         Raises:
             CheckpointError: What has landed is not what was asked for.
         """
-        folder = folder if folder is not None else self._trainer.args.output_dir
+        folder = folder if folder is not None else str(self._trainer.args.output_dir)
         if self._inside:  # a method that calls its base's, or another one of these
             save(folder, self._converted(state))
             return

@@ -65,7 +65,7 @@ def made(
         value = DDPCommunicationHookType(value) if name.startswith("comm_") and isinstance(value, str) else value
         setattr(trainer.accelerator.ddp_handler, name, value)
     if not rebuild:
-        trainer._drt_callback.around_switch = contextlib.nullcontext
+        trainer._drt_around_switch = contextlib.nullcontext
     if gpu_fp16:
         trainer.accelerator.native_amp = True
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

@@ -108,7 +108,7 @@ def test_arguments_can_be_turned_off(tmp_path):
     arguments = DRTTrainingArguments(str(tmp_path), report_to=[], use_cpu=True, drt_schedule="paper", drt_rank=4)
     turn_off(arguments)
     assert DRTConfig.from_prefixed(arguments) == DRTConfig()
-    assert trainer(tmp_path, arguments=arguments)._drt_callback is None
+    assert trainer(tmp_path, arguments=arguments)._drt_settings is None
 
 
 # ---- with one

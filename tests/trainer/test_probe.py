@@ -133,13 +133,13 @@ class Watched(DRTTrainer):
     def outputs(self):
         self.model.eval()
         with torch.no_grad():
-            outputs = self.model(**{key: value[:1] for key, value in self._drt_probe.batch.items()})
+            outputs = self.model(**{key: value[:1] for key, value in self._drt_loop.seen.batch.items()})
         self.model.train()
         return outputs.start_logits
 
     @contextlib.contextmanager
     def _drt_around_switch(self):
-        if self._drt_probe.batch is None:
+        if self._drt_loop.seen.batch is None:
             with super()._drt_around_switch():
                 yield
             return
@@ -246,7 +246,7 @@ def test_batches_without_names(collate, tmp_path):
     trainer = Pairs(model=Ids(), args=args, train_dataset=tiny.dataset(), data_collator=collate)
     trainer.train()
     assert all(0 <= error < 1e-2 for error in errors_of(trainer))
-    assert trainer._drt_callback.meter.samples == 2 * 4  # of the last phase
+    assert trainer._drt_driver.meter.samples == 2 * 4  # of the last phase
 
 
 # ---- measuring changes nothing
@@ -290,7 +290,7 @@ def touched(folder, probe):
     np.random.seed(0)
     trainer = tiny.trainer(folder, Touchy(), **SHORT)
     if not probe:
-        trainer._drt_callback.probe = None
+        trainer._drt_loop.probe = None
     trainer.train()
     return trainer
 
