@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_drt.checkpoint import LASTING, check_plan, check_structure, declare, stored_plan, structure
 from hf_drt.config import DRTConfig
-from hf_drt.engines import gathered
+from hf_drt.engines import engine_of
 from hf_drt.forms import (
     AdapterLinear,
     Dense,
@@ -467,7 +467,8 @@ class DynamicRank:
     def effective_ranks(self) -> dict[str, float]:
         """Effective rank of every target layer, of fused experts their mean; factored ones from r x r matrices only.
         Collective under FSDP2."""
-        return {name: _effective_rank(gathered(self._layer(name))) for name in self.targets}
+        engine = engine_of(self.model)
+        return {name: _effective_rank(engine.whole(self._layer(name))) for name in self.targets}
 
     def to_dense(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Bring every target layer back to its dense form: a plain model, that loads anywhere.

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from hf_drt.engines import unwrapped
 from hf_drt.forms import LowRankLinear, form_to_dict, weight_shape
 
 logger = logging.getLogger(__name__)
@@ -61,11 +61,11 @@ def _declare(model: nn.Module) -> None:
         model.__dict__.pop(_OWN, None)
     elif _method(model.config) in (None, METHOD):
         _own_configuration(model)
-        model.config.quantization_config = block
+        _config(model).quantization_config = block
         for submodel in _submodels(model):
             _keep_runtime_names(submodel)
             # transformers takes the dtype of attention from the first nn.Linear it finds, unless it reads this mark.
-            submodel.config._is_quantized = True
+            _config(submodel)._is_quantized = True
     else:
         logger.warning(
             "the model is quantized by '%s', and its configuration has no room for a second method: with low-rank "
@@ -88,7 +88,7 @@ def undeclared(model: nn.Module) -> Iterator[None]:
 def transformers_models(model: nn.Module) -> list[nn.Module]:
     """The outermost models of transformers in a model: itself, or those that a container holds."""
     found: dict[str, nn.Module] = {}
-    for name, module in _unwrapped(model).named_modules():
+    for name, module in unwrapped(model).named_modules():
         if _is_of_transformers(module) and not any(not other or name.startswith(f"{other}.") for other in found):
             found[name] = module
     return list(found.values())
@@ -111,13 +111,13 @@ def _own_configuration(model: nn.Module) -> None:
 
 def _withdraw(model: nn.Module) -> None:
     if _method(model.config) == METHOD:
-        del model.config.quantization_config
+        del _config(model).quantization_config
     for submodel in _submodels(model):
         kept = submodel.__dict__.pop(_KEPT, None)
         if kept is not None:
             submodel.__dict__.pop("_weight_conversions", None)
             submodel.__dict__.update(kept)
-            submodel.config.__dict__.pop("_is_quantized", None)
+            vars(_config(submodel)).pop("_is_quantized", None)
 
 
 def _keep_runtime_names(model: nn.Module) -> None:
@@ -126,6 +126,10 @@ def _keep_runtime_names(model: nn.Module) -> None:
     if _KEPT not in own:
         own[_KEPT] = {key: own[key] for key in ("_weight_conversions",) if key in own}
     own["_weight_conversions"] = []
+
+
+def _config(model: nn.Module) -> Any:
+    return model.config
 
 
 def _method(config: Any) -> str | None:
@@ -141,8 +145,3 @@ def _submodels(model: nn.Module) -> Iterator[nn.Module]:
 def _is_of_transformers(model: nn.Module) -> bool:
     # By its class: containers such as SentenceTransformer and GLiNER have save_pretrained and a configuration too.
     return any(f"{cls.__module__}.{cls.__qualname__}" == _MODEL for cls in type(model).__mro__)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    model = getattr(model, "_orig_mod", model)
-    return _unwrapped(model.module) if isinstance(model, DistributedDataParallel) else model

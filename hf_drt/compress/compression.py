@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from hf_drt.forms import (
     Factored,
     FactoredLinear,
     Form,
+    LayerShape,
     effective_weight,
     form_of,
     parameters_of,
@@ -27,7 +29,8 @@ from hf_drt.forms import (
 )
 from hf_drt.linalg import factored_singular_values, singular_values, truncation_error
 from hf_drt.planning import resolve_rank
-from hf_drt.targets import Swap, find_targets, replace
+from hf_drt.targets import find_targets
+from hf_drt.transition import exchange_layers
 
 
 @dataclass(frozen=True)
@@ -173,12 +176,8 @@ def compress(
         rank_multiple=rank_multiple, include=include, exclude=exclude, blocks=blocks, ignore_source=ignore_source,
     )  # fmt: skip
     before = _measured(model, evaluate)
-    modules = {layer.name: model.get_submodule(layer.name) for layer in plan.layers}
-    changes = {layer.name: layer.form for layer in plan.layers if form_of(modules[layer.name]) != layer.form}
-    conversions = {name: prepare(modules[name], form) for name, form in changes.items()}
-    replace(model, [Swap(name, modules[name], conversion.module) for name, conversion in conversions.items()])
-    for conversion in conversions.values():
-        conversion.commit()
+    changing = (layer for layer in plan.layers if form_of(model.get_submodule(layer.name)) != layer.form)
+    exchange_layers(model, {layer.name: (layer.form, partial(prepare, form=layer.form)) for layer in changing})
     declare(model)
     return with_fields(plan, loss=(before, _measured(model, evaluate))) if before is not None else plan
 
@@ -241,7 +240,7 @@ class _Layer:
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: LayerShape
     form: Form
     whole: Form
     values: Tensor
@@ -252,7 +251,7 @@ class _Layer:
 
     def error(self, form: Form) -> float:
         """Relative Frobenius error."""
-        return 0.0 if form == self.whole else truncation_error(self.values, form.rank)
+        return truncation_error(self.values, form.rank) if isinstance(form, Factored) and form != self.whole else 0.0
 
     def options(self, multiple: int) -> list[Form]:
         """The forms a budget may choose from, cost rising."""

@@ -1,19 +1,17 @@
 """Several processes: who holds what of a weight, and who decomposes it."""
 
-from hf_drt.engines.ddp import renewed_reducer
-from hf_drt.engines.decompose import Job, decompositions, raise_everywhere
-from hf_drt.engines.fsdp2 import full, gathered, group_of, is_sharded, reshard, sharded_like, splice
+from hf_drt.engines.decompose import Job, decompositions
+from hf_drt.engines.engine import Engine
+from hf_drt.engines.registry import ENGINES, engine_of, is_wrapper, unwrapped
+from hf_drt.engines.single import Single
 
 __all__ = [
+    "ENGINES",
+    "Engine",
     "Job",
+    "Single",
     "decompositions",
-    "full",
-    "gathered",
-    "group_of",
-    "is_sharded",
-    "raise_everywhere",
-    "renewed_reducer",
-    "reshard",
-    "sharded_like",
-    "splice",
+    "engine_of",
+    "is_wrapper",
+    "unwrapped",
 ]

@@ -3,10 +3,31 @@
 import contextlib
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.nn.parallel import DistributedDataParallel
+
+from hf_drt.engines.engine import uncompiled
+from hf_drt.engines.single import Single
+
+
+class DDP(Single):
+    """Every process holds the whole model, and a wrapper around it averages the gradients."""
+
+    help = "DistributedDataParallel: every process holds the whole model"
+
+    @classmethod
+    def manages(cls, model: nn.Module) -> bool:
+        return isinstance(model, DistributedDataParallel)
+
+    @classmethod
+    def inside(cls, module: nn.Module) -> nn.Module | None:
+        return module.module if isinstance(module, DistributedDataParallel) else None
+
+    def around_switch(self, options: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+        return renewed_reducer(cast(DistributedDataParallel, uncompiled(self.model)), options)
 
 
 @contextlib.contextmanager
@@ -31,7 +52,7 @@ def renewed_reducer(ddp: DistributedDataParallel, options: dict[str, Any]) -> It
     }
     module = ddp.module
     ddp.logger = None
-    ddp.reducer = None
+    ddp.reducer = None  # pyright: ignore[reportAttributeAccessIssue]  # until the constructor makes it anew
     yield  # if it fails here, it fails on all processes: nothing is built, and nothing waits
     allowed = inspect.signature(DistributedDataParallel.__init__).parameters
     DistributedDataParallel.__init__(ddp, module, **kept, **{k: v for k, v in options.items() if k in allowed})

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hf_drt.engines.fsdp2 import gathered
+from hf_drt.engines.engine import Engine
 from hf_drt.forms import Form, decompose, decomposition_shapes, weight_shape
 from hf_drt.linalg import working_dtype
 
@@ -35,7 +35,7 @@ def shares(costs: list[float], count: int) -> list[int]:
     return owner
 
 
-def decompositions(jobs: list[Job]) -> Iterator[tuple[Tensor, ...] | None]:
+def decompositions(engine: Engine, jobs: list[Job]) -> Iterator[tuple[Tensor, ...] | None]:
     """:func:`hf_drt.forms.decompose` of every job in turn, each done by one process and sent to all.
 
     All processes end with the same bits, whatever their hardware, and must take all results. On one process each is
@@ -46,22 +46,22 @@ def decompositions(jobs: list[Job]) -> Iterator[tuple[Tensor, ...] | None]:
             would wait for ever. The process itself raises what happened there, such as running out of memory.
     """
     if processes() == 1:
-        yield from (decompose(gathered(job.module), job.form) for job in jobs)
+        yield from (decompose(engine.whole(job.module), job.form) for job in jobs)
         return
     owners = shares([_cost(job) for job in jobs], processes())
     own: dict[int, tuple[Tensor, ...] | None] = {}
     error: Exception | None = None
-    for index, module in _in_rounds(jobs, owners):
+    for index, module in _in_rounds(engine, jobs, owners):
         try:
             own[index] = decompose(module, jobs[index].form)
         except Exception as failure:
             error = failure
-    raise_everywhere(error, jobs)
+    raise_everywhere(error, next(jobs[0].module.parameters()).device if jobs else torch.device("cpu"))
     for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
         yield _broadcast(job, owner, own.pop(index, None))
 
 
-def _in_rounds(jobs: list[Job], owners: list[int]) -> Iterator[tuple[int, nn.Module]]:
+def _in_rounds(engine: Engine, jobs: list[Job], owners: list[int]) -> Iterator[tuple[int, nn.Module]]:
     """This process's jobs, and their layers with whole weights. In each round, in which all processes gather together,
     every owner gets its next one."""
     queues = [[i for i, owner in enumerate(owners) if owner == process] for process in range(processes())]
@@ -70,7 +70,7 @@ def _in_rounds(jobs: list[Job], owners: list[int]) -> Iterator[tuple[int, nn.Mod
         for index in sorted(i for i in positions if i is not None):
             if decomposition_shapes(jobs[index].module, jobs[index].form) is None:
                 continue
-            whole = gathered(jobs[index].module)
+            whole = engine.whole(jobs[index].module)
             if owners[index] == dist.get_rank():
                 mine = (index, whole)
             del whole
@@ -83,9 +83,12 @@ def _cost(job: Job) -> float:
     return float(out * into * min(out, into))
 
 
-def raise_everywhere(error: Exception | None, jobs: list[Job]) -> None:
-    """Raise on all processes what one of them has found. Collective."""
-    device = next(jobs[0].module.parameters()).device if jobs else torch.device("cpu")
+def raise_everywhere(error: Exception | None, device: torch.device) -> None:
+    """Raise on all processes what one of them has found. Collective.
+
+    Args:
+        device: Of the model's parameters, over which the processes talk.
+    """
     failed = torch.tensor([float(error is not None)], device=device)
     dist.all_reduce(failed, op=dist.ReduceOp.MAX)
     if error is not None:

@@ -8,8 +8,10 @@ The only file that touches FSDP2's private parts, named in :data:`SEAMS`. Every 
 be called by all processes in the same order.
 """
 
+import contextlib
 import copy
-from typing import Any
+from collections import defaultdict
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from hf_drt.engines.decompose import raise_everywhere
+from hf_drt.engines.engine import Engine
+from hf_drt.engines.registry import ENGINES
 
 # Private attributes and parameters that the code below relies on; tests/distributed/test_fsdp.py fails first if torch
 # moves one.
@@ -31,16 +37,111 @@ SEAMS: dict[Any, tuple[str, ...]] = {
 _HOOKS = ("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 manages the model, or parts of it."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+class FSDP2(Engine):
+    """A process holds a part of each parameter; a block gathers its own for as long as it computes."""
+
+    help = "FSDP2, by torch.distributed.fsdp.fully_shard: a process holds a part of each parameter"
+    sharded = True
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self._managed: dict[int, _Managed] = {}  # by layer's id, until it is replaced
+        self._changed: dict[int, FSDPParamGroup] = {}
+        self._place: dict[int, int] = {}  # in each group, where the last layer was found: the next one follows
+
+    @classmethod
+    def manages(cls, model: nn.Module) -> bool:
+        return any(isinstance(module, FSDPModule) for module in model.modules())
+
+    @classmethod
+    def inside(cls, module: nn.Module) -> nn.Module | None:
+        """None: it changes a block's class, and puts nothing around it."""
+        return None
+
+    def held(self, tensor: Tensor) -> Tensor:
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def full(self, value: Any) -> Any:
+        return full(value)
+
+    def whole(self, layer: nn.Module) -> nn.Module:
+        return gathered(layer)
+
+    def like(self, value: Any, weight: Tensor) -> Any:
+        return sharded_like(value, weight)
+
+    def agree(self, error: Exception | None) -> None:
+        """Another process holds other values, and finds other faults."""
+        raise_everywhere(error, next(self.model.parameters()).device)
+
+    def admit(self, layers: list[nn.Module]) -> None:
+        """Let go of whole weights that groups keep after a forward pass without a backward pass, and look up who
+        manages the layers.
+
+        Raises:
+            ValueError: No group, or more than one, manages a layer, or it shares a parameter with another.
+        """
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        found = _managed_by_layer(self.model)
+        self._managed = {id(layer): _only(layer, found.get(id(layer), [])) for layer in layers}
+
+    @torch.no_grad()
+    def install(self, old: nn.Module, plain: nn.Module, new: nn.Module) -> None:
+        """Shard the parameters of ``new`` and give them the places that those of ``old`` have in their group."""
+        group, mine = self._managed.pop(id(old))
+        by_plain = {id(plain._parameters[p._module_info.param_name]): p for p in mine}
+        fresh = []
+        for name, value in new._parameters.items():
+            if value is not None:
+                kept = by_plain.pop(id(value), None)
+                managed = (
+                    _new_param(value, new, name, mine[0], group) if kept is None else _moved(kept, value, new, name)
+                )
+                new._parameters[name] = managed.sharded_param
+                fresh.append(managed)
+        for dropped in by_plain.values():
+            dropped._post_load_hook_handle.remove()
+        self._put(group, mine, fresh)
+        new._is_fsdp_managed_module = old._is_fsdp_managed_module
+        new._fsdp_use_orig_params = old._fsdp_use_orig_params
+
+    def _put(self, group: FSDPParamGroup, old: list[FSDPParam], new: list[FSDPParam]) -> None:
+        """Exchange parameters in a group, which lists those of a module one after the other."""
+        params, first = group.fsdp_params, self._place.get(id(group), 0)
+        follows = first < len(params) and params[first] is old[0]
+        place = first if follows else params.index(old[0])
+        params[place : place + len(old)] = new
+        self._place[id(group)] = place + len(new)
+        self._changed[id(group)] = group
+
+    def settle(self) -> None:
+        """Tell the groups what they have."""
+        for group in self._changed.values():
+            _refresh(group)
+        self._changed = {}
+
+    def around_switch(self, options: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+ENGINES.add("fsdp2", FSDP2)
+
+
+class _Managed(NamedTuple):
+    """The parameters of one layer, and the group that manages them."""
+
+    group: FSDPParamGroup
+    params: list[FSDPParam]
 
 
 def full(value: Any) -> Any:
     """The whole of a sharded tensor, sharing no memory with its shard; anything else as it is. Collective."""
     if not isinstance(value, DTensor):
         return value
-    whole = value.detach().full_tensor()
+    with torch.no_grad():
+        whole = value.full_tensor()
     aliases = whole.untyped_storage().data_ptr() == value.to_local().untyped_storage().data_ptr()
     return whole.clone() if aliases else whole
 
@@ -66,57 +167,21 @@ def gathered(module: nn.Module) -> nn.Module:
     return plain
 
 
-def reshard(model: nn.Module) -> None:
-    """Let go of whole weights that groups keep after a forward pass without a backward pass."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-@torch.no_grad()
-def splice(model: nn.Module, old: nn.Module, plain: nn.Module, new: nn.Module) -> None:
-    """Shard the parameters of ``new`` and give them the places that those of ``old`` have in their group.
-
-    Args:
-        model: The sharded model, which holds ``old``.
-        old: The sharded layer.
-        plain: ``gathered(old)``, from which ``new`` was made.
-        new: The new layer, with whole parameters. Those it has taken over from ``plain`` (bias; W as an adapter's base)
-            become the old layer's own Parameter objects, so that their optimizer state needs no code.
-
-    Raises:
-        ValueError: No group, or more than one, manages the old layer, or it shares a parameter with another.
-    """
-    group = group_of(model, old)
-    mine = [p for p in group.fsdp_params if p._module_info.module is old]
-    by_plain = {id(plain._parameters[p._module_info.param_name]): p for p in mine}
-    place = group.fsdp_params.index(mine[0])
-    fresh = []
-    for name, value in new._parameters.items():
-        if value is not None:
-            kept = by_plain.pop(id(value), None)
-            managed = _new_param(value, new, name, mine[0], group) if kept is None else _moved(kept, value, new, name)
-            new._parameters[name] = managed.sharded_param
-            fresh.append(managed)
-    for dropped in by_plain.values():
-        dropped._post_load_hook_handle.remove()
-    rest = [p for p in group.fsdp_params if p not in mine]
-    group.fsdp_params = rest[:place] + fresh + rest[place:]
-    _refresh(group)
-    new._is_fsdp_managed_module = old._is_fsdp_managed_module
-    new._fsdp_use_orig_params = old._fsdp_use_orig_params
-
-
-def group_of(model: nn.Module, layer: nn.Module) -> FSDPParamGroup:
-    """The one group that manages a layer's parameters.
-
-    Raises:
-        ValueError: None or several do, or the layer shares a parameter with another.
-    """
+def _managed_by_layer(model: nn.Module) -> dict[int, list[_Managed]]:
+    """What every group manages of a layer, by the layer's id."""
     states = (module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule))
     groups = {id(group): group for state in states for group in state._fsdp_param_groups}
-    found = [g for g in groups.values() if any(p._module_info.module is layer for p in g.fsdp_params)]
-    shared = any(p._module_info.shared_modules for g in found for p in g.fsdp_params if p._module_info.module is layer)
+    found: dict[int, dict[int, _Managed]] = defaultdict(dict)
+    for group in groups.values():
+        for p in group.fsdp_params:
+            layer = id(p._module_info.module)
+            found[layer].setdefault(id(group), _Managed(group, [])).params.append(p)
+    return {layer: list(by_group.values()) for layer, by_group in found.items()}
+
+
+def _only(layer: nn.Module, found: list[_Managed]) -> _Managed:
+    """The one group that manages a layer's parameters."""
+    shared = any(p._module_info.shared_modules for managed in found for p in managed.params)
     if len(found) != 1 or shared:
         raise ValueError(
             f"a {type(layer).__name__} of a model under FSDP2 is managed by {len(found)} of its groups"

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hf_drt.checkpoint import CheckpointError, undeclared
-from hf_drt.engines import is_sharded
+from hf_drt.engines import engine_of
 from hf_drt.export.exporter import Exporter, Saving, State
 from hf_drt.export.merge import dense_state_dict, dense_weight, low_rank_layers, merge_errors, presented
 from hf_drt.export.written import Written
@@ -42,7 +42,7 @@ class DenseExporter(Exporter):
         check_no_factors(written, model)
         name, layer = next(low_rank_layers(model))
         found = written.find(layer.dense_key(name))
-        if found is None or is_sharded(model):  # under an architecture's published name, or in a file of many layers
+        if found is None or engine_of(model).sharded:  # under a published name, or in a file of many layers
             return
         stored, expected = written.load(found), dense_weight(layer).cpu()
         if stored.dtype == expected.dtype and not torch.equal(stored, expected):

@@ -22,7 +22,7 @@ from hf_drt.forms.modules import (
     trainable_weights,
     weight_shape,
 )
-from hf_drt.forms.plain import odd_tensors, own_behaviour
+from hf_drt.forms.plain import accept, odd_tensors, own_behaviour
 from hf_drt.forms.products import KernelProduct, Product, Source, TwoFactors, product_table, tensor_names
 from hf_drt.forms.specs import (
     Adapter,
@@ -71,6 +71,7 @@ __all__ = [
     "Source",
     "StackWeight",
     "TwoFactors",
+    "accept",
     "attach",
     "check",
     "check_rank",

@@ -5,6 +5,7 @@ What else an instance does (a forward pass or a hook of its own) belongs to that
 """
 
 import inspect
+from collections.abc import Iterable
 from types import MethodType
 
 from torch import Tensor, nn
@@ -20,11 +21,9 @@ _PLAIN = {
     "transformers.models.falcon.modeling_falcon.FalconLinear",  # x @ W.T + b, written out
 }
 _OURS = "hf_drt.forms."
-_TENSORS = {
-    "torch.nn.parameter.Parameter",
-    "torch.distributed.tensor.DTensor",
-    "torch._subclasses.fake_tensor.FakeTensor",
-}
+# Engines add what they make of parameters, and the hooks by which they keep a layer's state dict: see accept().
+_TENSORS = {"torch.nn.parameter.Parameter", "torch._subclasses.fake_tensor.FakeTensor"}
+_STATE_HOOKS: set[str] = set()
 _HOOKS = {
     "_forward_hooks": "forward",
     "_forward_pre_hooks": "forward pre",
@@ -35,9 +34,6 @@ _HOOKS = {
     "_load_state_dict_pre_hooks": "load state dict pre",
     "_load_state_dict_post_hooks": "load state dict post",
 }
-# FSDP2 keeps the state dict of the layers that it manages by hooks, which it, and hf_drt.engines.fsdp2, set anew on
-# others.
-_OF_FSDP = ("torch.distributed.fsdp.", "hf_drt.engines.fsdp2")
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 # What a class may define for itself without its layers computing, loading or saving anything else.
 _HARMLESS = {
@@ -45,6 +41,17 @@ _HARMLESS = {
     "__eq__", "__dict__", "__weakref__", "__doc__", "__module__", "__annotations__", "__annotate__",
     "__annotate_func__", "__init_subclass__", "__subclasshook__", "__class_getitem__",
 }  # fmt: skip
+
+
+def accept(tensors: Iterable[str] = (), hooks: Iterable[str] = ()) -> None:
+    """What an engine does to every layer that it trains is no behaviour of the layer's own.
+
+    Args:
+        tensors: Qualified names of the classes of its parameters.
+        hooks: Beginnings of the names of modules whose state-dict hooks the engine sets anew on a new layer.
+    """
+    _TENSORS.update(tensors)
+    _STATE_HOOKS.update(hooks)
 
 
 def own_behaviour(module: nn.Module) -> str | None:
@@ -109,14 +116,14 @@ def _more_members(module: nn.Module) -> str | None:
 def _hooked(module: nn.Module) -> str | None:
     for attribute, kind in _HOOKS.items():
         hooks = (getattr(module, attribute, None) or {}).values()
-        if any("state" not in kind or not _of_fsdp(hook) for hook in hooks):
+        if any("state" not in kind or not _of_engine(hook) for hook in hooks):
             return f"hooked ({kind})"
     weights = (weight for name, weight in module._parameters.items() if name != "bias" and weight is not None)
     return "hooked weight" if any(map(_has_hooks, weights)) else None
 
 
-def _of_fsdp(hook: object) -> bool:
-    return (getattr(hook, "__module__", None) or "").startswith(_OF_FSDP)
+def _of_engine(hook: object) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith(tuple(_STATE_HOOKS))
 
 
 def _has_hooks(weight: Tensor) -> bool:

@@ -4,6 +4,7 @@ from hf_drt.optim.carry import carry_groups, carry_moments, put_states, remember
 from hf_drt.optim.groups import add_form_groups, form_group_options, locate
 from hf_drt.optim.install import install, staged
 from hf_drt.optim.moments import OPTIMIZERS, moment_keys, qualified_name
+from hf_drt.optim.outline import stand_ins
 from hf_drt.optim.owners import Owner, optimizer_made_in, owners
 from hf_drt.optim.rates import check_rate, has_own_rate
 from hf_drt.optim.step import StepRules, frobenius_decay_, rewarmup_factor
@@ -29,6 +30,7 @@ __all__ = [
     "remembered",
     "rewarmup_factor",
     "staged",
+    "stand_ins",
     "take_states",
     "unwrap",
 ]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from hf_drt.engines import full, sharded_like
+from hf_drt.engines import Engine, Single
 from hf_drt.forms import trainable_weights
 from hf_drt.optim.groups import spliced_groups
 from hf_drt.optim.moments import State, moment_keys, project
@@ -88,32 +88,35 @@ def carry_moments(optimizer: torch.optim.Optimizer, old: nn.Module, new: nn.Modu
         old, new: The layer before and after; the low-rank weights of both must have their values.
         policy: 'project' carries the moments over (:mod:`hf_drt.optim.moments`), 'reset' starts anew.
     """
-    put_states(optimizer, new, take_states(optimizer, old, new, policy))
+    engine = Single(new)
+    put_states(optimizer, new, take_states(optimizer, old, new, policy, engine, old), engine)
 
 
 @torch.no_grad()
 def take_states(
-    optimizer: torch.optim.Optimizer, old: nn.Module, new: nn.Module, policy: str, whole: nn.Module | None = None
+    optimizer: torch.optim.Optimizer, old: nn.Module, new: nn.Module, policy: str, engine: Engine, whole: nn.Module
 ) -> list[State]:
-    """First half of :func:`carry_moments`: drop the old weights' state, and return the new ones'.
+    """First half of :func:`carry_moments`: drop the old weights' state, and return the new ones'. Collective where the
+    engine is.
 
     Args:
-        whole: The old layer with whole weights, where ``old`` is sharded and ``new`` is not yet; then collective.
+        engine: Holds ``old`` and its state, not ``new`` yet.
+        whole: The old layer with whole weights.
     """
     optimizer = unwrap(optimizer)
     states = [optimizer.state.pop(weight, {}) for weight in trainable_weights(old)]
     if policy == "reset":
         return [{} for _ in trainable_weights(new)]
-    states = [{key: full(value) for key, value in state.items()} for state in states]
-    return project(whole if whole is not None else old, new, states, moment_keys(optimizer))
+    states = [{key: engine.full(value) for key, value in state.items()} for state in states]
+    return project(whole, new, states, moment_keys(optimizer))
 
 
-def put_states(optimizer: torch.optim.Optimizer, new: nn.Module, states: list[State]) -> None:
-    """Second half of :func:`carry_moments`, in the way in which the new weights are sharded, if they are."""
+def put_states(optimizer: torch.optim.Optimizer, new: nn.Module, states: list[State], engine: Engine) -> None:
+    """Second half of :func:`carry_moments`, laid out as the engine holds the new weights."""
     optimizer = unwrap(optimizer)
     for weight, state in zip(trainable_weights(new), states, strict=True):
         if state:
-            optimizer.state[weight] = {key: sharded_like(value, weight) for key, value in state.items()}
+            optimizer.state[weight] = {key: engine.like(value, weight) for key, value in state.items()}
 
 
 def remembered(optimizer: torch.optim.Optimizer) -> Callable[[], None]:

@@ -3,11 +3,12 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_drt.engines import full
+from hf_drt.engines import engine_of
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,14 @@ def evidence_of_training(model: nn.Module) -> Evidence:
     Layers that the model's own initialisation draws at random (EfficientNet's) show nothing, nor does a model without
     such layers, or one whose training left them alone. Collective where FSDP2 has sharded the model.
     """
-    looked = 0
+    looked, engine = 0, engine_of(model)
     for prefix, module, name, tensor in _telling(model):
         looked += 1
-        if not tensor.is_meta and _has_moved(name, tensor) and not _begins_random(model, prefix, module, name):
+        if (
+            not tensor.is_meta
+            and _has_moved(name, engine.full(tensor))
+            and not _begins_random(model, prefix, module, name)
+        ):
             seen = f"is {int(tensor)}" if tensor.ndim == 0 else "is not constant, as it is at initialisation"
             return Evidence(f"{prefix}.{name} {seen}".lstrip("."), looked)
     return Evidence(None, looked)
@@ -50,8 +55,7 @@ def _telling(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
                 yield prefix, module, name, tensor
 
 
-def _has_moved(name: str, tensor: Tensor) -> bool:
-    values = full(tensor)
+def _has_moved(name: str, values: Tensor) -> bool:
     return bool(values > 0) if name == "num_batches_tracked" else bool((values != values[0]).any())
 
 
@@ -59,7 +63,7 @@ def _begins_random(model: nn.Module, prefix: str, module: nn.Module, name: str) 
     """Whether the initialisation of the part of the model that holds a layer leaves it other than constant."""
     parts = prefix.split(".")
     owners = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts), -1, -1))
-    initialise = next((owner._init_weights for owner in owners if hasattr(owner, "_init_weights")), None)
+    initialise: Any = next((owner._init_weights for owner in owners if hasattr(owner, "_init_weights")), None)
     if initialise is None:
         return False
     fresh = copy.copy(module)  # a small layer of its own, all zeros: what is not initialised stays so

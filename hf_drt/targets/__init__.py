@@ -2,9 +2,10 @@
 
 from hf_drt.targets.experts import copies
 from hf_drt.targets.selection import Selection, find_targets, is_layer
-from hf_drt.targets.surgery import Swap, replace
+from hf_drt.targets.surgery import Places, Swap, replace
 
 __all__ = [
+    "Places",
     "Selection",
     "Swap",
     "copies",

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+
+from hf_drt.engines import is_wrapper
 
 _REGISTERED = ("_modules", "_parameters", "_buffers")
 _COLLECTIONS = (list, tuple, set, frozenset, deque)
@@ -27,7 +28,7 @@ def held_elsewhere(model: nn.Module) -> set[int]:
     tree = {id(module) for module in model.modules()}
     found: set[int] = set()
     for module in model.modules():
-        if isinstance(module, DistributedDataParallel):  # lists all parameters, and gets the new ones at a switch
+        if is_wrapper(module):  # may list all parameters, and gets the new ones at a switch
             continue
         own = {id(module), *map(id, module._parameters.values())}
         found |= _reached([v for key, v in vars(module).items() if key not in _REGISTERED], tree) - own

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_drt.controller import DynamicRank
-from hf_drt.engines import is_sharded
+from hf_drt.engines import engine_of
 from hf_drt.export import low_rank_layers, merge_errors
 from hf_drt.forms import FactoredLinear
 
@@ -40,7 +40,7 @@ def may_become_dense(model: nn.Module) -> bool:
     In half precision an adapter's update may be lost to rounding, and factors take less memory than what they make up.
     A sharded model stays as it is, since no process could save it by itself.
     """
-    if is_sharded(model):
+    if engine_of(model).sharded:
         return False
     name, worst = max(merge_errors(model).items(), key=lambda entry: entry[1], default=("", 0.0))
     if worst > 0.1:

@@ -29,14 +29,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_drt.checkpoint import STATE_NAME, CheckpointError, read_state
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
-from hf_drt.engines import is_sharded, renewed_reducer
+from hf_drt.engines import engine_of
 from hf_drt.export import check_export
 from hf_drt.optim import form_group_options
 from hf_drt.planning import refuse_without_schedule, resolution
@@ -214,7 +213,7 @@ class DRTTrainerMixin(PublishingMixin):
             self._drt_restore_before_sharding(folder, controller)
         else:
             self._drt_restore(folder, controller)
-        if self.is_fsdp_enabled and self.args.mixed_precision != "no" and not is_sharded(self.model):
+        if self.is_fsdp_enabled and self.args.mixed_precision != "no" and not engine_of(self.model).sharded:
             upcast_bases(self.model)
 
     def _drt_restore_before_sharding(self, folder: str, controller: DynamicRank) -> None:
@@ -260,11 +259,8 @@ class DRTTrainerMixin(PublishingMixin):
     @contextlib.contextmanager
     def _drt_around_switch(self) -> Iterator[None]:
         """After the block, in which the model changes form, distributed engine and compiler see the new parameters."""
-        wrapped = getattr(self.model_wrapped, "_orig_mod", self.model_wrapped)
-        with contextlib.ExitStack() as stack:
-            if isinstance(wrapped, DistributedDataParallel):
-                handler = self.accelerator.ddp_handler
-                stack.enter_context(renewed_reducer(wrapped, handler.to_kwargs() if handler is not None else {}))
+        handler = self.accelerator.ddp_handler
+        with engine_of(self.model_wrapped).around_switch(handler.to_kwargs() if handler is not None else {}):
             yield
         if self.args.torch_compile:
             # Graphs of old structures count against dynamo's recompile limit, past which it runs eagerly in silence.

@@ -11,7 +11,7 @@ import torch
 
 from hf_drt.checkpoint import CheckpointError
 from hf_drt.controller import DynamicRank
-from hf_drt.engines import is_sharded
+from hf_drt.engines import engine_of
 from hf_drt.optim import remembered
 from hf_drt.trainer.aside import kept_attributes
 
@@ -24,7 +24,7 @@ def as_it_was_on_failure(trainer: Any, controller: DynamicRank) -> Iterator[None
     The old layers live until the end of the block. Where nothing but a first phase is put in force that costs nothing:
     a change of form keeps them until its low-rank parts are made, and there is no optimizer state yet.
     """
-    if is_sharded(controller.model):
+    if engine_of(controller.model).sharded:
         yield
         return
     layers = controller.remembered()
@@ -33,7 +33,7 @@ def as_it_was_on_failure(trainer: Any, controller: DynamicRank) -> Iterator[None
     try:
         yield
     except BaseException:
-        if not is_sharded(controller.model):
+        if not engine_of(controller.model).sharded:
             attributes()
             layers()
             if optimizer is not None:
@@ -50,7 +50,7 @@ def loaded_in_full(controller: DynamicRank, folder: str) -> Iterator[None]:
         CheckpointError: Some have.
     """
     yield
-    if is_sharded(controller.model):
+    if engine_of(controller.model).sharded:
         return
     parameters = controller.model.named_parameters()
     ours = ((name, p) for name, p in parameters if name.startswith(tuple(controller.targets)))

@@ -1,29 +1,18 @@
-"""A change of form of many layers: prepared as a whole, then put in force layer by layer.
+"""A change of form of many layers, by name: decided and checked here, made by :mod:`hf_drt.transition.exchange`."""
 
-All that can fail, but for want of memory or a process that dies, comes first, so that a failure leaves model and
-optimizer as they were. What is prepared is of low rank; weights of full size are formed one at a time, each in the
-place of what it is made of. So the peak of memory is that of the larger of the two phases, plus one layer. A failure in
-this second part cannot be undone, since what the weights were made of is gone: it is a :class:`HalfwayError`.
-"""
-
-import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
 
-from hf_drt.engines import Job, decompositions, gathered, group_of, is_sharded, raise_everywhere, reshard, splice
+from hf_drt.engines import Engine, Job, decompositions, engine_of
 from hf_drt.forms import Conversion, Form, check, empty_like, layer_of, odd_tensors, own_behaviour, prepare
-from hf_drt.optim import carry_groups, carry_moments, put_states, take_states
-from hf_drt.targets import Swap, replace
+from hf_drt.transition.exchange import Change, Outcome, exchange, exchange_layers
 
 logger = logging.getLogger(__name__)
-
-
-class HalfwayError(RuntimeError):
-    """A change of form has failed after the first layer had changed: the model is of no use any more."""
 
 
 @dataclass(frozen=True)
@@ -57,24 +46,6 @@ class Transition:
         return max(self.errors.values(), default=0.0)
 
 
-@dataclass
-class Outcome:
-    """What a change of form did to the weights.
-
-    Attributes:
-        errors: Relative Frobenius error by truncation, by layer.
-        merge_error: Largest share of an update that rounding has cost (:class:`hf_drt.forms.Conversion`).
-    """
-
-    errors: dict[str, float] = field(default_factory=dict)
-    merge_error: float = 0.0
-
-    def add(self, name: str, conversion: Conversion) -> None:
-        """Count a layer in, after its commit."""
-        self.errors[name] = conversion.error
-        self.merge_error = max(self.merge_error, conversion.merge_error)
-
-
 def change_forms(
     model: nn.Module,
     forms: dict[str, Form],
@@ -97,8 +68,32 @@ def change_forms(
         HalfwayError: Memory has run out, or another process has died, halfway.
     """
     _look_at(model, forms)
-    change = _change_sharded if is_sharded(model) else _change
-    return change(model, forms, optimizer, moments, generator)
+    engine = engine_of(model)
+    return exchange(engine, _changes(engine, _checked(engine, forms), generator), optimizer, moments)
+
+
+def _checked(engine: Engine, forms: dict[str, Form]) -> dict[str, Job]:
+    """The layers and their new forms, if all can take them, on all processes. Collective where the engine is."""
+    jobs = {name: Job(layer_of(engine.model, name), form) for name, form in forms.items()}
+    engine.admit([job.module for job in jobs.values()])
+    engine.agree(next(filter(None, (_fault(engine, name, job) for name, job in jobs.items())), None))
+    return jobs
+
+
+def _fault(engine: Engine, name: str, job: Job) -> ValueError | None:
+    try:
+        check(job.module, job.form, engine.held)
+    except ValueError as error:
+        return ValueError(f"{name}: {error}")
+    return None
+
+
+def _changes(engine: Engine, jobs: dict[str, Job], generator: Callable[[str], torch.Generator]) -> Iterator[Change]:
+    """Every layer's change, whose decomposition is made as it is asked for. Collective where there are several
+    processes."""
+    for (name, job), parts in zip(jobs.items(), decompositions(engine, list(jobs.values())), strict=True):
+        make = partial(prepare, form=job.form, generator=generator(name), parts=parts)
+        yield Change(name, job.module, job.form, make)
 
 
 def _look_at(model: nn.Module, forms: dict[str, Form]) -> None:
@@ -120,39 +115,19 @@ def _look_at(model: nn.Module, forms: dict[str, Form]) -> None:
             )
 
 
-@contextlib.contextmanager
-def _no_way_back() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise HalfwayError(
-            f"the change of form failed halfway ({type(error).__name__}: {error}), and some layers have lost their "
-            "weights. Start a new process, and resume from the last checkpoint; where memory has run out, with smaller "
-            "batches or ranks."
-        ) from error
-
-
-def empty_forms(model: nn.Module, forms: dict[str, Form], optimizer: torch.optim.Optimizer | None = None) -> list[Swap]:
+def empty_forms(model: nn.Module, forms: dict[str, Form], optimizer: torch.optim.Optimizer | None = None) -> None:
     """Give layers a form whose values are nan until they are loaded; the optimizer, if any, gets the new parameters.
+    Collective for a sharded model.
 
-    Returns:
-        The swaps made; they keep the old weights alive. Collective for a sharded model.
+    Raises:
+        ValueError, HalfwayError: As in :func:`change_forms`.
     """
     _look_at(model, forms)
-    swaps = []
-    for name, form in forms.items():
-        old = layer_of(model, name)
-        plain = gathered(old)
-        swaps.append(Swap(name, old, _unset(empty_like(plain, form))))
-        if plain is not old:
-            splice(model, old, plain, swaps[-1].new)
-    place = carry_groups(optimizer, model, swaps) if optimizer is not None and swaps else None
-    replace(model, swaps)
-    if place is not None:
-        place()
-        for swap in swaps:
-            carry_moments(optimizer, swap.old, swap.new, "reset")
-    return swaps
+    exchange_layers(model, {name: (form, partial(_emptied, form)) for name, form in forms.items()}, optimizer)
+
+
+def _emptied(form: Form, layer: nn.Module) -> Conversion:
+    return Conversion(_unset(empty_like(layer, form)), 0.0)
 
 
 def _unset(layer: nn.Module) -> nn.Module:
@@ -162,90 +137,3 @@ def _unset(layer: nn.Module) -> nn.Module:
             if name != "bias":
                 parameter.fill_(torch.nan)
     return layer
-
-
-def _change(
-    model: nn.Module,
-    forms: dict[str, Form],
-    optimizer: torch.optim.Optimizer | None,
-    moments: str,
-    generator: Callable[[str], torch.Generator],
-) -> Outcome:
-    conversions = list(_prepared(model, forms, generator))
-    swaps = [Swap(name, layer_of(model, name), c.module) for name, c in zip(forms, conversions, strict=True)]
-    place = carry_groups(optimizer, model, swaps) if optimizer is not None else None
-    outcome = Outcome()
-    with _no_way_back():
-        replace(model, swaps)
-        if place is not None:
-            place()
-        while swaps:  # popped, so that each old layer is free before the next new weight is formed
-            swap, conversion = swaps.pop(0), conversions.pop(0)
-            if optimizer is not None:
-                carry_moments(optimizer, swap.old, swap.new, moments)
-            conversion.commit()
-            outcome.add(swap.name, conversion)
-    return outcome
-
-
-def _prepared(
-    model: nn.Module, forms: dict[str, Form], generator: Callable[[str], torch.Generator]
-) -> Iterator[Conversion]:
-    jobs = {name: Job(layer_of(model, name), form) for name, form in forms.items()}
-    _check(jobs)
-    for (name, job), parts in zip(jobs.items(), decompositions(list(jobs.values())), strict=True):
-        yield prepare(job.module, job.form, generator(name), parts)
-
-
-def _change_sharded(
-    model: nn.Module,
-    forms: dict[str, Form],
-    optimizer: torch.optim.Optimizer | None,
-    moments: str,
-    generator: Callable[[str], torch.Generator],
-) -> Outcome:
-    """The same under FSDP2, where a process has room for the whole weights of one layer only. Collective."""
-    reshard(model)
-    jobs = {name: Job(layer_of(model, name), form) for name, form in forms.items()}
-    _check_everywhere(jobs)
-    for job in jobs.values():
-        group_of(model, job.module)
-    if optimizer is not None:
-        carry_groups(optimizer, model, [Swap(name, job.module, job.module) for name, job in jobs.items()])
-    parts = list(decompositions(list(jobs.values())))
-    outcome = Outcome()
-    with _no_way_back():
-        while jobs:
-            name = next(iter(jobs))
-            old, form = jobs[name].module, jobs.pop(name).form
-            plain = gathered(old)
-            conversion = prepare(plain, form, generator(name), parts.pop(0))
-            new = conversion.module
-            states = take_states(optimizer, old, new, moments, plain) if optimizer is not None else []
-            conversion.commit()
-            splice(model, old, plain, new)
-            swap = Swap(name, old, new)
-            place = carry_groups(optimizer, model, [swap]) if optimizer is not None else None
-            replace(model, [swap])
-            if place is not None:
-                place()
-                put_states(optimizer, new, states)
-            outcome.add(name, conversion)
-    return outcome
-
-
-def _check(jobs: dict[str, Job]) -> None:
-    for name, job in jobs.items():
-        try:
-            check(job.module, job.form)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-
-
-def _check_everywhere(jobs: dict[str, Job]) -> None:
-    error = None
-    try:
-        _check(jobs)
-    except ValueError as failure:
-        error = failure
-    raise_everywhere(error, list(jobs.values()))

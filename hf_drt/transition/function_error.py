@@ -26,11 +26,12 @@ class FunctionError:
 
     def measure(self) -> float | None:
         """max |difference|, or None."""
-        return None if self._before is None else _guarded(self._compare)
+        probe, before = self._probe, self._before
+        return None if probe is None or before is None else _guarded(lambda: _compared(before, probe()))
 
-    def _compare(self) -> float | None:
-        after = self._probe()
-        return None if after is None else largest_difference(self._before, after)
+
+def _compared(before: Tensor, after: Tensor | None) -> float | None:
+    return None if after is None else largest_difference(before, after)
 
 
 def largest_difference(before: Tensor, after: Tensor) -> float:

@@ -26,7 +26,7 @@ def run(folder: Path, processes: int, settings: dict) -> tuple[dict, list[dict[s
 
 @pytest.mark.parametrize("parts", ["FSDPParam", "ParamModuleInfo", "FSDPParamGroup"])
 def test_the_private_parts_of_fsdp2_are_where_they_were(parts):
-    """If this fails, torch has moved what hf_drt/sharding.py stands on."""
+    """If this fails, torch has moved what hf_drt/engines/fsdp2.py stands on."""
     seam = next(seam for seam in SEAMS if seam.__qualname__.startswith(parts + ".") or seam.__qualname__ == parts)
     known = inspect.signature(seam).parameters if not inspect.isclass(seam) else {}
     for name in SEAMS[seam]:

@@ -11,8 +11,8 @@ import tiny
 from test_resume import assert_equal_runs
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-import hf_drt.transition.change
 from hf_drt import DRTCallback, DRTTrainer
+from hf_drt.targets import Places
 
 SAVING = {"save_strategy": "steps", "save_steps": 5}
 FIRST_IS_BEST = {
@@ -95,14 +95,14 @@ def test_a_jit_checkpoint_goes_on_bitwise_whenever_the_signal_comes(straight, tm
 def test_a_jit_checkpoint_asked_for_in_the_middle_of_a_switch_goes_on_bitwise(straight, tmp_path, monkeypatch):
     """Between the model, which has its new layers, and the optimizer, which has not."""
     trainer = tiny.trainer(tmp_path, enable_jit_checkpoint=True)
-    replace = hf_drt.transition.change.replace
+    put = Places.put
 
-    def replace_and_terminate(*args):
-        replace(*args)
+    def put_and_terminate(*args):
+        put(*args)
         if trainer.state.global_step == 16:
             terminate()
 
-    monkeypatch.setattr(hf_drt.transition.change, "replace", replace_and_terminate)
+    monkeypatch.setattr(Places, "put", put_and_terminate)
     trainer.train()
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-17"]
@@ -183,6 +183,7 @@ torch.set_num_threads(1)
 from transformers import TrainerCallback
 import hf_drt.controller as controller
 import hf_drt.transition.change as transition
+from hf_drt.targets import Places
 folder, place, step = sys.argv[1], sys.argv[2], int(sys.argv[3])
 trainer = tiny.trainer(folder, save_strategy="steps", save_steps=5)
 
@@ -211,9 +212,9 @@ match place:
     case "between two layers":
         transition.prepare = ends(transition.prepare, calls=5)
     case "before the model":
-        transition.replace = ends(transition.replace, after=False)
+        Places.put = ends(Places.put, after=False)
     case "between model and optimizer":
-        transition.replace = ends(transition.replace)
+        Places.put = ends(Places.put)
     case "after the optimizer":
         apply = controller.DynamicRank.apply
         controller.DynamicRank.apply = ends(apply)

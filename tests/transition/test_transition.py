@@ -8,7 +8,7 @@ import torch
 
 from hf_drt import DRTConfig, DynamicRank
 from hf_drt.forms import Adapter, Conversion, Dense, Factored, convert, prepare, trainable_weights
-from hf_drt.transition.change import HalfwayError
+from hf_drt.transition import HalfwayError
 
 
 @pytest.mark.parametrize("moments", ["reset", "project"])

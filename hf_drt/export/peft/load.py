@@ -5,6 +5,7 @@ import logging
 import math
 import os
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from hf_drt.export.peft.patterns import broken_by_sorting, layer_alpha, layer_ra
 from hf_drt.export.peft.variants import MERGE, VARIANTS, check_variants, without_unused
 from hf_drt.forms import Adapter, Conversion, LowRankLinear, form_of, layout_of, prepare, weight_shape
 from hf_drt.messages import some
-from hf_drt.targets import Swap, find_targets, replace
+from hf_drt.targets import find_targets
+from hf_drt.transition import exchange_layers
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +73,7 @@ def load_peft_adapter(
     _check_parameters(folder / CONFIG_NAME, config, model, pairs)
     layers = _layers(model, pairs, blocks=blocks, ignore_source=ignore_source)
     forms = _forms(folder / CONFIG_NAME, layers, pairs, config)
-    swaps, conversions = [], []
-    for name, layer in layers.items():
-        conversions.append(_conversion(layer, forms[name], *pairs[name]))
-        swaps.append(Swap(name, layer, conversions[-1].module))
-    replace(model, swaps)
-    for conversion in conversions:
-        conversion.commit()
+    exchange_layers(model, {name: (form, partial(_conversion, form, *pairs[name])) for name, form in forms.items()})
     declare(model)
     state = model.state_dict()
     for name, value in others.items():
@@ -220,10 +216,10 @@ def _form(name: str, key: str, A: Tensor, B: Tensor, layer: nn.Module, config: d
     return Adapter(rank, float(alpha) * math.sqrt(rank) if config.get("use_rslora") else float(alpha))
 
 
-def _conversion(layer: nn.Module, form: Adapter, A: Tensor, B: Tensor) -> Conversion:
+def _conversion(form: Adapter, A: Tensor, B: Tensor, layer: nn.Module) -> Conversion:
     conversion = prepare(layer, form)
     adapter = conversion.module
     with torch.no_grad():
-        adapter.lora_A.copy_(A)
-        adapter.lora_B.copy_(B)
+        adapter.get_parameter("lora_A").copy_(A)
+        adapter.get_parameter("lora_B").copy_(B)
     return conversion

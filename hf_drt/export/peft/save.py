@@ -10,9 +10,9 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from hf_drt.checkpoint import undeclared
+from hf_drt.engines import unwrapped
 from hf_drt.export.peft.files import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from hf_drt.forms import AdapterLinear, LowRankLinear, stack_count
 from hf_drt.messages import some
@@ -105,7 +105,7 @@ def check_adapters(model: nn.Module) -> dict[str, AdapterLinear]:
     Raises:
         ValueError: It cannot, as in :func:`save_peft_adapter`.
     """
-    if isinstance(model, (DistributedDataParallel, nn.DataParallel)) or hasattr(model, "_orig_mod"):
+    if isinstance(model, nn.DataParallel) or unwrapped(model) is not model:
         raise ValueError(
             f"{type(model).__name__} wraps the model, and its layers' names would not fit the base. Pass the model "
             "itself (model.module, model._orig_mod, or accelerator.unwrap_model(model))."
