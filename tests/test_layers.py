@@ -13,7 +13,7 @@ ALLOWED = {
     "messages":   set(),
     "renamed":    set(),
     "registry":   set(),
-    "config":     {"registry"},
+    "config":     {"registry", "schedule"},
     "schedule":   {"registry"},
     "linalg":     set(),
     "forms":      {"linalg", "registry"},

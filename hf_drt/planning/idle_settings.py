@@ -65,8 +65,7 @@ def usage_of(config: DRTConfig, schedule: Schedule, lowrank: str, targets: Shape
 
 def usage_of_plan(config: DRTConfig, plan: Plan, targets: Shapes, grows: bool, in_trainer: bool) -> Usage:
     """Of a resolved plan; ``config.schedule``, if there is one, is what it was made of."""
-    schedule = None if config.schedule is None else Schedule.parse(config.schedule)
-    return Usage(config, schedule, [(phase.kind, phase.rank) for phase in plan.phases], targets, grows, in_trainer)
+    return Usage(config, config.parsed, [(phase.kind, phase.rank) for phase in plan.phases], targets, grows, in_trainer)
 
 
 def refuse_without_schedule(config: DRTConfig) -> None:
@@ -104,19 +103,17 @@ def idle_settings(usage: Usage) -> Iterator[tuple[str, str]]:
 
 
 def settings_given(config: DRTConfig) -> list[str]:
-    """The fields that differ from their defaults, but for the schedule."""
-    default = DRTConfig(schedule=config.schedule, decomposition=config.decomposition)
-    names = [f.name for f in fields(config) if f.name not in ("schedule", "decomposition", "dense_query_key")]
-    given = [name for name in names if _value(config, name) != _value(default, name)]
-    given += ["decomposition"] if config.decomposition != DRTConfig.decomposition else []
-    # True or False may say what holds anyway, as 16 may in a configuration that was another schedule's before.
-    given += ["dense_query_key"] if config.keeps_query_key != default.keeps_query_key else []
+    """The fields, but for the schedule, whose value would be another if they were left out."""
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    left_out = {f.name: DRTConfig(**values | {f.name: f.default}) for f in fields(config) if f.name != "schedule"}
+    given = [name for name, other in left_out.items() if _value(config, name) != _value(other, name)]
+    # 16 may stand in a configuration that was another schedule's before.
     return [name for name in given if name != "adapter_alpha" or config.adapter_alpha != DRTConfig().adapter_alpha]
 
 
 def _value(config: DRTConfig, name: str) -> Any:
-    """A setting's value; an empty list or dict says as much as None."""
-    value = getattr(config, name)
+    """A setting's value; an empty list or dict says as much as None, and True or False may say what holds anyway."""
+    value = config.keeps_query_key if name == "dense_query_key" else getattr(config, name)
     return None if value in ([], (), {}) else value
 
 

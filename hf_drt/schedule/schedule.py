@@ -1,13 +1,14 @@
 """A schedule: what the user wrote, checked, with boundaries still in the user's units."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NoReturn
 
 from hf_drt.schedule.boundary import Boundary, Run
 from hf_drt.schedule.budget_step import budget_rank, budget_step, check_cost
 from hf_drt.schedule.plan import Phase, Plan, form_text
-from hf_drt.schedule.presets import expand
+from hf_drt.schedule.presets import Preset, expand, preset_of
 from hf_drt.schedule.trigger import Trigger
 
 KINDS = ("dense", "factored", "adapter", "lowrank")
@@ -62,10 +63,12 @@ class Schedule:
     """The phases as written. ``str()`` gives text that parses to an equal schedule.
 
     With a ``trigger`` full-rank windows are added to the one phase during the run (:mod:`hf_drt.schedule.windows`).
+    ``preset`` is what it was written as, if not phase by phase; the same phases are the same schedule.
     """
 
     entries: tuple[Entry, ...]
     trigger: Trigger | None = None
+    preset: Preset | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def parse(cls, text: str) -> "Schedule":
@@ -78,11 +81,12 @@ class Schedule:
         words = text.split()
         if not words:
             raise ValueError("the schedule is empty; write e.g. 'factored@0 dense@40% adapter@80%'.")
+        preset = preset_of(text) if "@" not in text else None
         if "@" not in text:
-            preset = expand(text) or _not_a_schedule(text)
-            if isinstance(preset, Trigger):
-                return cls((Entry.parse("lowrank@0"),), preset)
-            words = preset.split()
+            expanded = expand(text) or _not_a_schedule(text)
+            if isinstance(expanded, Trigger):
+                return cls((Entry.parse("lowrank@0"),), expanded, preset)
+            words = expanded.split()
         entries = tuple(map(Entry.parse, words))
         first = entries[0]
         if first.at.unit in ("share", "steps", "epochs", "budget") and first.at.value != 0:
@@ -95,12 +99,26 @@ class Schedule:
                 raise ValueError(f"'{before} {after}' is one dense phase; drop the second.")
         if sum(entry.at.unit == "budget" for entry in entries) > 1:
             raise ValueError(f"'{text}' has several boundaries at 'budget'; one budget decides one boundary.")
-        return cls(entries)
+        return cls(entries, preset=preset)
+
+    @property
+    def budget_chooses_rank(self) -> bool:
+        """Whether a rank is left to the budget."""
+        return any(entry.rank == "budget" for entry in self.entries)
 
     @property
     def uses_budget(self) -> bool:
         """Whether a rank, a boundary or the windows of the run depend on a budget."""
-        return self.trigger is not None or any(e.rank == "budget" or e.at.unit == "budget" for e in self.entries)
+        return self.trigger is not None or self.budget_chooses_rank or any(e.at.unit == "budget" for e in self.entries)
+
+    @property
+    def writes_lowrank(self) -> bool:
+        """Whether what the phases are depends on what 'lowrank' stands for."""
+        return any(entry.kind == "lowrank" for entry in self.entries)
+
+    def kinds(self, lowrank: str) -> set[str]:
+        """The forms of its phases, 'lowrank' being what it stands for."""
+        return {lowrank if entry.kind == "lowrank" else entry.kind for entry in self.entries}
 
     @property
     def uses_lr(self) -> bool:
@@ -147,7 +165,7 @@ class Schedule:
         return " ".join(map(str, self.entries)) if self.trigger is None else str(self.trigger)
 
 
-def _not_a_schedule(text: str) -> str:
+def _not_a_schedule(text: str) -> NoReturn:
     raise ValueError(
         f"'{text}' is no schedule; write phases as kind@boundary, e.g. 'factored@0 dense@40% adapter@80%', or a preset."
     )
