@@ -153,7 +153,7 @@ def _parsed(values: dict[str, Any], budget: float | None) -> tuple[DRTConfig, Sc
 def _resolved(schedule: Schedule, run: Run, settings: DRTConfig, model: nn.Module) -> Plan:
     """The phases; what does not fit the run is a wrong command line too."""
     try:
-        return resolved_plan(schedule, run, settings, model)
+        return resolved_plan(settings, run, model)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="the plan") from None
 

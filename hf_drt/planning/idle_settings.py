@@ -10,12 +10,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from hf_drt.config import DRTConfig
-from hf_drt.forms import PRODUCTS, LayerShape
+from hf_drt.forms import PRODUCTS
+from hf_drt.planning.layers import Shapes
 from hf_drt.planning.ranks import stays_dense
-from hf_drt.schedule import Plan, Schedule, form_text
+from hf_drt.planning.resolved import ResolvedPlan
+from hf_drt.schedule import Schedule, form_text
 
 Rank = int | float | str | None
-Shapes = dict[str, LayerShape]
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,19 @@ class Usage:
         return any(re.search(pattern, name) for pattern in self.config.rank_pattern or {})
 
 
-def usage_of(config: DRTConfig, schedule: Schedule, lowrank: str, targets: Shapes) -> Usage:
+def usage_of(config: DRTConfig, lowrank: str, targets: Shapes) -> Usage:
     """In a Trainer, of a schedule that is not resolved yet; ``lowrank`` is what 'lowrank' stands for."""
-    phases = [(lowrank if entry.kind == "lowrank" else entry.kind, entry.rank) for entry in schedule.entries]
-    return Usage(config, schedule, phases, targets, schedule.trigger is not None, in_trainer=True)
+    schedule = config.parsed
+    entries = schedule.entries if schedule is not None else ()
+    phases = [(lowrank if entry.kind == "lowrank" else entry.kind, entry.rank) for entry in entries]
+    return Usage(config, schedule, phases, targets, schedule is not None and schedule.trigger is not None, True)
 
 
-def usage_of_plan(config: DRTConfig, plan: Plan, targets: Shapes, grows: bool, in_trainer: bool) -> Usage:
+def usage_of_plan(resolved: ResolvedPlan, in_trainer: bool) -> Usage:
     """Of a resolved plan; ``config.schedule``, if there is one, is what it was made of."""
-    return Usage(config, config.parsed, [(phase.kind, phase.rank) for phase in plan.phases], targets, grows, in_trainer)
+    config, phases = resolved.config, [(phase.kind, phase.rank) for phase in resolved.plan.phases]
+    grows = resolved.trigger is not None
+    return Usage(config, config.parsed, phases, resolved.targets.shapes, grows, in_trainer)
 
 
 def refuse_without_schedule(config: DRTConfig) -> None:

@@ -16,9 +16,9 @@ from hf_drt.checkpoint import write_state
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.optim import form_group_options
-from hf_drt.planning import resolved_plan
+from hf_drt.planning import LayersOf, resolved_plan
 from hf_drt.registry import EXPORTERS
-from hf_drt.schedule import Run, Schedule
+from hf_drt.schedule import Run
 from hf_drt.trainer.checkpoint import random_state_files
 from hf_drt.trainer.delivery import deliver
 from hf_drt.trainer.lr import existing_curve, is_fused
@@ -53,9 +53,10 @@ class DRTCallback(TrainerCallback):
 
     def __init__(self, config: DRTConfig | str, log: Callable[[dict[str, float]], None] | None = None):
         self.config = DRTConfig.of(config)
-        if self.config.schedule is None:
+        if self.config.parsed is None:
             raise ValueError("DRTCallback needs a schedule, e.g. 'factored@0 dense@40% adapter@80%'; got None.")
-        self.schedule = Schedule.parse(self.config.schedule)
+        self.schedule = self.config.parsed
+        self._layers = LayersOf()
         self.log = log
         self.controller: DynamicRank | None = None
         self.meter = PhaseMeter()
@@ -110,7 +111,7 @@ class DRTCallback(TrainerCallback):
                 "export=adapter and tag_phases need DRTTrainer's own way to save and to push, which a plain Trainer "
                 "does not have. Use DRTTrainer, or leave them out."
             )
-        refuse_unused(model, self.config)
+        refuse_unused(model, self.config, self._layers(model, self.config))
 
     def _check_switches_alone(self, args: TrainingArguments) -> None:
         """A plain Trainer drops a save at a step that is evaluated under save_strategy=best, and takes any score for
@@ -159,10 +160,8 @@ class DRTCallback(TrainerCallback):
         optimizer = kwargs["optimizer"]
         refuse_anchors_with_scaler(self.schedule, getattr(optimizer, "scaler", None), is_fused(optimizer))
         run = Run(state.max_steps, epoch, existing_curve(scheduler, state.max_steps))
-        plan = resolved_plan(self.schedule, run, self.config, model)
-        self.controller = DynamicRank(
-            model, self.config, plan=plan, trigger=self.schedule.trigger, seed=args.seed, in_trainer=True
-        )
+        plan = resolved_plan(self.config, run, model, self._layers(model, self.config))
+        self.controller = DynamicRank(model, self.config, plan=plan, seed=args.seed, in_trainer=True)
         self.first_transition = self.controller.apply(0, optimizer)
         self.meter = PhaseMeter()
 
