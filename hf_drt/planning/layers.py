@@ -87,16 +87,16 @@ class LayersOf:
 
 
 def _state(model: nn.Module) -> Iterator[tuple]:
-    """What decides which layers are targets, in a form that keeps nothing alive."""
+    """What decides which layers are targets, in a form that keeps nothing alive; but for flags, as ``training`` and
+    the mark that Accelerate leaves."""
     for name, module in model.named_modules():
         trained = [p is not None and p.requires_grad for p in module._parameters.values()]
-        yield name, weakref.ref(module), trained, [(key, _ids(held)) for key, held in vars(module).items()]
+        held = [(key, _ids(value)) for key, value in vars(module).items() if not isinstance(value, bool)]
+        yield name, weakref.ref(module), trained, held
 
 
 def _ids(held: Any) -> list[int]:
     match held:
-        case bool():
-            return []  # of modes, as training
         case dict():
             return [*map(id, held), *map(id, held.values())]
         case list() | tuple() | set():
