@@ -13,8 +13,9 @@ ALLOWED = {
     "messages":   set(),
     "renamed":    set(),
     "registry":   set(),
+    "tables":     set(),
     "config":     {"registry", "schedule"},
-    "schedule":   {"registry"},
+    "schedule":   {"registry", "tables"},
     "linalg":     set(),
     "forms":      {"linalg", "registry"},
     "targets":    {"forms"},
@@ -25,7 +26,7 @@ ALLOWED = {
     "transition": {"engines", "forms", "optim", "targets"},
     "controller": {"checkpoint", "config", "engines", "forms", "linalg", "optim", "planning", "schedule", "targets",
                    "transition"},
-    "compress":   {"checkpoint", "config", "forms", "linalg", "planning", "targets"},
+    "compress":   {"checkpoint", "config", "forms", "linalg", "planning", "tables", "targets"},
     "inspect":    {"checkpoint", "forms", "linalg", "planning", "schedule"},
     "simulate":   {"config", "controller", "forms", "planning", "schedule", "transition"},
     "export":     {"checkpoint", "config", "engines", "forms", "linalg", "messages", "registry", "schedule", "targets"},
@@ -33,11 +34,11 @@ ALLOWED = {
                    "schedule", "targets", "transition"},
     "report":     {"checkpoint", "schedule"},
     "cli":        {"checkpoint", "config", "controller", "export", "forms", "inspect", "planning", "registry", "report",
-                   "schedule", "simulate", "trainer"},
+                   "schedule", "simulate", "tables", "trainer"},
     "run":        {"config", "trainer"},
     "trl":        {"trainer"},
 }
-STDLIB_ONLY = {"config", "messages", "registry", "renamed", "schedule"}
+STDLIB_ONLY = {"config", "messages", "registry", "renamed", "schedule", "tables"}
 KNOWS_TRANSFORMERS = {"trainer", "export", "run", "cli"}
 # fmt: on
 

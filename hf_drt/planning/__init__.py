@@ -2,6 +2,7 @@
 
 from hf_drt.planning.checks import check_arguments, check_resolved
 from hf_drt.planning.cost import PlanCost
+from hf_drt.planning.description import description, facts, headline
 from hf_drt.planning.idle_settings import Usage, idle_settings, refuse_idle, refuse_without_schedule, usage_of
 from hf_drt.planning.layers import LayersOf, TargetLayers
 from hf_drt.planning.origin import lowrank_kind
@@ -28,6 +29,9 @@ __all__ = [
     "budget_of",
     "check_arguments",
     "check_resolved",
+    "description",
+    "facts",
+    "headline",
     "idle_settings",
     "is_query_or_key",
     "lowrank_kind",

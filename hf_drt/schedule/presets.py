@@ -14,6 +14,7 @@ from typing import Any
 from hf_drt.schedule.boundary import number_text
 from hf_drt.schedule.plan import form_text
 from hf_drt.schedule.trigger import Trigger
+from hf_drt.tables import markdown_table
 
 _CALL = re.compile(r"(\w+)\s*(?:\((.*)\))?")
 
@@ -137,9 +138,8 @@ def preset_rows() -> list[tuple[str, str, str]]:
 
 def preset_table() -> str:
     """:func:`preset_rows` as a table in Markdown, for documentation."""
-    rows = [("preset", "what it does", "settings that it brings"), ("---", "---", "---")]
-    rows += [(f"`{call}`", text, brings) for call, text, brings in preset_rows()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [(f"`{call}`", text, brings) for call, text, brings in preset_rows()]
+    return markdown_table(("preset", "what it does", "settings that it brings"), rows)
 
 
 def _paper(final: str) -> str:

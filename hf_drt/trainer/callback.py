@@ -19,6 +19,7 @@ from hf_drt.optim import form_group_options
 from hf_drt.planning import LayersOf, resolved_plan
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Run
+from hf_drt.trainer.announce import announce
 from hf_drt.trainer.checkpoint import random_state_files
 from hf_drt.trainer.delivery import deliver
 from hf_drt.trainer.lr import existing_curve, is_fused
@@ -133,6 +134,7 @@ class DRTCallback(TrainerCallback):
     ) -> None:
         if not self.in_drt_trainer:
             self._begin_alone(args, state, kwargs)
+        announce(self.controller.resolved, args, state)
         first = self.first_transition
         self.meter.start_phase(self.controller.phase, args.device, first.seconds if first is not None else 0.0)
         cost = self.controller.cost()
@@ -140,15 +142,6 @@ class DRTCallback(TrainerCallback):
             row = {"drt_plan_flops": round(cost.flops, 4), "drt_plan_parameters": round(cost.parameters, 4)}
             self._log(state, row | _switch_row(first))
             self.first_transition = None
-        logger.info(
-            "dynamic-rank plan: %s (of %d update steps) on %d layers; on average %.2f of their dense training FLOPs "
-            "and %.2f of their trainable parameters",
-            self.controller.plan,
-            self.controller.plan.max_steps,
-            len(self.controller.targets),
-            cost.flops,
-            cost.parameters,
-        )
 
     def _begin_alone(self, args: TrainingArguments, state: TrainerState, kwargs: dict[str, Any]) -> None:
         if state.global_step > 0:

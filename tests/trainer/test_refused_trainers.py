@@ -10,7 +10,8 @@ from torch import nn
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 from hf_drt import DRTCallback, DRTTrainer
-from hf_drt.trainer.refusals import refuse_unsupported
+from hf_drt.planning import TargetLayers
+from hf_drt.trainer.refusals import refuse_experts, refuse_unsupported
 
 STEPS = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
 
