@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 from hf_drt.registry import EXPORTERS, PRODUCTS
-from hf_drt.schedule import PRESETS, Schedule
+from hf_drt.schedule import PRESETS, Preset, Schedule
 
 Start = Literal["auto", "scratch", "pretrained"]
 AdapterInit = Literal["zero", "principal"]
@@ -152,7 +152,7 @@ class DRTConfig:
     def __post_init__(self) -> None:
         if self.schedule is not None:
             _require(isinstance(self.schedule, str) and self.schedule.strip(), self, "schedule", "a non-empty text")
-            self._take_from_preset()
+            self._take_from_preset(self.parsed.preset if self.parsed is not None else None)
         _require(
             _is_number(self.rank_ratio) and 0 < self.rank_ratio <= 1,
             self,
@@ -208,15 +208,16 @@ class DRTConfig:
         """The schedule as it was read, once; None without one."""
         return None if self.schedule is None else Schedule.parse(self.schedule)
 
-    def _take_from_preset(self) -> None:
+    def _take_from_preset(self, preset: Preset | None) -> None:
         """Fill what is unset with the settings that go with the preset.
 
         Raises:
-            ValueError: The schedule cannot be read, or its preset brings a value of a field that is never unset.
+            ValueError: It brings a value of a field that is never unset.
         """
-        preset = self.parsed.preset
+        if preset is None:
+            return
         open_to_it = [f.name for f in fields(self) if f.default is None and f.name != "schedule"]
-        for name, value in preset.settings_for(self).items() if preset is not None else ():
+        for name, value in preset.settings_for(self).items():
             if name not in open_to_it:
                 raise ValueError(
                     f"preset '{preset.name}' brings {name}={value!r}, which would take the place of the user's own "
@@ -224,6 +225,16 @@ class DRTConfig:
                 )
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+
+    @property
+    def patterns(self) -> dict[str, float]:
+        """``rank_pattern`` as it was read; empty without one."""
+        return self.rank_pattern if isinstance(self.rank_pattern, dict) else {}
+
+    @property
+    def alpha(self) -> float:
+        """``adapter_alpha`` as a number: it has been filled where it was unset."""
+        return float(self.adapter_alpha or 0.0)
 
     @property
     def keeps_query_key(self) -> bool:
@@ -275,7 +286,7 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

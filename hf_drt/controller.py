@@ -176,7 +176,7 @@ class DynamicRank:
             )
         transition = self.apply(step, optimizer, probe) if changes else None
         self._step = step
-        if self._is_new(optimizer):
+        if optimizer is not None and self._is_new(optimizer):
             self.install(optimizer)
         return transition
 
@@ -431,7 +431,9 @@ class DynamicRank:
 
     def _staged(self, optimizer: torch.optim.Optimizer | None) -> Callable[[], None]:
         """Check an optimizer that is new before anything changes; the function returned makes this an owner of it."""
-        return staged(unwrap(optimizer), self._owner(), self.config)[0] if self._is_new(optimizer) else lambda: None
+        if optimizer is None or not self._is_new(optimizer):
+            return lambda: None
+        return staged(unwrap(optimizer), self._owner(), self.config)[0]
 
     def lr_factor(self) -> float:
         """Share of the scheduled LR in force at the present update step: the re-warm-up after a switch."""
@@ -451,14 +453,15 @@ class DynamicRank:
         Args:
             optimizer: Where it is to go on with this model; the new weights take the old ones' places in it.
         """
-        low_rank = {name: Dense() for name in self.targets if form_of(self._layer(name)) != Dense()}
+        low_rank: dict[str, Form] = {name: Dense() for name in self.targets if form_of(self._layer(name)) != Dense()}
         change_forms(self.model, low_rank, optimizer, "reset", lambda name: self._generator(0, name))
         declare(self.model)
         self.phase = None
 
 
 def _effective_rank(module: nn.Module) -> float:
-    experts = range(stack_count(module)) if stack_count(module) is not None else [...]
+    count = stack_count(module)
+    experts = range(count) if count is not None else [...]
     if isinstance(module, FactoredLinear):
         L, R, _ = module.pair()
         spectra = [factored_singular_values(L[e], R[e]) for e in experts]

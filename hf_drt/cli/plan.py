@@ -47,7 +47,8 @@ class _Load:
         return build(config, self.task, self.dtype, meta, self.checkpointing)
 
     def batch(self, model: nn.Module) -> BatchSpec:
-        limit = getattr(model.config.get_text_config(decoder=False), "max_position_embeddings", None)
+        config: Any = model.config
+        limit = getattr(config.get_text_config(decoder=False), "max_position_embeddings", None)
         default = min(512, limit) if isinstance(limit, int) and limit > 0 else 512
         return batch_spec(model, self.batch_size, self.seq_length or default)
 
@@ -143,8 +144,9 @@ def _parsed(values: dict[str, Any], origin: str) -> DRTConfig:
     """The settings; what is wrong with them is a wrong command line. A budget that the schedule does not use is one to
     propose a rank by."""
     try:
-        given = {name: value if value != [] else None for name, value in values.items()}
-        config = DRTConfig(**given | {"budget": None})
+        given: dict[str, Any] = {name: value if value != [] else None for name, value in values.items()}
+        given["budget"] = None
+        config = DRTConfig(**given)
         schedule = _schedule_of(config)
         start = {"start": origin} if values["start"] != "auto" or schedule.writes_lowrank else {}
         return replace(config, **start, budget=values["budget"] if schedule.uses_budget else config.budget)
@@ -189,7 +191,8 @@ def _estimated(model: nn.Module, load: _Load, resolved: ResolvedPlan, budget: fl
     controller, proposal = DynamicRank(model, resolved.config, plan=resolved), None
     with progress("counting", len(resolved.plan) + 1) as tick:
         if budget is not None and not _schedule_of(resolved.config).uses_budget:
-            selection = DRTConfig(**resolved.config.selection)
+            chosen: dict[str, Any] = {**resolved.config.selection}
+            selection = DRTConfig(**chosen)
             by_hand = resolved.with_config(selection, Schedule.parse("dense@0").resolve(Run(1)))
             reference = estimate_run(DynamicRank(model, selection, plan=by_hand), batch, **how, tick=tick)
             rows = [Layer(layer.name, layer.shape, layer.rows) for layer in reference.layers]

@@ -95,7 +95,7 @@ def _layer_table(run: RunEstimate) -> tuple[list[str], list[list[str]]]:
     for layer in run.layers:
         rows.append([layer.name, f"{layer.shape[0]} x {layer.shape[1]}", f"{layer.break_even:.1f}", f"{layer.rows:,}"])
         for index, form in enumerate(layer.forms):
-            rows[-1] += ["full" if form == Dense() else f"{form.rank}", f"{layer.share(index):.3f}"]
+            rows[-1] += ["full" if isinstance(form, Dense) else f"{form.rank}", f"{layer.share(index):.3f}"]
     return columns, rows
 
 

@@ -58,7 +58,7 @@ def check_resolved(resolved: ResolvedPlan, in_trainer: bool) -> None:
         check_phase(phase, forms, targets.shapes, config)
     if resolved.trigger is not None:
         check_room_for_windows(resolved.plan, resolved.cost.flops, budget_of(config, {resolved.plan.phases[0].kind}))
-    for pattern in config.rank_pattern or {}:
+    for pattern in config.patterns:
         if not any(re.search(pattern, name) for name in targets.shapes):
             logger.warning("rank_pattern: %r matches none of the %d layers.", pattern, len(targets.shapes))
 

@@ -66,10 +66,10 @@ def _decided(resolved: ResolvedPlan) -> Iterator[str]:
             yield f"boundary: {phase.kind} from step {phase.start} on (by the budget of {resolved.budget:.4g})"
     if schedule.trigger is not None:
         yield f"windows: full rank as {schedule.trigger} asks for it (within the budget of {resolved.budget:.4g})"
-    brought = schedule.preset.settings_for(config) if schedule.preset is not None else {}
-    for name, value in brought.items():
-        if getattr(config, name) == value:
-            yield f"{name}: {value} (by the preset {schedule.preset.name})"
+    if (preset := schedule.preset) is not None:
+        for name, value in preset.settings_for(config).items():
+            if getattr(config, name) == value:
+                yield f"{name}: {value} (by the preset {preset.name})"
 
 
 def _written_phases(schedule: Schedule, phases: Sequence[Phase]) -> Iterator[tuple[Entry, Phase]]:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def _begins_random(model: nn.Module, prefix: str, module: nn.Module, name: str) 
     """Whether the initialisation of the part of the model that holds a layer leaves it other than constant."""
     parts = prefix.split(".")
     owners = (model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts), -1, -1))
-    initialise = next((owner._init_weights for owner in owners if hasattr(owner, "_init_weights")), None)
+    initialise: Any = next((owner._init_weights for owner in owners if hasattr(owner, "_init_weights")), None)
     if initialise is None:
         return False
     fresh = copy.copy(module)  # a small layer of its own, all zeros: what is not initialised stays so

@@ -55,7 +55,7 @@ class Usage:
         return None in self.low_rank and any(not self._has_pattern(name) for name in self.targets)
 
     def _has_pattern(self, name: str) -> bool:
-        return any(re.search(pattern, name) for pattern in self.config.rank_pattern or {})
+        return any(re.search(pattern, name) for pattern in self.config.patterns)
 
 
 def usage_of(config: DRTConfig, lowrank: str, targets: Shapes) -> Usage:
@@ -109,8 +109,9 @@ def idle_settings(usage: Usage) -> Iterator[tuple[str, str]]:
 
 def settings_given(config: DRTConfig) -> list[str]:
     """The fields, but for the schedule, whose value would be another if they were left out."""
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
-    left_out = {f.name: DRTConfig(**values | {f.name: f.default}) for f in fields(config) if f.name != "schedule"}
+    values: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(config)}
+    defaults: dict[str, Any] = {f.name: f.default for f in fields(config) if f.name != "schedule"}
+    left_out = {name: replace(config, **{**values, name: default}) for name, default in defaults.items()}
     given = [name for name, other in left_out.items() if _value(config, name) != _value(other, name)]
     # 16 may stand in a configuration that was another schedule's before.
     return [name for name in given if name != "adapter_alpha" or config.adapter_alpha != DRTConfig().adapter_alpha]
@@ -171,7 +172,7 @@ def _rank_ratio(usage: Usage) -> str | None:
 
 def _rank_multiple(usage: Usage) -> str | None:
     by_setting = usage.asks_for_rank and usage.config.rank is None
-    shares = [*usage.low_rank, *(usage.config.rank_pattern or {}).values()]
+    shares = [*usage.low_rank, *usage.config.patterns.values()]
     if by_setting or (usage.low_rank and any(isinstance(rank, (float, str)) for rank in shares)):
         return None
     return _needs_low_rank(usage) or (

@@ -12,19 +12,23 @@ from hf_drt.forms import LayerShape, stack_count, weight_shape
 from hf_drt.targets import copies, find_targets
 
 Shapes = dict[str, LayerShape]
-K, V = TypeVar("K"), TypeVar("V")
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 class Frozen(dict[K, V]):
     """A dict that is not written to: it is handed on, and read in many places."""
 
-    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise TypeError("what a plan was resolved to does not change. Make a copy: dict(...).")
-
-    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
-
     def __reduce__(self) -> tuple:
         return type(self), (dict(self),)
+
+
+def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
+    raise TypeError("what a plan was resolved to does not change. Make a copy: dict(...).")
+
+
+for _name in ("__setitem__", "__delitem__", "__ior__", "update", "setdefault", "pop", "popitem", "clear"):
+    setattr(Frozen, _name, _refuse)
 
 
 @dataclass(frozen=True)

@@ -67,9 +67,10 @@ def resolution(
     targets = targets if targets is not None else TargetLayers.of(model, config)
     lowrank = lowrank_kind(schedule, config, model, resumed)
     decide(lowrank, schedule, config, model, resumed)
-    run = replace(run, budget=budget_of(config, schedule.kinds(lowrank)), cost=_cost_of_forms(targets, config))
+    budget = budget_of(config, schedule.kinds(lowrank))
+    run = replace(run, budget=budget, cost=_cost_of_forms(targets, config))
     if config.budget is None and config.budget_chooses_rank and lowrank == "factored":
-        run = replace(run, budget=max(run.budget, least_budget(lowrank, run)))
+        run = replace(run, budget=max(budget, least_budget(lowrank, run)))
     return Resolution(config, targets, run, lowrank)
 
 

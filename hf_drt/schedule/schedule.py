@@ -3,11 +3,11 @@
 import re
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from hf_drt.schedule.boundary import Boundary, Run
 from hf_drt.schedule.budget_step import budget_rank, budget_step, check_cost
-from hf_drt.schedule.plan import Phase, Plan, form_text
+from hf_drt.schedule.plan import Kind, Phase, Plan, form_text
 from hf_drt.schedule.presets import Preset, expand, preset_of
 from hf_drt.schedule.trigger import Trigger
 
@@ -136,10 +136,9 @@ class Schedule:
             ValueError: A boundary cannot be resolved, or the phases do not form a :class:`Plan`.
         """
         kinds, ranks = self._forms(run, lowrank)
-        starts = [None if entry.at.unit == "budget" else entry.at.resolve(run) for entry in self.entries]
-        if None in starts:
-            index = starts.index(None)
-            starts[index] = budget_step(index, starts, list(zip(kinds, ranks, strict=True)), run)
+        known = [None if entry.at.unit == "budget" else entry.at.resolve(run) for entry in self.entries]
+        forms = list(zip(kinds, ranks, strict=True))
+        starts = [budget_step(i, known, forms, run) if start is None else start for i, start in enumerate(known)]
         plan = Plan(tuple(map(Phase, starts, kinds, ranks)), run.max_steps)
         if any(entry.rank == "budget" for entry in self.entries):
             check_cost(plan, run)
@@ -151,12 +150,12 @@ class Schedule:
         kinds, ranks = self._forms(run, lowrank)
         return Plan(tuple(map(Phase, range(len(kinds)), kinds, ranks)), run.max_steps)
 
-    def _forms(self, run: Run, lowrank: str) -> tuple[list[str], list[int | float | None]]:
+    def _forms(self, run: Run, lowrank: str) -> tuple[list[Kind], list[int | float | None]]:
         if run.max_steps < 1:
             raise ValueError(f"the schedule '{self}' never trains: the run has {run.max_steps} update steps.")
-        kinds = [lowrank if entry.kind == "lowrank" else entry.kind for entry in self.entries]
+        kinds = [cast(Kind, lowrank if entry.kind == "lowrank" else entry.kind) for entry in self.entries]
         ranks = [
-            budget_rank(kind, run) if entry.rank == "budget" else entry.rank
+            budget_rank(kind, run) if isinstance(entry.rank, str) else entry.rank
             for kind, entry in zip(kinds, self.entries, strict=True)
         ]
         return kinds, ranks
