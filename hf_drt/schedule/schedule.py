@@ -153,7 +153,7 @@ class Schedule:
     def _forms(self, run: Run, lowrank: str) -> tuple[list[Kind], list[int | float | None]]:
         if run.max_steps < 1:
             raise ValueError(f"the schedule '{self}' never trains: the run has {run.max_steps} update steps.")
-        kinds = [cast(Kind, lowrank if entry.kind == "lowrank" else entry.kind) for entry in self.entries]
+        kinds: list[Kind] = [cast(Kind, lowrank if entry.kind == "lowrank" else entry.kind) for entry in self.entries]
         ranks = [
             budget_rank(kind, run) if isinstance(entry.rank, str) else entry.rank
             for kind, entry in zip(kinds, self.entries, strict=True)
