@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hf_drt.registry import Registry
 from hf_drt.schedule.boundary import number_text
 from hf_drt.schedule.plan import form_text
 from hf_drt.schedule.trigger import Trigger
@@ -120,12 +121,9 @@ def register(preset: Preset) -> None:
     Raises:
         ValueError: Its name is taken, or is not a word.
     """
-    if preset.name in PRESETS or not re.fullmatch(r"\w+", preset.name):
-        raise ValueError(
-            f"a preset needs a name of letters, digits and underscores that is not taken, got {preset.name!r}; taken "
-            f"are {', '.join(PRESETS)}."
-        )
-    PRESETS[preset.name] = preset
+    if not re.fullmatch(r"\w+", preset.name):
+        raise ValueError(f"a preset needs a name of letters, digits and underscores, got {preset.name!r}.")
+    PRESETS.add(preset.name, preset)
 
 
 def preset_rows() -> list[tuple[str, str, str]]:
@@ -253,7 +251,9 @@ _PRESETS = (
         asdict(Trigger()),
     ),
 )
-PRESETS: dict[str, Preset] = {preset.name: preset for preset in _PRESETS}
+PRESETS: Registry[Preset] = Registry("preset", "hf_drt.schedule")
+for _preset in _PRESETS:
+    register(_preset)
 
 
 def _check(condition: bool, name: str, allowed: str, value: Any) -> None:

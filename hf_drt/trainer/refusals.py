@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import HubStrategy
 
 from hf_drt.config import DRTConfig
+from hf_drt.forms import layer_of
 from hf_drt.optim import OPTIMIZERS, check_rate, form_group_options, has_own_rate, qualified_name, unwrap
 from hf_drt.planning import TargetLayers, Usage, idle_settings, lowrank_kind, refuse_idle, usage_of
 from hf_drt.registry import EXPORTERS
@@ -154,7 +155,7 @@ def refuse_experts(trainer: Any, config: DRTConfig, layers: TargetLayers) -> Non
             f"fused experts cannot change form under FSDP, and {name} is selected. Keep them dense: "
             "drt_exclude=['experts']; or use DistributedDataParallel (torchrun alone)."
         )
-    EXPORTERS[config.export].check_targets(targets)
+    EXPORTERS[config.export].check_targets({name: layer_of(trainer.model, name) for name in layers.shapes})
 
 
 def refuse_own_rate(optimizer: torch.optim.Optimizer, config: DRTConfig, schedule: Schedule) -> None:
