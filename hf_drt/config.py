@@ -5,16 +5,15 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from functools import cached_property
+from typing import Any, Literal, TypeGuard, get_args
 
 from hf_drt.registry import EXPORTERS, PRODUCTS
+from hf_drt.schedule import PRESETS, Preset, Schedule
 
 Start = Literal["auto", "scratch", "pretrained"]
 AdapterInit = Literal["zero", "principal"]
 Moments = Literal["project", "reset"]
-_PAPER_ALPHA = {"svd": 16.0, "tucker": 1.0, "cp": 64.0}
-
-_RANK_BY_BUDGET = re.compile(r"^\s*auto\b|:budget\b")
 
 
 class _Help(Mapping[str, Any]):
@@ -43,6 +42,15 @@ def _option(default: Any, help: str | Callable[[], str], members: Mapping[str, A
     return field(default=default, metadata={"help": help} if isinstance(help, str) else _Help(help, members))
 
 
+def _schedule_help() -> str:
+    presets = " ".join(f"{preset.call}: {preset.help}" for preset in PRESETS.values())
+    return (
+        "Phases of the run, e.g. 'factored@0 dense@40% adapter@80%', or a preset. Boundaries are shares of the run "
+        "(%), update steps (400), epochs (1.5ep), LR anchors (lr<0.9), or 'budget'. Unset: plain training, without any "
+        f"change. Presets, with the defaults of their options: {presets}"
+    ).replace("%", "%%")
+
+
 @dataclass(frozen=True)
 class DRTConfig:
     """Settings of dynamic-rank training; each field's meaning, unit and interval is its ``help`` metadata.
@@ -53,12 +61,7 @@ class DRTConfig:
         ValueError: A value is outside its interval; the message names the field, the value and the interval.
     """
 
-    schedule: str | None = _option(
-        None,
-        "Phases of the run, e.g. 'factored@0 dense@40%% adapter@80%%', or a preset: paper, paper_conv, fixed, warmup, "
-        "cyclic, decay, auto, adaptive. Boundaries are shares of the run (%%), update steps (400), epochs (1.5ep), LR "
-        "anchors (lr<0.9), or 'budget'. Unset: plain training, without any change.",
-    )
+    schedule: str | None = _option(None, _schedule_help)
     rank_ratio: float = _option(0.25, "Rank of low-rank layers as a share of min(out, in), in (0, 1].")
     rank: int | None = _option(None, "Absolute rank of low-rank layers, at least 1; takes the place of rank_ratio.")
     rank_pattern: dict[str, float] | str | None = _option(
@@ -110,8 +113,8 @@ class DRTConfig:
     )
     adapter_alpha: float | None = _option(
         None,
-        "Numerator of the adapter's scaling alpha / rank, above 0. Unset: 16; with the preset paper_conv 16, 1 or 64, "
-        "by decomposition.",
+        "Numerator of the adapter's scaling alpha / rank, above 0. Unset: what the preset brings, as paper_conv does, "
+        "else 16.",
     )
     adapter_init: AdapterInit = _option(
         "zero", "Start of the adapter: 'zero' (lora_B = 0) or 'principal' (top singular directions of W)."
@@ -150,6 +153,7 @@ class DRTConfig:
     def __post_init__(self) -> None:
         if self.schedule is not None:
             _require(isinstance(self.schedule, str) and self.schedule.strip(), self, "schedule", "a non-empty text")
+            self._take_from_preset(self.parsed.preset if self.parsed is not None else None)
         _require(
             _is_number(self.rank_ratio) and 0 < self.rank_ratio <= 1,
             self,
@@ -174,8 +178,7 @@ class DRTConfig:
                 "It is a share of dense training FLOPs.",
             )
         if self.adapter_alpha is None:
-            paper = re.match(r"\s*paper_conv\b", self.schedule or "") and self.decomposition in _PAPER_ALPHA
-            object.__setattr__(self, "adapter_alpha", _PAPER_ALPHA[self.decomposition] if paper else 16.0)
+            object.__setattr__(self, "adapter_alpha", 16.0)
         _require(_is_number(self.adapter_alpha) and self.adapter_alpha > 0, self, "adapter_alpha", "a number above 0")
         for name, choices in (
             ("start", Start),
@@ -201,6 +204,39 @@ class DRTConfig:
             _check_patterns(name, getattr(self, name))
         object.__setattr__(self, "rank_pattern", _parse_rank_pattern(self.rank_pattern))
 
+    @cached_property
+    def parsed(self) -> Schedule | None:
+        """The schedule as it was read, once; None without one."""
+        return None if self.schedule is None else Schedule.parse(self.schedule)
+
+    def _take_from_preset(self, preset: Preset | None) -> None:
+        """Fill what is unset with the settings that go with the preset.
+
+        Raises:
+            ValueError: It brings a value of a field that is never unset.
+        """
+        if preset is None:
+            return
+        open_to_it = [f.name for f in fields(self) if f.default is None and f.name != "schedule"]
+        for name, value in preset.settings_for(self).items():
+            if name not in open_to_it:
+                raise ValueError(
+                    f"preset '{preset.name}' brings {name}={value!r}, which would take the place of the user's own "
+                    f"value. A preset may bring what can be left unset: {', '.join(open_to_it)}."
+                )
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+    @property
+    def patterns(self) -> dict[str, float]:
+        """``rank_pattern`` as it was read; empty without one."""
+        return self.rank_pattern if isinstance(self.rank_pattern, dict) else {}
+
+    @property
+    def alpha(self) -> float:
+        """``adapter_alpha`` as a number: it has been filled where it was unset."""
+        return float(self.adapter_alpha or 0.0)
+
     @property
     def keeps_query_key(self) -> bool:
         """``dense_query_key``, or what it stands for where it is unset."""
@@ -222,7 +258,7 @@ class DRTConfig:
     @property
     def budget_chooses_rank(self) -> bool:
         """Whether the schedule leaves a rank to the budget, as the preset ``auto`` does."""
-        return self.schedule is not None and _RANK_BY_BUDGET.search(self.schedule) is not None
+        return self.parsed is not None and self.parsed.budget_chooses_rank
 
     @classmethod
     def of(cls, value: "DRTConfig | str") -> "DRTConfig":
@@ -251,7 +287,7 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import re
 import time
 import weakref
 from collections.abc import Callable
@@ -27,20 +26,9 @@ from hf_drt.forms import (
 )
 from hf_drt.linalg import effective_rank, factored_singular_values, gram_singular_values
 from hf_drt.optim import Owner, form_group_options, install, optimizer_made_in, rewarmup_factor, staged, unwrap
-from hf_drt.planning import (
-    PlanCost,
-    budget_of,
-    check_arguments,
-    check_phase,
-    check_room_for_windows,
-    plan_cost,
-    plan_from,
-    refuse_idle,
-    resolve_form,
-    usage_of_plan,
-)
-from hf_drt.schedule import Phase, Plan, Trigger, Windows, whole_number
-from hf_drt.targets import Swap, copies, find_targets, is_layer, replace
+from hf_drt.planning import PlanCost, ResolvedPlan, budget_of, check_arguments, check_resolved, resolved_for
+from hf_drt.schedule import Plan, Trigger, Windows, whole_number
+from hf_drt.targets import Swap, is_layer, replace
 from hf_drt.transition import FunctionError, Transition, change_forms, empty_forms
 
 logger = logging.getLogger(__name__)
@@ -69,23 +57,23 @@ class DynamicRank:
         config: Settings, or just the schedule's text; the schedule is not read if ``plan`` is given.
         max_steps: Update steps of the run; those of ``plan`` if that is given.
         plan: Resolved phases, in place of ``config.schedule`` and ``max_steps``; needed where a boundary is in epochs
-            or an LR anchor: ``Schedule.parse(text).resolve(Run(max_steps, steps_per_epoch, lr))``.
+            or an LR anchor: ``Schedule.parse(text).resolve(Run(max_steps, steps_per_epoch, lr))``. Or a
+            :class:`hf_drt.planning.ResolvedPlan` on this model, which is not looked through again then. One that is an
+            outline holds until :meth:`settle` tells when its phases begin, before the first update step.
         trigger: Adds full-rank windows to a plan of one low-rank phase, as :meth:`observe` sees that they are due;
             that of ``config.schedule`` if no plan is given.
         seed: Seed of new adapter directions where ``config.seed`` is None.
         in_trainer: Whether a Trainer drives it, which alone uses the settings on evaluating, saving and logging.
-        outline: Whether only number, kind and rank of the plan's phases hold, and :meth:`settle` will tell when they
-            begin, before the first update step.
 
     Attributes:
+        resolved: The plan on this model: phases, with the windows that a trigger has added so far, layers, forms, cost.
+        initial: The same, before any window.
         targets: ``(out, in)`` of every layer that changes form, by name.
         copies: How many matrices of that shape it has, and how many multiply a token (:func:`.targets.copies`).
         skipped: Reason of every linear layer that stays as it is, by name.
         fused_note: What share of the parameters stays dense in fused experts, if any does.
-        plan: The resolved phases, with the windows that a trigger has added so far.
         windows: The trigger's checks and decisions (:class:`hf_drt.schedule.windows.Windows`); None without a trigger.
         phase: Index of the phase the model is in; None before the first.
-        outline: As above; False once the plan is settled.
 
     Raises:
         ValueError: No target layer, a schedule that does not resolve, a setting that would have no effect, a low-rank
@@ -99,66 +87,64 @@ class DynamicRank:
         config: DRTConfig | str,
         max_steps: int | None = None,
         *,
-        plan: Plan | None = None,
+        plan: Plan | ResolvedPlan | None = None,
         trigger: Trigger | None = None,
         seed: int = 0,
         in_trainer: bool = False,
-        outline: bool = False,
     ):
         config = DRTConfig.of(config)
         check_arguments(model, max_steps, plan, trigger, seed)
-        self.model, self.config, self.outline = model, config, outline
-        selection = find_targets(model, **config.selection)
-        # Names and shapes only: a reference to a module would keep its old weights alive after a switch.
-        self.targets = {name: weight_shape(module) for name, module in selection.targets.items()}
-        self.copies = {name: copies(model, name, module) for name, module in selection.targets.items()}
-        self.skipped, self.fused_note = selection.skipped, selection.fused_note()
-        selection.log_notes()
-        if plan is None:
-            plan, trigger = plan_from(config, max_steps, model)
-        refuse_idle(usage_of_plan(config, plan, self.targets, trigger is not None, in_trainer))
-        self.plan = self.initial_plan = plan
+        resolved = resolved_for(model, config, max_steps, plan, trigger)
+        self.model, self.config = model, config
+        self.resolved = self.initial = resolved
+        self.targets, self.copies = resolved.targets.shapes, resolved.targets.copies
+        self.skipped, self.fused_note = resolved.targets.skipped, resolved.targets.fused_note
         self.seed = config.seed if config.seed is not None else seed
         self.phase: int | None = None
         self._step = 0
         self._installed: weakref.ref | None = None
         self._copied: tuple[int | None, ...] = ()  # in a copy, the phase in which its optimizer's original was made
-        for index, phase in enumerate(plan.phases):
-            check_phase(phase, self.forms(index), self.targets, config)
+        check_resolved(resolved, in_trainer)
         self.windows: Windows | None = None
-        if trigger is not None:
-            limit = budget_of(config, {plan.phases[0].kind})
-            check_room_for_windows(plan, self.cost().flops, limit)
-            self.windows = Windows(trigger, plan, limit, self._flops_of)
-        for pattern in config.rank_pattern or {}:
-            if not any(re.search(pattern, name) for name in self.targets):
-                logger.warning("rank_pattern: %r matches none of the %d layers.", pattern, len(self.targets))
+        if resolved.trigger is not None:
+            limit = budget_of(config, {self.plan.phases[0].kind})
+            self.windows = Windows(resolved.trigger, self.plan, limit, self._flops_of)
 
     # ---- what a phase asks for
 
+    @property
+    def plan(self) -> Plan:
+        """The phases, with the windows that a trigger has added so far."""
+        return self.resolved.plan
+
     def forms(self, phase: int) -> dict[str, Form]:
         """The form of every target layer in a phase, by name."""
-        return self._forms_of(self.plan.phases[phase])
+        return self.resolved.forms_by_phase[phase]
 
-    def _forms_of(self, phase: Phase) -> dict[str, Form]:
-        return {
-            name: resolve_form(phase.kind, shape, self.config, name, phase.rank) for name, shape in self.targets.items()
-        }
+    def cost(self) -> PlanCost:
+        """What the plan costs relative to dense training of the target layers."""
+        return self.resolved.cost
 
-    def settle(self, plan: Plan, resumed: bool = False) -> None:
+    def _flops_of(self, plan: Plan) -> float:
+        return self.initial.with_plan(plan).cost.flops
+
+    def _grow(self, plan: Plan) -> None:
+        if plan != self.plan:
+            self.resolved = self.resolved.with_plan(plan)
+
+    def settle(self, resolved: ResolvedPlan, resumed: bool = False) -> None:
         """Put in force, before the first update step, when exactly the phases begin.
 
         Args:
-            plan: Differs from :attr:`plan` in the beginnings of later phases only.
+            resolved: Differs from :attr:`resolved` in the beginnings of later phases only.
             resumed: Whether the plan in force is a checkpoint's, which then has to be this one.
 
         Raises:
             ValueError: The checkpoint's plan is another.
         """
         if resumed:
-            check_plan(str(self.plan), self.plan.max_steps, plan)
-        self.plan = self.initial_plan = plan
-        self.outline = False
+            check_plan(str(self.plan), self.plan.max_steps, resolved.plan)
+        self.resolved = self.initial = resolved
 
     # ---- the verbs
 
@@ -190,7 +176,7 @@ class DynamicRank:
             )
         transition = self.apply(step, optimizer, probe) if changes else None
         self._step = step
-        if self._is_new(optimizer):
+        if optimizer is not None and self._is_new(optimizer):
             self.install(optimizer)
         return transition
 
@@ -217,10 +203,9 @@ class DynamicRank:
         if not self.windows.is_due(self.plan, step):
             return False
         ranks = self.effective_ranks().values()
-        plan = self.windows.check(self.plan, step, sum(ranks) / len(ranks))
-        grown = plan != self.plan
-        self.plan = plan
-        return grown
+        before = self.plan
+        self._grow(self.windows.check(before, step, sum(ranks) / len(ranks)))
+        return self.plan != before
 
     def apply(
         self,
@@ -304,16 +289,18 @@ class DynamicRank:
             ValueError: It belongs to another plan, model, selection or setting; the message names the difference.
         """
         plan = self._plan_of(state)
-        check_structure(state, plan, self._settings(), self.targets, lambda index: self._forms_of(plan.phases[index]))
+        forms = self.resolved.with_plan(plan).forms_by_phase
+        check_structure(state, plan, self._settings(), self.targets, lambda index: forms[index])
 
     def _plan_of(self, state: dict[str, Any]) -> Plan:
         """The plan that a state must have: with a trigger any that has grown out of the initial one, and while that is
         an outline any with its phases."""
-        plan, initial = stored_plan(state), self.initial_plan
+        plan, initial = stored_plan(state), self.initial.plan
         if plan is None or plan.max_steps != initial.max_steps:
             return self.plan
         grown = self.windows is not None and plan.phases[0] == initial.phases[0]
-        filled = self.outline and [(p.kind, p.rank) for p in plan.phases] == [(p.kind, p.rank) for p in initial.phases]
+        alike = [(p.kind, p.rank) for p in plan.phases] == [(p.kind, p.rank) for p in initial.phases]
+        filled = self.resolved.outline and alike
         return plan if grown or filled else self.plan
 
     def _settings(self) -> dict[str, Any]:
@@ -341,7 +328,7 @@ class DynamicRank:
         self.check_state(state)
         self._staged(optimizer)()
         if history:
-            self.plan = self._plan_of(state)
+            self._grow(self._plan_of(state))
         if self.windows is not None and history:
             self.windows.load_state_dict(state.get("windows", {}))
         if optimizer is not None:
@@ -354,7 +341,7 @@ class DynamicRank:
         if self.phase is not None and index == self.phase + 1:
             changes = self._changes(index)
         else:
-            forms = self._forms_of((plan or self.plan).phases[index])
+            forms = (self.resolved if plan is None else self.resolved.with_plan(plan)).forms_by_phase[index]
             changes = {name: form for name, form in forms.items() if form_of(self._layer(name)) != form}
         empty_forms(self.model, changes, optimizer)
         declare(self.model)
@@ -367,7 +354,7 @@ class DynamicRank:
         They live as long as it does. Of weights that a change of form writes to (W under an adapter that takes its
         principal directions, an adapter's base where it is merged) it keeps a copy.
         """
-        phase, step, plan = self.phase, self._step, self.plan
+        phase, step, resolved = self.phase, self._step, self.resolved
         layers = {name: self._layer(name) for name in self.targets}
         parameters = [p for layer in layers.values() for p in layer.parameters()]
         flags = [p.requires_grad for p in parameters]
@@ -384,7 +371,7 @@ class DynamicRank:
                 for parameter, value in zip(written, values, strict=True):
                     parameter.copy_(value)
             declare(self.model)
-            self.phase, self._step, self.plan = phase, step, plan
+            self.phase, self._step, self.resolved = phase, step, resolved
 
         return restore
 
@@ -444,7 +431,9 @@ class DynamicRank:
 
     def _staged(self, optimizer: torch.optim.Optimizer | None) -> Callable[[], None]:
         """Check an optimizer that is new before anything changes; the function returned makes this an owner of it."""
-        return staged(unwrap(optimizer), self._owner(), self.config)[0] if self._is_new(optimizer) else lambda: None
+        if optimizer is None or not self._is_new(optimizer):
+            return lambda: None
+        return staged(unwrap(optimizer), self._owner(), self.config)[0]
 
     def lr_factor(self) -> float:
         """Share of the scheduled LR in force at the present update step: the re-warm-up after a switch."""
@@ -452,17 +441,6 @@ class DynamicRank:
         return rewarmup_factor(since, self.config.rewarmup_steps, self.config.rewarmup_start)
 
     # ---- reading and leaving
-
-    def cost(self) -> PlanCost:
-        """What the plan costs relative to dense training of the target layers."""
-        return self._cost_of(self.plan)
-
-    def _cost_of(self, plan: Plan) -> PlanCost:
-        forms = [list(self._forms_of(phase).values()) for phase in plan.phases]
-        return plan_cost(plan, list(self.targets.values()), forms, list(self.copies.values()))
-
-    def _flops_of(self, plan: Plan) -> float:
-        return self._cost_of(plan).flops
 
     def effective_ranks(self) -> dict[str, float]:
         """Effective rank of every target layer, of fused experts their mean; factored ones from r x r matrices only.
@@ -476,14 +454,15 @@ class DynamicRank:
         Args:
             optimizer: Where it is to go on with this model; the new weights take the old ones' places in it.
         """
-        low_rank = {name: Dense() for name in self.targets if form_of(self._layer(name)) != Dense()}
+        low_rank: dict[str, Form] = {name: Dense() for name in self.targets if form_of(self._layer(name)) != Dense()}
         change_forms(self.model, low_rank, optimizer, "reset", lambda name: self._generator(0, name))
         declare(self.model)
         self.phase = None
 
 
 def _effective_rank(module: nn.Module) -> float:
-    experts = range(stack_count(module)) if stack_count(module) is not None else [...]
+    count = stack_count(module)
+    experts = range(count) if count is not None else [...]
     if isinstance(module, FactoredLinear):
         L, R, _ = module.pair()
         spectra = [factored_singular_values(L[e], R[e]) for e in experts]

@@ -15,8 +15,9 @@ ALLOWED = {
     "registry":   set(),
     "lazy":       set(),
     "after_import": set(),
-    "config":     {"registry"},
-    "schedule":   {"registry"},
+    "tables":     set(),
+    "config":     {"registry", "schedule"},
+    "schedule":   {"registry", "tables"},
     "linalg":     set(),
     "forms":      {"linalg", "registry"},
     "targets":    {"engines", "forms"},
@@ -27,7 +28,7 @@ ALLOWED = {
     "transition": {"engines", "forms", "optim", "targets"},
     "controller": {"checkpoint", "config", "engines", "forms", "linalg", "optim", "planning", "schedule", "targets",
                    "transition"},
-    "compress":   {"checkpoint", "config", "forms", "linalg", "planning", "targets", "transition"},
+    "compress":   {"checkpoint", "config", "forms", "linalg", "planning", "tables", "targets", "transition"},
     "inspect":    {"checkpoint", "forms", "linalg", "planning", "schedule"},
     "simulate":   {"config", "controller", "forms", "planning", "schedule", "transition"},
     "export":     {"checkpoint", "config", "engines", "forms", "linalg", "messages", "registry", "schedule", "targets",
@@ -36,11 +37,11 @@ ALLOWED = {
                    "schedule", "targets", "transition"},
     "report":     {"checkpoint", "schedule"},
     "cli":        {"checkpoint", "config", "controller", "export", "forms", "inspect", "planning", "registry", "report",
-                   "schedule", "simulate", "trainer"},
+                   "schedule", "simulate", "tables", "trainer"},
     "run":        {"config", "trainer"},
     "trl":        {"trainer"},
 }
-STDLIB_ONLY = {"after_import", "config", "lazy", "messages", "registry", "renamed", "schedule"}
+STDLIB_ONLY = {"after_import", "config", "lazy", "messages", "registry", "renamed", "schedule", "tables"}
 KNOWS_TRANSFORMERS = {"trainer", "export", "run", "cli"}
 # fmt: on
 

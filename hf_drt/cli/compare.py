@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from typer import Option
 
-from hf_drt.cli.output import print_json, print_table, progress
+from hf_drt.cli.output import print_json, progress
 from hf_drt.cli.source import load, local_folder
 from hf_drt.forms import Dense
 from hf_drt.inspect import (
@@ -25,6 +25,7 @@ from hf_drt.inspect import (
     weight_differences,
 )
 from hf_drt.simulate import batch_spec
+from hf_drt.tables import print_table
 
 
 def compare(

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from hf_drt.cli.output import print_json, print_table, progress
+from hf_drt.cli.output import print_json, progress
 from hf_drt.cli.source import local_folder
 from hf_drt.forms import Dense, form_to_dict
 from hf_drt.inspect import Checkpoint, Spectrum, StoredLayer, read_checkpoint, spectra
+from hf_drt.tables import print_table
 
 _SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 _ERRORS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.5)

@@ -1,47 +1,18 @@
-"""Tables and progress bars: rich in a terminal, aligned plain text in a pipe."""
+"""What commands print beside tables: JSON, progress bars in a terminal, and numbers with their units."""
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-
-Row = Sequence[str]
 
 
 def in_terminal() -> bool:
     """Whether the output is read by a person, not by a program or a file."""
     return Console().is_terminal
-
-
-def print_table(columns: Row, rows: Sequence[Row], left: int = 1) -> None:
-    """Print a table, whose first ``left`` columns are text and the others numbers."""
-    if in_terminal():
-        table = Table()
-        for index, title in enumerate(columns):
-            table.add_column(title, justify="left" if index < left else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table, markup=False)
-    else:
-        typer.echo(plain_table(columns, rows, left))
-
-
-def plain_table(columns: Row, rows: Sequence[Row], left: int = 1) -> str:
-    """Columns two blanks apart; a cell holds no blank at its ends, so that the columns stay where they are."""
-    lines = [columns, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if index < left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
 
 
 def print_json(value: Any) -> None:

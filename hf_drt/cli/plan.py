@@ -11,14 +11,14 @@ from transformers import PretrainedConfig, get_scheduler
 from typer import Option
 
 from hf_drt.cli.measurement import PhaseTime, measured
+from hf_drt.cli.options import with_settings
 from hf_drt.cli.output import print_json, progress
 from hf_drt.cli.plan_tables import as_json, print_estimate
-from hf_drt.cli.source import build, has_weights, read_config
+from hf_drt.cli.source import build, guessed_task, has_weights, read_config
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
-from hf_drt.forms import PRODUCTS
-from hf_drt.planning import resolved_plan
-from hf_drt.schedule import Plan, Run, Schedule, draw_timeline
+from hf_drt.planning import ResolvedPlan, resolved_plan
+from hf_drt.schedule import Run, Schedule, draw_timeline
 from hf_drt.simulate import BatchSpec, Layer, Proposal, RunEstimate, batch_spec, estimate_run, propose
 from hf_drt.trainer import simulated_curve
 
@@ -27,6 +27,7 @@ _WINDOWS = (
     "full-rank windows begin during the run, and are not in this plan; with them the target layers take at most {:g} "
     "of their dense FLOPs, and the peak may be that of dense training"
 )
+_GUESSED = "the configuration names no architecture, and is taken for one of {0}; --task says another"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class _Load:
         return build(config, self.task, self.dtype, meta, self.checkpointing)
 
     def batch(self, model: nn.Module) -> BatchSpec:
-        limit = getattr(model.config.get_text_config(decoder=False), "max_position_embeddings", None)
+        config: Any = model.config
+        limit = getattr(config.get_text_config(decoder=False), "max_position_embeddings", None)
         default = min(512, limit) if isinstance(limit, int) and limit > 0 else 512
         return batch_spec(model, self.batch_size, self.seq_length or default)
 
@@ -62,26 +64,39 @@ class _Load:
         }  # fmt: skip
 
 
+# Fields of DRTConfig that change nothing of what is estimated.
+_LEFT_OUT = {
+    "adapter_alpha": "a factor in the adapter's forward pass costs the same at any value",
+    "adapter_init": "the switch takes a moment longer, the steps cost the same",
+    "moments": "the state of the optimizer has the same size, carried over or new",
+    "rewarmup_steps": "the learning rate costs nothing",
+    "rewarmup_start": "the learning rate costs nothing",
+    "factored_lr_scale": "the learning rate costs nothing",
+    "adapter_lr_scale": "the learning rate costs nothing",
+    "frobenius_decay": "two products of r x r matrices in a step are not counted",
+    "log_rank_steps": "logging is not in the estimate",
+    "log_rank_per_layer": "logging is not in the estimate",
+    "evaluate_at_switch": "evaluation is not in the estimate",
+    "save_at_switch": "saving is not in the estimate",
+    "export": "saving is not in the estimate",
+    "tag_phases": "saving is not in the estimate",
+    "seed": "no weight is made",
+}
+_ALSO = {
+    "budget": "For other schedules a rank is proposed that keeps the whole run within this share of the whole model's "
+    "dense training FLOPs.",
+    "start": "Here 'auto' looks whether the folder holds weights.",
+}
+
+
+@with_settings(_LEFT_OUT, defaults={"schedule": "auto"}, also=_ALSO)
 def plan(
     model: Annotated[str, typer.Argument(help="Folder of a model, its config.json, or a repository on the Hub.")],
-    schedule: Annotated[str, Option(help="Phases, e.g. 'factored@0 dense@40% adapter@80%', or a preset.")] = "paper",
-    rank_ratio: Annotated[float, Option(help="Rank as a share of min(out, in), in (0, 1].")] = 0.25,
-    rank: Annotated[int | None, Option(help="Absolute rank, in place of the ratio.")] = None,
-    rank_pattern: Annotated[str | None, Option(help="JSON: regular expression on layer names to rank.")] = None,
-    rank_multiple: Annotated[int, Option(help="Ranks given as a share are rounded to a multiple of this.")] = 8,
-    decomposition: Annotated[str, Option(help=f"Low-rank structure: {', '.join(PRODUCTS)}.")] = "svd",
-    dense_query_key: Annotated[
-        bool | None,
-        Option(help="Query and key projections stay dense in factored phases; by default in 'auto' only."),
+    *,
+    task: Annotated[
+        str | None,
+        Option(help="E.g. causal-lm; by default what the configuration says, and a causal LM where it says nothing."),
     ] = None,
-    include: Annotated[list[str] | None, Option(help="Regular expression on layers; may be repeated.")] = None,
-    exclude: Annotated[list[str] | None, Option(help="Regular expression on layers; may be repeated.")] = None,
-    blocks: Annotated[list[str] | None, Option(help="Class or pattern of what is a block; may be repeated.")] = None,
-    ignore_source: Annotated[
-        list[str] | None, Option(help="Regular expression on layers, as drt_ignore_source; may be repeated.")
-    ] = None,
-    start: Annotated[str, Option(help="auto, scratch or pretrained: what 'lowrank' stands for.")] = "auto",
-    task: Annotated[str | None, Option(help="E.g. causal-lm; by default what the configuration says.")] = None,
     steps: Annotated[int, Option(min=1, help="Update steps of the run (max_steps).")] = 1000,
     steps_per_epoch: Annotated[int | None, Option(min=1, help="For boundaries in epochs.")] = None,
     lr_scheduler: Annotated[str, Option(help="lr_scheduler_type, for boundaries at an LR.")] = "linear",
@@ -93,67 +108,62 @@ def plan(
     dtype: Annotated[str, Option(help="Of the weights: float32 or bfloat16.")] = "float32",
     bf16: Annotated[bool, Option("--bf16", help="Mixed precision (autocast).")] = False,
     checkpointing: Annotated[bool, Option("--checkpointing", help="Activation checkpointing.")] = False,
-    budget: Annotated[
-        float | None,
-        Option(
-            help="Share of dense FLOPs. 'auto', 'adaptive' and boundaries at 'budget' take it as drt_budget, of the "
-            "target layers; for other schedules a rank is proposed that keeps the whole run within it."
-        ),
-    ] = None,
     layers: Annotated[bool, Option("--layers", help="A table of all target layers too.")] = False,
     measure: Annotated[bool, Option("--measure", help="Time real steps here, and predict the run's length.")] = False,
     measure_steps: Annotated[int, Option(min=2, help="Steps per phase to time; the first is left out.")] = 5,
     picture: Annotated[Path | None, Option(help="Write the timeline as a picture (extra 'report').")] = None,
     json: Annotated[bool, Option("--json", help="JSON in place of tables.")] = False,
+    **settings: Any,
 ) -> None:
     """What a run will cost: FLOPs, parameters and memory of every phase, without weights."""
     if dtype not in _DTYPES:
         raise typer.BadParameter(f"'{dtype}' is none; allowed are {', '.join(_DTYPES)}.", param_hint="--dtype")
-    config = read_config(model)
-    origin = start if start != "auto" else "pretrained" if has_weights(model) else "scratch"
-    ranks = {"rank_ratio": rank_ratio, "rank": rank, "rank_pattern": rank_pattern, "rank_multiple": rank_multiple}
-    chosen = {"include": include or None, "exclude": exclude or None, "start": origin, "schedule": schedule}
-    chosen |= {"blocks": blocks or None, "ignore_source": ignore_source or None}
-    chosen |= {"decomposition": decomposition, "dense_query_key": dense_query_key}
+    source = read_config(model)
+    origin = settings["start"] if settings["start"] != "auto" else "pretrained" if has_weights(model) else "scratch"
     run = Run(steps, steps_per_epoch, _lr_curve(lr_scheduler, warmup_steps, steps))
-    settings, parsed = _parsed(ranks | chosen, budget)
-    if start == "auto" and all(entry.kind != "lowrank" for entry in parsed.entries):
-        settings = replace(settings, start="auto")
-    load = _Load(batch_size, seq_length, accumulation, optimizer, _DTYPES[dtype], bf16, checkpointing, task)
-    bare = load.model(config, meta=True)
-    resolved = _resolved(parsed, run, settings, bare)
-    estimate, settings, proposal = _estimated(
-        bare, load, settings, resolved, budget if not parsed.uses_budget else None
-    )
-    if parsed.trigger is not None:
-        windows = DynamicRank(bare, settings, plan=resolved, trigger=parsed.trigger).windows
-        estimate = replace(estimate, warnings=(*estimate.warnings, _WINDOWS.format(windows.limit)))
-    final = proposal.plan if proposal else resolved
-    times = _measured(config, load, final, settings, measure_steps) if measure else None
+    config = _parsed(settings, origin)
+    guess = guessed_task(source) if task is None else None
+    load = _Load(batch_size, seq_length, accumulation, optimizer, _DTYPES[dtype], bf16, checkpointing, task or guess)
+    bare = load.model(source, meta=True)
+    found = _estimated(bare, load, _resolved(config, run, bare), settings["budget"])
+    times = _measured(source, load, found.resolved, measure_steps) if measure else None
+    estimate = found.estimate
+    if guess is not None:
+        estimate = replace(estimate, warnings=(_GUESSED.format(guess), *estimate.warnings))
     if json:
-        print_json(as_json(estimate, settings, proposal, times))
+        print_json(as_json(estimate, found.resolved, found.proposal, times))
     else:
-        print_estimate(f"{model}, {origin}; {load}", estimate, proposal, times, layers)
+        print_estimate(f"{model}, {origin}; {load}", estimate, found.resolved, found.proposal, times, layers)
     if picture is not None:
         if not draw_timeline(estimate.phases, picture):
             raise ValueError("the picture needs matplotlib: pip install 'hf-drt[report]'.")
         typer.echo(f"{picture} written", err=True)
 
 
-def _parsed(values: dict[str, Any], budget: float | None) -> tuple[DRTConfig, Schedule]:
-    """Settings and schedule; what is wrong with them is a wrong command line."""
+def _parsed(values: dict[str, Any], origin: str) -> DRTConfig:
+    """The settings; what is wrong with them is a wrong command line. A budget that the schedule does not use is one to
+    propose a rank by."""
     try:
-        settings = DRTConfig(**values)
-        schedule = Schedule.parse(settings.schedule)
-        return replace(settings, budget=budget if schedule.uses_budget else None), schedule
+        given: dict[str, Any] = {name: value if value != [] else None for name, value in values.items()}
+        given["budget"] = None
+        config = DRTConfig(**given)
+        schedule = _schedule_of(config)
+        start = {"start": origin} if values["start"] != "auto" or schedule.writes_lowrank else {}
+        return replace(config, **start, budget=values["budget"] if schedule.uses_budget else config.budget)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="the plan") from None
 
 
-def _resolved(schedule: Schedule, run: Run, settings: DRTConfig, model: nn.Module) -> Plan:
-    """The phases; what does not fit the run is a wrong command line too."""
+def _schedule_of(config: DRTConfig) -> Schedule:
+    if config.parsed is None:
+        raise ValueError("a plan is made of a schedule, and there is none.")
+    return config.parsed
+
+
+def _resolved(config: DRTConfig, run: Run, model: nn.Module) -> ResolvedPlan:
+    """The phases; what does not fit the run is a wrong command line too. The model is looked through here alone."""
     try:
-        return resolved_plan(schedule, run, settings, model)
+        return resolved_plan(config, run, model)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="the plan") from None
 
@@ -165,30 +175,40 @@ def _lr_curve(name: str, warmup: int, steps: int) -> Any:
     return simulated_curve(make, 1.0, steps)
 
 
-def _estimated(
-    model: nn.Module, load: _Load, settings: DRTConfig, plan: Plan, budget: float | None
-) -> tuple[RunEstimate, DRTConfig, Proposal | None]:
-    """The estimate of the plan, or of what is proposed in its place."""
+@dataclass(frozen=True)
+class _Found:
+    """The plan asked for, or what is proposed in its place, and its estimate."""
+
+    estimate: RunEstimate
+    resolved: ResolvedPlan
+    proposal: Proposal | None = None
+
+
+def _estimated(model: nn.Module, load: _Load, resolved: ResolvedPlan, budget: float | None) -> _Found:
     batch = load.batch(model)
-    how = {"optimizer": load.optimizer, "accumulation": load.accumulation}
+    how: dict[str, Any] = {"optimizer": load.optimizer, "accumulation": load.accumulation}
     how |= {"autocast": torch.bfloat16 if load.bf16 else None}
-    controller, proposal = DynamicRank(model, settings, plan=plan), None
-    with progress("counting", len(plan) + 1) as tick:
-        if budget is not None:
-            selection = DRTConfig(include=settings.include, exclude=settings.exclude)
-            dense = DynamicRank(model, selection, plan=Schedule.parse("dense@0").resolve(Run(1)))
-            reference = estimate_run(dense, batch, **how, tick=tick)
+    controller, proposal = DynamicRank(model, resolved.config, plan=resolved), None
+    with progress("counting", len(resolved.plan) + 1) as tick:
+        if budget is not None and not _schedule_of(resolved.config).uses_budget:
+            chosen: dict[str, Any] = {**resolved.config.selection}
+            selection = DRTConfig(**chosen)
+            by_hand = resolved.with_config(selection, Schedule.parse("dense@0").resolve(Run(1)))
+            reference = estimate_run(DynamicRank(model, selection, plan=by_hand), batch, **how, tick=tick)
             rows = [Layer(layer.name, layer.shape, layer.rows) for layer in reference.layers]
-            proposal = propose(budget, plan, rows, reference.dense.flops, settings)
-            if any(phase.kind != "dense" and phase.rank is None for phase in plan.phases):
-                settings = replace(settings, rank=None, rank_ratio=proposal.rank_ratio)
-            controller = DynamicRank(model, settings, plan=proposal.plan)
-        return estimate_run(controller, batch, **how, tick=tick), settings, proposal
+            proposal = propose(budget, resolved.plan, rows, reference.dense.flops, resolved.config)
+            config = resolved.config
+            if any(phase.kind != "dense" and phase.rank is None for phase in resolved.plan.phases):
+                config = replace(config, rank=None, rank_ratio=proposal.rank_ratio)
+            resolved = resolved.with_config(config, proposal.plan)
+            controller = DynamicRank(model, config, plan=resolved)
+        estimate = estimate_run(controller, batch, **how, tick=tick)
+    if resolved.trigger is not None:
+        estimate = replace(estimate, warnings=(*estimate.warnings, _WINDOWS.format(resolved.budget)))
+    return _Found(estimate, resolved, proposal)
 
 
-def _measured(
-    config: PretrainedConfig, load: _Load, plan: Plan, settings: DRTConfig, steps: int
-) -> tuple[PhaseTime, ...]:
+def _measured(source: PretrainedConfig, load: _Load, resolved: ResolvedPlan, steps: int) -> tuple[PhaseTime, ...]:
     torch.manual_seed(0)
-    model = load.model(config, meta=False)
-    return measured(model, load.batch(model), plan, settings, steps, **load.arguments())
+    model = load.model(source, meta=False)  # another model, with weights, whose trainer looks through it
+    return measured(model, load.batch(model), resolved.plan, resolved.config, steps, **load.arguments())

@@ -5,33 +5,42 @@ from typing import Any
 import typer
 
 from hf_drt.cli.measurement import PhaseTime
-from hf_drt.cli.output import duration, in_terminal, mib, print_table
-from hf_drt.config import DRTConfig
+from hf_drt.cli.output import duration, in_terminal, mib
 from hf_drt.forms import Dense, form_to_dict
+from hf_drt.planning import ResolvedPlan, facts
 from hf_drt.schedule import BLOCKS, LETTERS, timeline
 from hf_drt.simulate import Proposal, RunEstimate, StepCost
+from hf_drt.tables import print_table
 
 
 def print_estimate(
-    title: str, run: RunEstimate, proposal: Proposal | None, times: tuple[PhaseTime, ...] | None, layers: bool
+    title: str,
+    run: RunEstimate,
+    resolved: ResolvedPlan,
+    proposal: Proposal | None,
+    times: tuple[PhaseTime, ...] | None,
+    layers: bool,
 ) -> None:
     """Print a plan's timeline, the table of its phases, totals and warnings.
 
     Args:
         title: Model and load.
         run: The estimate.
+        resolved: What has been estimated.
         proposal: What the budget has led to, if one was given.
         times: Of real steps, if they were measured.
         layers: Whether to add a table of all target layers.
     """
     typer.echo(f"{title}; {run.dense.parameters:,} parameters, {len(run.layers)} target layers\n")
     typer.echo(timeline(run.phases, marks=BLOCKS if in_terminal() else LETTERS) + "\n")
+    typer.echo("\n".join(facts(resolved)) + "\n")
     print_table(*_phase_table(run, times), left=2)
     extra = mib(run.switch_extra)
     typer.echo(f"\nmemory in MiB, of tensors; a switch may need up to {extra} MiB more than the larger of its phases")
     typer.echo(
-        f"the run: {run.flops:.4g} FLOPs, {run.share:.3f} of dense training; trainable parameters "
-        f"{run.trainable:.3f} of dense on average; peak {mib(run.peak)} MiB, {run.peak / run.dense.peak:.3f} of dense"
+        f"the run: {run.flops:.4g} FLOPs, {run.share:.3f} of dense training of the whole model; trainable parameters "
+        f"{run.trainable:.3f} of the whole model's on average; peak {mib(run.peak)} MiB, "
+        f"{run.peak / run.dense.peak:.3f} of dense"
     )
     if times is not None:
         total, steps, switches = _length(run, times)
@@ -86,7 +95,7 @@ def _layer_table(run: RunEstimate) -> tuple[list[str], list[list[str]]]:
     for layer in run.layers:
         rows.append([layer.name, f"{layer.shape[0]} x {layer.shape[1]}", f"{layer.break_even:.1f}", f"{layer.rows:,}"])
         for index, form in enumerate(layer.forms):
-            rows[-1] += ["full" if form == Dense() else f"{form.rank}", f"{layer.share(index):.3f}"]
+            rows[-1] += ["full" if isinstance(form, Dense) else f"{form.rank}", f"{layer.share(index):.3f}"]
     return columns, rows
 
 
@@ -98,7 +107,7 @@ def _length(run: RunEstimate, times: tuple[PhaseTime, ...]) -> tuple[float, floa
 
 
 def as_json(
-    run: RunEstimate, settings: DRTConfig, proposal: Proposal | None, times: tuple[PhaseTime, ...] | None
+    run: RunEstimate, resolved: ResolvedPlan, proposal: Proposal | None, times: tuple[PhaseTime, ...] | None
 ) -> dict[str, Any]:
     """The same as JSON; memory in bytes."""
 
@@ -115,7 +124,8 @@ def as_json(
         }  # fmt: skip
     result = {
         "steps": run.steps, "flops": run.flops, "flops_share": run.share, "trainable_share": run.trainable,
-        "peak": run.peak, "switch_extra": run.switch_extra, "rank_ratio": settings.rank_ratio, "phases": phases,
+        "peak": run.peak, "switch_extra": run.switch_extra, "rank_ratio": resolved.config.rank_ratio, "phases": phases,
+        "target_layers_flops_share": resolved.cost.flops, "plan": str(resolved.plan), "decided": facts(resolved),
         "dense": cost(run.dense), "warnings": list(run.warnings),
         "layers": [
             {"name": layer.name, "shape": layer.shape, "break_even": layer.break_even, "rows": layer.rows,

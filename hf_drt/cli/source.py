@@ -7,7 +7,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
 from hf_drt.checkpoint import STATE_NAME, CheckpointError, read_state
 
@@ -71,6 +71,11 @@ def has_weights(source: str) -> bool:
     path = Path(source)
     folder = path.parent if path.suffix == ".json" else path
     return not folder.exists() or any(next(folder.glob(pattern), None) for pattern in _WEIGHTS)
+
+
+def guessed_task(config: PretrainedConfig) -> str | None:
+    """'causal-lm' where a configuration names no architecture, and its kind has a causal language model; else None."""
+    return None if config.architectures or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING else "causal-lm"
 
 
 def model_class(config: PretrainedConfig, task: str | None) -> type:

@@ -29,6 +29,7 @@ from hf_drt.forms import (
 )
 from hf_drt.linalg import factored_singular_values, singular_values, truncation_error
 from hf_drt.planning import resolve_rank
+from hf_drt.tables import plain_table
 from hf_drt.targets import find_targets
 from hf_drt.transition import exchange_layers
 
@@ -98,13 +99,11 @@ class Compression:
         return None if self.loss is None else self.loss[1] - self.loss[0]
 
     def __str__(self) -> str:
-        rows = [("layer", "out x in", "rank", "error", "before", "after", "share"), *map(_row, self.layers)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+        columns = ("layer", "out x in", "rank", "error", "before", "after", "share")
         factored = sum(layer.rank is not None for layer in self.layers)
         lines = [
             f"compression by {self.criterion}: {factored} of {len(self.layers)} layers in factors",
-            *table,
+            plain_table(columns, [_row(layer) for layer in self.layers]),
             f"target layers: {_change(*self.parameters)}; forward FLOPs x {self.flops:.3f}",
             f"whole model: {_change(*self.model_parameters)}",
         ]

@@ -1,18 +1,21 @@
 """Whether a plan can do on a model's layers what it says: checks that come before anything is touched."""
 
 import logging
+import re
 from typing import Any
 
 from torch import nn
 
 from hf_drt.config import DRTConfig
-from hf_drt.forms import Dense, Form, LayerShape
+from hf_drt.forms import Dense, Form
+from hf_drt.planning.idle_settings import refuse_idle, usage_of_plan
+from hf_drt.planning.layers import Shapes
 from hf_drt.planning.ranks import break_even_of, stays_dense
+from hf_drt.planning.resolve import budget_of
+from hf_drt.planning.resolved import ResolvedPlan
 from hf_drt.schedule import Phase, Plan, Trigger, whole_number
 
 logger = logging.getLogger(__name__)
-
-Shapes = dict[str, LayerShape]
 
 
 def check_arguments(model: Any, max_steps: Any, plan: Any, trigger: Any, seed: Any) -> None:
@@ -22,9 +25,10 @@ def check_arguments(model: Any, max_steps: Any, plan: Any, trigger: Any, seed: A
         TypeError: The model, plan or trigger is of another type.
         ValueError: The seed or ``max_steps`` is no such number, or the plan is of another length.
     """
+    by_hand = "Pass Schedule.parse(text).resolve(Run(max_steps)), or the text as the config."
     for name, value, kind, way in (
         ("model", model, nn.Module, "Pass the model itself."),
-        ("plan", plan, Plan | None, "Pass Schedule.parse(text).resolve(Run(max_steps)), or the text as the config."),
+        ("plan", plan, Plan | ResolvedPlan | None, by_hand),
         ("trigger", trigger, Trigger | None, "Pass Schedule.parse(text).trigger."),
     ):
         if not isinstance(value, kind):
@@ -34,8 +38,29 @@ def check_arguments(model: Any, max_steps: Any, plan: Any, trigger: Any, seed: A
         raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}.")
     if max_steps is not None:
         whole_number("max_steps", max_steps)
+    plan = plan.plan if isinstance(plan, ResolvedPlan) else plan
     if plan is not None and max_steps not in (None, plan.max_steps):
         raise ValueError(f"max_steps is {max_steps}, but the plan is of {plan.max_steps} update steps. Leave it out.")
+
+
+def check_resolved(resolved: ResolvedPlan, in_trainer: bool) -> None:
+    """All that can be wrong with a plan on a model; what is odd, but not wrong, is warned of.
+
+    Raises:
+        ValueError: A setting would have no effect (:mod:`hf_drt.planning.idle_settings`); as :func:`check_phase`, and
+            with a trigger as :func:`check_room_for_windows`.
+    """
+    targets, config = resolved.targets, resolved.config
+    for note in targets.notes:
+        logger.warning("%s.", note)
+    refuse_idle(usage_of_plan(resolved, in_trainer))
+    for phase, forms in zip(resolved.plan.phases, resolved.forms_by_phase, strict=True):
+        check_phase(phase, forms, targets.shapes, config)
+    if resolved.trigger is not None:
+        check_room_for_windows(resolved.plan, resolved.cost.flops, budget_of(config, {resolved.plan.phases[0].kind}))
+    for pattern in config.patterns:
+        if not any(re.search(pattern, name) for name in targets.shapes):
+            logger.warning("rank_pattern: %r matches none of the %d layers.", pattern, len(targets.shapes))
 
 
 def check_phase(phase: Phase, forms: dict[str, Form], targets: Shapes, config: DRTConfig) -> None:

@@ -10,12 +10,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from hf_drt.config import DRTConfig
-from hf_drt.forms import PRODUCTS, LayerShape
+from hf_drt.forms import PRODUCTS
+from hf_drt.planning.layers import Shapes
 from hf_drt.planning.ranks import stays_dense
-from hf_drt.schedule import Plan, Schedule, form_text
+from hf_drt.planning.resolved import ResolvedPlan
+from hf_drt.schedule import Schedule, form_text
 
 Rank = int | float | str | None
-Shapes = dict[str, LayerShape]
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,22 @@ class Usage:
         return None in self.low_rank and any(not self._has_pattern(name) for name in self.targets)
 
     def _has_pattern(self, name: str) -> bool:
-        return any(re.search(pattern, name) for pattern in self.config.rank_pattern or {})
+        return any(re.search(pattern, name) for pattern in self.config.patterns)
 
 
-def usage_of(config: DRTConfig, schedule: Schedule, lowrank: str, targets: Shapes) -> Usage:
+def usage_of(config: DRTConfig, lowrank: str, targets: Shapes) -> Usage:
     """In a Trainer, of a schedule that is not resolved yet; ``lowrank`` is what 'lowrank' stands for."""
-    phases = [(lowrank if entry.kind == "lowrank" else entry.kind, entry.rank) for entry in schedule.entries]
-    return Usage(config, schedule, phases, targets, schedule.trigger is not None, in_trainer=True)
+    schedule = config.parsed
+    entries = schedule.entries if schedule is not None else ()
+    phases = [(lowrank if entry.kind == "lowrank" else entry.kind, entry.rank) for entry in entries]
+    return Usage(config, schedule, phases, targets, schedule is not None and schedule.trigger is not None, True)
 
 
-def usage_of_plan(config: DRTConfig, plan: Plan, targets: Shapes, grows: bool, in_trainer: bool) -> Usage:
+def usage_of_plan(resolved: ResolvedPlan, in_trainer: bool) -> Usage:
     """Of a resolved plan; ``config.schedule``, if there is one, is what it was made of."""
-    schedule = None if config.schedule is None else Schedule.parse(config.schedule)
-    return Usage(config, schedule, [(phase.kind, phase.rank) for phase in plan.phases], targets, grows, in_trainer)
+    config, phases = resolved.config, [(phase.kind, phase.rank) for phase in resolved.plan.phases]
+    grows = resolved.trigger is not None
+    return Usage(config, config.parsed, phases, resolved.targets.shapes, grows, in_trainer)
 
 
 def refuse_without_schedule(config: DRTConfig) -> None:
@@ -104,19 +108,18 @@ def idle_settings(usage: Usage) -> Iterator[tuple[str, str]]:
 
 
 def settings_given(config: DRTConfig) -> list[str]:
-    """The fields that differ from their defaults, but for the schedule."""
-    default = DRTConfig(schedule=config.schedule, decomposition=config.decomposition)
-    names = [f.name for f in fields(config) if f.name not in ("schedule", "decomposition", "dense_query_key")]
-    given = [name for name in names if _value(config, name) != _value(default, name)]
-    given += ["decomposition"] if config.decomposition != DRTConfig.decomposition else []
-    # True or False may say what holds anyway, as 16 may in a configuration that was another schedule's before.
-    given += ["dense_query_key"] if config.keeps_query_key != default.keeps_query_key else []
+    """The fields, but for the schedule, whose value would be another if they were left out."""
+    values: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(config)}
+    defaults: dict[str, Any] = {f.name: f.default for f in fields(config) if f.name != "schedule"}
+    left_out = {name: replace(config, **{**values, name: default}) for name, default in defaults.items()}
+    given = [name for name, other in left_out.items() if _value(config, name) != _value(other, name)]
+    # 16 may stand in a configuration that was another schedule's before.
     return [name for name in given if name != "adapter_alpha" or config.adapter_alpha != DRTConfig().adapter_alpha]
 
 
 def _value(config: DRTConfig, name: str) -> Any:
-    """A setting's value; an empty list or dict says as much as None."""
-    value = getattr(config, name)
+    """A setting's value; an empty list or dict says as much as None, and True or False may say what holds anyway."""
+    value = config.keeps_query_key if name == "dense_query_key" else getattr(config, name)
     return None if value in ([], (), {}) else value
 
 
@@ -169,7 +172,7 @@ def _rank_ratio(usage: Usage) -> str | None:
 
 def _rank_multiple(usage: Usage) -> str | None:
     by_setting = usage.asks_for_rank and usage.config.rank is None
-    shares = [*usage.low_rank, *(usage.config.rank_pattern or {}).values()]
+    shares = [*usage.low_rank, *usage.config.patterns.values()]
     if by_setting or (usage.low_rank and any(isinstance(rank, (float, str)) for rank in shares)):
         return None
     return _needs_low_rank(usage) or (

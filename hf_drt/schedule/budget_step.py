@@ -42,7 +42,7 @@ def _with_full_rank(cost: float) -> float:
     return cost * (1 - FULL_RANK_SHARE) + FULL_RANK_SHARE
 
 
-def budget_step(index: int, starts: Sequence[int | None], forms: list[Form], run: Run) -> int:
+def budget_step(index: int, starts: Sequence[int | None], forms: Sequence[Form], run: Run) -> int:
     """The update step at which phase ``index`` starts, so that the plan's average cost is the run's budget.
 
     With ``c`` the cost of a step before the boundary and ``c'`` after it, both phases together in ``[s, e)``, and all

@@ -1,17 +1,90 @@
 """Presets: names, with options, for schedules that are known by name. Each expands to plain schedule text, but
-'adaptive', whose windows are decided during the run."""
+'adaptive', whose windows are decided during the run.
+
+A preset is added in one place, :data:`PRESETS` (from outside: :func:`register`); errors, the help of ``drt_schedule``
+and the table of the documentation are made of it.
+"""
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hf_drt.registry import Registry
 from hf_drt.schedule.boundary import number_text
 from hf_drt.schedule.plan import form_text
 from hf_drt.schedule.trigger import Trigger
+from hf_drt.tables import markdown_table
 
 _CALL = re.compile(r"(\w+)\s*(?:\((.*)\))?")
+
+
+@dataclass(frozen=True)
+class Follows:
+    """A value that follows another setting, whose name is ``setting``."""
+
+    setting: str
+    values: Mapping[Any, Any]
+
+    def __str__(self) -> str:
+        return f"{', '.join(f'{value:g}' for value in self.values.values())} by {self.setting}"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A schedule that is known by name.
+
+    Attributes:
+        name: Of letters, digits and underscores.
+        help: What it does, in one sentence; for help texts and tables.
+        build: Makes the schedule's text of the options, or a trigger.
+        options: Every option of ``build`` with its default, whose type is the option's.
+        settings: Values of fields of :class:`hf_drt.DRTConfig` that the user leaves unset (None); each may be a
+            :class:`Follows`.
+    """
+
+    name: str
+    help: str
+    build: Callable[..., str | Trigger]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def settings_for(self, config: Any) -> dict[str, Any]:
+        """The settings that go with it, by name, under the other settings of a configuration; those that follow a value
+        for which there is none are left out."""
+        found = {
+            name: value.values.get(getattr(config, value.setting)) if isinstance(value, Follows) else value
+            for name, value in self.settings.items()
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def call(self) -> str:
+        """As it is written with all its options at their defaults: ``cyclic(windows=2,share=40)``."""
+        given = ",".join(f"{name}={_text(value)}" for name, value in self.options.items())
+        return f"{self.name}({given})" if given else self.name
+
+
+def _text(value: Any) -> str:
+    return number_text(value) if isinstance(value, float) else str(value)
+
+
+def preset_of(text: str) -> Preset | None:
+    """The preset that a schedule's text names; None if the text is not of that kind.
+
+    Raises:
+        ValueError: No preset has this name.
+    """
+    match = _CALL.fullmatch(text.strip())
+    if match is None:
+        return None
+    if match[1] not in PRESETS:
+        raise ValueError(
+            f"'{match[1]}' is neither a preset ({', '.join(PRESETS)}) nor a phase; a phase is written kind@boundary, "
+            "e.g. 'factored@0 dense@40% adapter@80%'."
+        )
+    return PRESETS[match[1]]
 
 
 def expand(text: str) -> str | Trigger | None:
@@ -21,24 +94,18 @@ def expand(text: str) -> str | Trigger | None:
     Raises:
         ValueError: Unknown preset or option, or a value outside its interval.
     """
-    match = _CALL.fullmatch(text.strip())
-    if match is None:
+    preset = preset_of(text)
+    if preset is None:
         return None
-    name, inside = match[1], match[2] or ""
-    if name not in PRESETS:
-        raise ValueError(
-            f"'{name}' is neither a preset ({', '.join(PRESETS)}) nor a phase; a phase is written kind@boundary, "
-            "e.g. 'factored@0 dense@40% adapter@80%'."
-        )
-    builder, defaults = PRESETS[name]
-    options = dict(defaults)
+    inside = text.strip()[len(preset.name) :].strip()[1:-1]
+    options = dict(preset.options)
     for item in filter(None, (part.strip() for part in inside.split(","))):
         key, _, value = (part.strip() for part in item.partition("="))
-        if key not in defaults:
-            known = ", ".join(defaults) or "none"
-            raise ValueError(f"preset '{name}' has no option '{key}'; its options are: {known}.")
-        options[key] = _value(name, key, value, defaults[key])
-    return builder(**options)
+        if key not in preset.options:
+            known = ", ".join(preset.options) or "none"
+            raise ValueError(f"preset '{preset.name}' has no option '{key}'; its options are: {known}.")
+        options[key] = _value(preset.name, key, value, preset.options[key])
+    return preset.build(**options)
 
 
 def _value(preset: str, key: str, text: str, default: Any) -> Any:
@@ -46,6 +113,31 @@ def _value(preset: str, key: str, text: str, default: Any) -> Any:
         return type(default)(text)
     except ValueError:
         raise ValueError(f"option '{key}' of preset '{preset}' must be like {default!r}, got '{text}'.") from None
+
+
+def register(preset: Preset) -> None:
+    """Add a preset: schedules, errors and help texts know it from here on.
+
+    Raises:
+        ValueError: Its name is taken, or is not a word.
+    """
+    if not re.fullmatch(r"\w+", preset.name):
+        raise ValueError(f"a preset needs a name of letters, digits and underscores, got {preset.name!r}.")
+    PRESETS.add(preset.name, preset)
+
+
+def preset_rows() -> list[tuple[str, str, str]]:
+    """Every preset: as it is written, what it does, and the settings that it brings."""
+    return [
+        (preset.call, preset.help, ", ".join(f"{name} {value}" for name, value in preset.settings.items()) or "-")
+        for preset in PRESETS.values()
+    ]
+
+
+def preset_table() -> str:
+    """:func:`preset_rows` as a table in Markdown, for documentation."""
+    rows = [(f"`{call}`", text, brings) for call, text, brings in preset_rows()]
+    return markdown_table(("preset", "what it does", "settings that it brings"), rows)
 
 
 def _paper(final: str) -> str:
@@ -116,16 +208,52 @@ def _auto() -> str:
     return "lowrank:budget@0 dense@budget"
 
 
-PRESETS: dict[str, tuple[Callable[..., str | Trigger], dict[str, Any]]] = {
-    "paper": (_paper, {"final": "adapter"}),
-    "paper_conv": (_paper_conv, {"ratio": 0.5, "final": "adapter"}),
-    "fixed": (_fixed, {}),
-    "warmup": (_warmup, {"until": 40.0}),
-    "cyclic": (_cyclic, {"windows": 2, "share": 40.0}),
-    "decay": (_decay, {"first": 0.375, "last": 0.125, "stages": 4, "shape": "linear"}),
-    "auto": (_auto, {}),
-    "adaptive": (Trigger, asdict(Trigger())),
-}
+_PRESETS = (
+    Preset(
+        "paper",
+        "Low rank, full rank from I, adapter (or final=factored) from D, by the drops of the learning rate "
+        "(arXiv 2508.08625).",
+        _paper,
+        {"final": "adapter"},
+    ),
+    Preset(
+        "paper_conv",
+        "The paper's settings for convolutions: half of the output channels, full rank from 37 % to 80 % of the run, "
+        "then an adapter.",
+        _paper_conv,
+        {"ratio": 0.5, "final": "adapter"},
+        {"adapter_alpha": Follows("decomposition", {"svd": 16.0, "tucker": 1.0, "cp": 64.0})},
+    ),
+    Preset("fixed", "Low rank throughout.", _fixed),
+    Preset("warmup", "Full rank first, then low rank (Pufferfish, Wang et al. 2021).", _warmup, {"until": 40.0}),
+    Preset(
+        "cyclic",
+        "Low rank with evenly spaced full-rank windows that together last share % of the run.",
+        _cyclic,
+        {"windows": 2, "share": 40.0},
+    ),
+    Preset(
+        "decay",
+        "Factored rank going down in equal stages; shape is linear, exponential or sigmoid (DRIFT, arXiv 2502.03822).",
+        _decay,
+        {"first": 0.375, "last": 0.125, "stages": 4, "shape": "linear"},
+    ),
+    Preset(
+        "auto",
+        "One knob, the budget: low rank first, full rank for as long as the budget allows; the rank follows as well.",
+        _auto,
+    ),
+    Preset(
+        "adaptive",
+        "Low rank with full-rank windows that begin during the run, as the effective rank or the loss (signal=rank, "
+        "loss or either) asks for them.",
+        Trigger,
+        asdict(Trigger()),
+    ),
+)
+PRESETS: Registry[Preset] = Registry("preset", "hf_drt.schedule")
+for _preset in _PRESETS:
+    register(_preset)
 
 
 def _check(condition: bool, name: str, allowed: str, value: Any) -> None:

@@ -1,13 +1,14 @@
 """A schedule: what the user wrote, checked, with boundaries still in the user's units."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NoReturn, cast
 
 from hf_drt.schedule.boundary import Boundary, Run
 from hf_drt.schedule.budget_step import budget_rank, budget_step, check_cost
-from hf_drt.schedule.plan import Phase, Plan, form_text
-from hf_drt.schedule.presets import expand
+from hf_drt.schedule.plan import Kind, Phase, Plan, form_text
+from hf_drt.schedule.presets import Preset, expand, preset_of
 from hf_drt.schedule.trigger import Trigger
 
 KINDS = ("dense", "factored", "adapter", "lowrank")
@@ -62,10 +63,12 @@ class Schedule:
     """The phases as written. ``str()`` gives text that parses to an equal schedule.
 
     With a ``trigger`` full-rank windows are added to the one phase during the run (:mod:`hf_drt.schedule.windows`).
+    ``preset`` is what it was written as, if not phase by phase; the same phases are the same schedule.
     """
 
     entries: tuple[Entry, ...]
     trigger: Trigger | None = None
+    preset: Preset | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def parse(cls, text: str) -> "Schedule":
@@ -78,11 +81,12 @@ class Schedule:
         words = text.split()
         if not words:
             raise ValueError("the schedule is empty; write e.g. 'factored@0 dense@40% adapter@80%'.")
+        preset = preset_of(text) if "@" not in text else None
         if "@" not in text:
-            preset = expand(text) or _not_a_schedule(text)
-            if isinstance(preset, Trigger):
-                return cls((Entry.parse("lowrank@0"),), preset)
-            words = preset.split()
+            expanded = expand(text) or _not_a_schedule(text)
+            if isinstance(expanded, Trigger):
+                return cls((Entry.parse("lowrank@0"),), expanded, preset)
+            words = expanded.split()
         entries = tuple(map(Entry.parse, words))
         first = entries[0]
         if first.at.unit in ("share", "steps", "epochs", "budget") and first.at.value != 0:
@@ -95,12 +99,26 @@ class Schedule:
                 raise ValueError(f"'{before} {after}' is one dense phase; drop the second.")
         if sum(entry.at.unit == "budget" for entry in entries) > 1:
             raise ValueError(f"'{text}' has several boundaries at 'budget'; one budget decides one boundary.")
-        return cls(entries)
+        return cls(entries, preset=preset)
+
+    @property
+    def budget_chooses_rank(self) -> bool:
+        """Whether a rank is left to the budget."""
+        return any(entry.rank == "budget" for entry in self.entries)
 
     @property
     def uses_budget(self) -> bool:
         """Whether a rank, a boundary or the windows of the run depend on a budget."""
-        return self.trigger is not None or any(e.rank == "budget" or e.at.unit == "budget" for e in self.entries)
+        return self.trigger is not None or self.budget_chooses_rank or any(e.at.unit == "budget" for e in self.entries)
+
+    @property
+    def writes_lowrank(self) -> bool:
+        """Whether what the phases are depends on what 'lowrank' stands for."""
+        return any(entry.kind == "lowrank" for entry in self.entries)
+
+    def kinds(self, lowrank: str) -> set[str]:
+        """The forms of its phases, 'lowrank' being what it stands for."""
+        return {lowrank if entry.kind == "lowrank" else entry.kind for entry in self.entries}
 
     @property
     def uses_lr(self) -> bool:
@@ -118,10 +136,9 @@ class Schedule:
             ValueError: A boundary cannot be resolved, or the phases do not form a :class:`Plan`.
         """
         kinds, ranks = self._forms(run, lowrank)
-        starts = [None if entry.at.unit == "budget" else entry.at.resolve(run) for entry in self.entries]
-        if None in starts:
-            index = starts.index(None)
-            starts[index] = budget_step(index, starts, list(zip(kinds, ranks, strict=True)), run)
+        known = [None if entry.at.unit == "budget" else entry.at.resolve(run) for entry in self.entries]
+        forms = list(zip(kinds, ranks, strict=True))
+        starts = [budget_step(i, known, forms, run) if start is None else start for i, start in enumerate(known)]
         plan = Plan(tuple(map(Phase, starts, kinds, ranks)), run.max_steps)
         if any(entry.rank == "budget" for entry in self.entries):
             check_cost(plan, run)
@@ -133,12 +150,12 @@ class Schedule:
         kinds, ranks = self._forms(run, lowrank)
         return Plan(tuple(map(Phase, range(len(kinds)), kinds, ranks)), run.max_steps)
 
-    def _forms(self, run: Run, lowrank: str) -> tuple[list[str], list[int | float | None]]:
+    def _forms(self, run: Run, lowrank: str) -> tuple[list[Kind], list[int | float | None]]:
         if run.max_steps < 1:
             raise ValueError(f"the schedule '{self}' never trains: the run has {run.max_steps} update steps.")
-        kinds = [lowrank if entry.kind == "lowrank" else entry.kind for entry in self.entries]
+        kinds: list[Kind] = [cast(Kind, lowrank if entry.kind == "lowrank" else entry.kind) for entry in self.entries]
         ranks = [
-            budget_rank(kind, run) if entry.rank == "budget" else entry.rank
+            budget_rank(kind, run) if isinstance(entry.rank, str) else entry.rank
             for kind, entry in zip(kinds, self.entries, strict=True)
         ]
         return kinds, ranks
@@ -147,7 +164,7 @@ class Schedule:
         return " ".join(map(str, self.entries)) if self.trigger is None else str(self.trigger)
 
 
-def _not_a_schedule(text: str) -> str:
+def _not_a_schedule(text: str) -> NoReturn:
     raise ValueError(
         f"'{text}' is no schedule; write phases as kind@boundary, e.g. 'factored@0 dense@40% adapter@80%', or a preset."
     )

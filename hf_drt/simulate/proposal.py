@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from hf_drt.config import DRTConfig
-from hf_drt.forms import Dense, flops_of
+from hf_drt.forms import Dense, LayerShape, flops_of
 from hf_drt.planning import resolve_form
 from hf_drt.schedule import Phase, Plan
 
@@ -32,7 +32,7 @@ class Layer:
     """A target layer: name, ``(out, in)``, and the vectors that it multiplies in an update step's forward passes."""
 
     name: str
-    shape: tuple[int, int]
+    shape: LayerShape
     rows: int
 
 

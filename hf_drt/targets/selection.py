@@ -56,9 +56,13 @@ class Selection:
             f"{names[0]} ({self.skipped[names[0]]})"
         )
 
+    def warnings(self) -> tuple[str, ...]:
+        """What is to be warned of: fused experts, and what the notes say."""
+        return tuple(filter(None, (self.fused_note(), *self.notes)))
+
     def log_notes(self) -> None:
-        """Warn of fused experts, and of what the notes say."""
-        for note in filter(None, (self.fused_note(), *self.notes)):
+        """Put the warnings into the log."""
+        for note in self.warnings():
             logger.warning("%s.", note)
 
 

@@ -7,7 +7,6 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_drt.config import DRTConfig
 from hf_drt.planning import refuse_without_schedule
-from hf_drt.schedule import Schedule
 
 PREFIX = "drt_"
 
@@ -26,11 +25,9 @@ def checked_config(source: Any) -> DRTConfig:
     """The settings of an object with ``drt_*`` attributes.
 
     Raises:
-        ValueError: As DRTConfig and Schedule.parse do, and where there are settings without a schedule.
+        ValueError: As DRTConfig does, and where there are settings without a schedule.
     """
     config = DRTConfig.from_prefixed(source, PREFIX)
-    if config.schedule is not None:
-        Schedule.parse(config.schedule)
     refuse_without_schedule(config)
     return config
 

@@ -10,9 +10,9 @@ from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.optim import form_group_options
-from hf_drt.planning import resolved_plan
+from hf_drt.planning import LayersOf, resolved_plan
 from hf_drt.registry import EXPORTERS
-from hf_drt.schedule import Run, Schedule
+from hf_drt.schedule import Run
 from hf_drt.trainer.delivery import deliver
 from hf_drt.trainer.driver import PhaseDriver
 from hf_drt.trainer.events import DriverEvents
@@ -51,9 +51,10 @@ class DRTCallback(DriverEvents):
 
     def __init__(self, config: DRTConfig | str, log: Log | None = None):
         self.config = DRTConfig.of(config)
-        if self.config.schedule is None:
+        if self.config.parsed is None:
             raise ValueError("DRTCallback needs a schedule, e.g. 'factored@0 dense@40% adapter@80%'; got None.")
-        self.schedule = Schedule.parse(self.config.schedule)
+        self.schedule = self.config.parsed
+        self._layers = LayersOf()
         self._loop = PlainLoop(log)
         self._driver: PhaseDriver | None = None
 
@@ -117,7 +118,7 @@ class DRTCallback(DriverEvents):
                 "export=adapter and tag_phases need DRTTrainer's own way to save and to push, which a plain Trainer "
                 "does not have. Use DRTTrainer, or leave them out."
             )
-        refuse_unused(model, self.config)
+        refuse_unused(model, self.config, self._layers(model, self.config))
 
     def _check_switches(self, args: TrainingArguments) -> None:
         """A plain Trainer drops a save at a step that is evaluated under save_strategy=best, and takes any score for
@@ -150,10 +151,8 @@ class DRTCallback(DriverEvents):
         optimizer = kwargs["optimizer"]
         refuse_anchors_with_scaler(self.schedule, getattr(optimizer, "scaler", None), is_fused(optimizer))
         run = Run(state.max_steps, epoch, existing_curve(scheduler, state.max_steps))
-        plan = resolved_plan(self.schedule, run, self.config, model)
-        controller = DynamicRank(
-            model, self.config, plan=plan, trigger=self.schedule.trigger, seed=args.seed, in_trainer=True
-        )
+        plan = resolved_plan(self.config, run, model, self._layers(model, self.config))
+        controller = DynamicRank(model, self.config, plan=plan, seed=args.seed, in_trainer=True)
         return PhaseDriver(controller, self._loop, first=controller.apply(0, optimizer))
 
     # ---- in the loop

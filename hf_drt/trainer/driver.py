@@ -10,6 +10,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_drt.checkpoint import write_state
 from hf_drt.controller import DynamicRank
+from hf_drt.forms import Dense
+from hf_drt.trainer.announce import announce
 from hf_drt.trainer.checkpoint import random_state_files
 from hf_drt.trainer.early_end import warn_of_early_end
 from hf_drt.trainer.loop import Loop
@@ -43,19 +45,11 @@ class PhaseDriver:
     def train_begins(self, args: TrainingArguments, state: TrainerState) -> None:
         """Report the plan and the switch into the first phase."""
         first, cost = self._first, self.controller.cost()
+        announce(self.controller.resolved, args, state)
         self.meter.start_phase(self.controller.phase or 0, args.device, first.seconds if first is not None else 0.0)
         if first is not None:
             row = {"drt_plan_flops": round(cost.flops, 4), "drt_plan_parameters": round(cost.parameters, 4)}
-            self._log(state, row | _switch_row(first))
-        logger.info(
-            "dynamic-rank plan: %s (of %d update steps) on %d layers; on average %.2f of their dense training FLOPs "
-            "and %.2f of their trainable parameters",
-            self.controller.plan,
-            self.controller.plan.max_steps,
-            len(self.controller.targets),
-            cost.flops,
-            cost.parameters,
-        )
+            self._log(state, row | self._switch_row(first))
 
     def step_begins(self, args: TrainingArguments, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
         """Change the model's form where a phase begins with this update step."""
@@ -64,7 +58,7 @@ class PhaseDriver:
             transition = self.controller.begin_step(state.global_step, optimizer, self._loop.probe)
         if transition is not None:
             self.meter.start_phase(transition.phase, args.device, transition.seconds)
-            self._log(state, _switch_row(transition))
+            self._log(state, self._switch_row(transition))
             logger.info("update step %d: phase %d (%s)", transition.step, transition.phase, transition.kind)
         self._loop.count(self.meter, args)
         self.meter.start_step()
@@ -134,18 +128,18 @@ class PhaseDriver:
             row |= {f"drt_effective_rank/{name}": rank for name, rank in ranks.items()}
         return row
 
+    def _switch_row(self, transition: Transition) -> dict[str, Any]:
+        row = {
+            "drt_phase": transition.phase,
+            "drt_trainable_parameters": transition.parameters[1],
+            "drt_switch_seconds": round(transition.seconds, 4),
+            "drt_truncation_error": transition.truncation_error,
+            "drt_merge_error": transition.merge_error,
+        }
+        if transition.function_error is not None:
+            row["drt_function_error"] = transition.function_error
+        ranks = [form.rank for form in self.controller.forms(transition.phase).values() if not isinstance(form, Dense)]
+        return row | ({"drt_rank_min": min(ranks), "drt_rank_max": max(ranks)} if ranks else {})
+
     def _log(self, state: TrainerState, row: dict[str, Any]) -> None:
         self._loop.log(state, {**row, "drt_seconds": round(self.meter.trained, 4)})
-
-
-def _switch_row(transition: Transition) -> dict[str, Any]:
-    row = {
-        "drt_phase": transition.phase,
-        "drt_trainable_parameters": transition.parameters[1],
-        "drt_switch_seconds": round(transition.seconds, 4),
-        "drt_truncation_error": transition.truncation_error,
-        "drt_merge_error": transition.merge_error,
-    }
-    if transition.function_error is not None:
-        row["drt_function_error"] = transition.function_error
-    return row

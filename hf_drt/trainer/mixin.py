@@ -38,9 +38,9 @@ from hf_drt.controller import DynamicRank
 from hf_drt.engines import engine_of
 from hf_drt.export import check_export
 from hf_drt.optim import form_group_options
-from hf_drt.planning import refuse_without_schedule, resolution
+from hf_drt.planning import LayersOf, refuse_without_schedule, resolution
 from hf_drt.registry import EXPORTERS
-from hf_drt.schedule import Run, Schedule
+from hf_drt.schedule import Run
 from hf_drt.trainer.aside import hidden_token, upcast_bases
 from hf_drt.trainer.callback import DRTCallback, updates_per_epoch
 from hf_drt.trainer.checkpoint import checked_state, last_complete_checkpoint, readable_state
@@ -54,7 +54,13 @@ from hf_drt.trainer.outermost import call_with, wrap_overrides
 from hf_drt.trainer.publishing import PublishingMixin
 from hf_drt.trainer.push import Publisher
 from hf_drt.trainer.rates import RunRates
-from hf_drt.trainer.refusals import refuse_own_rate_of, refuse_unsupported, refuse_unused, warn_of_another_engine
+from hf_drt.trainer.refusals import (
+    refuse_experts,
+    refuse_own_rate_of,
+    refuse_unsupported,
+    refuse_unused,
+    warn_of_another_engine,
+)
 from hf_drt.trainer.restore import begin, optimizer_made, restore
 from hf_drt.trainer.saving import recover, written_whole
 from hf_drt.trainer.search import checked_search, settings_of
@@ -131,7 +137,11 @@ class DRTTrainerMixin(PublishingMixin):
         refuse_own_rate_of(self, config)
         refuse_unsupported(self, config)
         warn_of_another_engine(self)
-        refuse_unused(self.model, config)
+        # Settings without effect are refused before there is a plan, which gets the same layers.
+        self._drt_layers = LayersOf()
+        layers = self._drt_layers(self.model, config)
+        refuse_experts(self, config, layers)
+        refuse_unused(self.model, config, layers)
         self._drt_loop, self._drt_rates = TrainerLoop(self), RunRates(self)
         self._drt_writer = ModelWriter(self, lambda: self._drt_config().export, self._drt_write_state)
         self._drt_publisher = Publisher(self.args, self._drt_publish)
@@ -230,18 +240,17 @@ class DRTTrainerMixin(PublishingMixin):
                 "factored_lr_scale, adapter_lr_scale and frobenius_decay decide the optimizer's groups, and cannot "
                 "change between two train() calls with one optimizer. Make a new trainer."
             )
-        self._drt_settings, schedule = config, Schedule.parse(config.schedule)
+        self._drt_settings = config
         epoch = updates_per_epoch(train_dataloader, self.args.gradient_accumulation_steps)
-        self._drt_resolution = resolution(schedule, Run(max_steps, epoch), config, self.model, resumed)
-        plan, outline = self._drt_rates.first_plan(self._drt_resolution, resumed)
+        layers = self._drt_layers(self.model, config)  # of another model after model_init or a search's trial
+        self._drt_resolution = resolution(config, Run(max_steps, epoch), self.model, layers, resumed)
+        plan = self._drt_rates.first_plan(self._drt_resolution, resumed)
         drt = self.drt
-        fits = drt is not None and (drt.model, drt.initial_plan, drt.config) == (self.model, plan, config)
+        fits = drt is not None and (drt.model, drt.initial.plan, drt.config) == (self.model, plan.plan, config)
         if drt is None or not fits or (drt.windows is not None and not resumed):  # a new run has its own windows
-            trigger = schedule.trigger
-            check_export(config.export, plan, self.args, self.is_fsdp_enabled, grows=trigger is not None)
-            drt = self.drt = DynamicRank(
-                self.model, config, plan=plan, trigger=trigger, seed=self.args.seed, in_trainer=True, outline=outline
-            )
+            grows = plan.trigger is not None
+            check_export(config.export, plan.plan, self.args, self.is_fsdp_enabled, grows=grows)
+            drt = self.drt = DynamicRank(self.model, config, plan=plan, seed=self.args.seed, in_trainer=True)
         return drt
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -11,8 +11,7 @@ from transformers.training_args import OptimizerNames
 
 from hf_drt.checkpoint import CheckpointError
 from hf_drt.controller import DynamicRank
-from hf_drt.planning import Resolution
-from hf_drt.schedule import Plan
+from hf_drt.planning import Resolution, ResolvedPlan
 from hf_drt.trainer.lr import Curve, Groups, StandIn, existing_curve, group_options, is_fused, stepped, twin, untouched
 from hf_drt.trainer.refusals import refuse_anchors_with_scaler
 
@@ -34,17 +33,17 @@ class RunRates:
         self._expected: Curve | None = None
         self._passed: tuple[Any, Any] | None = None  # the scheduler, and its twin from where the run began
 
-    def first_plan(self, resolution: Resolution, resumed: bool) -> tuple[Plan, bool]:
-        """The plan as far as it is known before there is an optimizer, and whether that is an outline only.
+    def first_plan(self, resolution: Resolution, resumed: bool) -> ResolvedPlan:
+        """The plan as far as it is known before there is an optimizer: it may be an outline only.
 
         Raises:
             ValueError: The schedule does not resolve.
         """
         if not resolution.schedule.uses_lr:
-            return resolution.plan(lambda: None), False
+            return resolution.plan(lambda: None)
         self._refuse_scaler(resolution)
         curve = self._expected = self.expected(resolution.run.max_steps, resumed)
-        return (resolution.plan(curve), False) if curve is not None else (resolution.outline(), True)
+        return resolution.plan(curve) if curve is not None else resolution.outline()
 
     def settle(self, controller: DynamicRank, resolution: Resolution, checkpoint: str | None = None) -> None:
         """Resolve the plan by the run's own scheduler, which has been made and not been stepped yet.
@@ -56,11 +55,11 @@ class RunRates:
             ValueError: The schedule does not resolve.
             CheckpointError: The checkpoint's plan is another.
         """
-        if not resolution.schedule.uses_lr or (checkpoint is not None and not controller.outline):
+        if not resolution.schedule.uses_lr or (checkpoint is not None and not controller.resolved.outline):
             return
         self._refuse_scaler(resolution)
         rates = self.actual(resolution.run.max_steps)()
-        if not controller.outline and self._expected is not None and self._expected() == rates:
+        if not controller.resolved.outline and self._expected is not None and self._expected() == rates:
             return
         plan = resolution.plan(lambda: rates)
         try:

@@ -12,12 +12,11 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import HubStrategy
 
 from hf_drt.config import DRTConfig
-from hf_drt.forms import stack_count, weight_shape
+from hf_drt.forms import layer_of
 from hf_drt.optim import OPTIMIZERS, check_rate, form_group_options, has_own_rate, qualified_name, unwrap
-from hf_drt.planning import Usage, idle_settings, lowrank_kind, refuse_idle, usage_of
+from hf_drt.planning import TargetLayers, Usage, idle_settings, lowrank_kind, refuse_idle, usage_of
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Schedule
-from hf_drt.targets import find_targets
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,6 @@ def refuse_unsupported(trainer: Any, config: DRTConfig) -> None:
     for found, (applies, remedy) in _engines(trainer).items():
         if applies:
             raise ValueError(f"dynamic-rank training does not support {found}. {remedy} Or unset drt_schedule.")
-    _refuse_experts(trainer, config)
     _refuse_nameless(trainer.model, config)
     args = trainer.args
     if config.tag_phases and (not args.push_to_hub or args.hub_strategy == HubStrategy.END):
@@ -113,26 +111,25 @@ def warn_of_another_engine(trainer: Any) -> None:
         )
 
 
-def refuse_unused(model: nn.Module, config: DRTConfig) -> None:
+def refuse_unused(model: nn.Module, config: DRTConfig, layers: TargetLayers) -> None:
     """Raise where a setting would have no effect in a Trainer's run of this model.
 
     Raises:
-        ValueError: No target layer; 'lowrank' for weights of which it is not clear whether they are trained; or a
-            setting that nothing uses (:mod:`hf_drt.planning.idle_settings`).
+        ValueError: 'lowrank' for weights of which it is not clear whether they are trained; or a setting that nothing
+            uses (:mod:`hf_drt.planning.idle_settings`).
     """
-    refuse_idle(_usage(model, config))
+    refuse_idle(_usage(model, config, layers))
 
 
 def unused(model: nn.Module, config: DRTConfig) -> list[tuple[str, str]]:
     """Settings for which :func:`refuse_unused` would raise, each with the reason."""
-    return list(idle_settings(_usage(model, config)))
+    return list(idle_settings(_usage(model, config, TargetLayers.of(model, config))))
 
 
-def _usage(model: nn.Module, config: DRTConfig) -> Usage:
-    targets = find_targets(model, **config.selection).targets
-    schedule = Schedule.parse(config.schedule)
-    shapes = {name: weight_shape(module) for name, module in targets.items()}
-    return usage_of(config, schedule, lowrank_kind(schedule, config, model), shapes)
+def _usage(model: nn.Module, config: DRTConfig, layers: TargetLayers) -> Usage:
+    if config.parsed is None:
+        raise ValueError("there is no schedule, and nothing that settings could have an effect on. Set schedule.")
+    return usage_of(config, lowrank_kind(config.parsed, config, model), layers.shapes)
 
 
 def _refuse_nameless(model: nn.Module, config: DRTConfig) -> None:
@@ -146,16 +143,19 @@ def _refuse_nameless(model: nn.Module, config: DRTConfig) -> None:
     )
 
 
-def _refuse_experts(trainer: Any, config: DRTConfig) -> None:
-    """Raise where fused experts are selected, but could not change form or be saved at the end."""
-    targets = find_targets(trainer.model, **config.selection).targets
-    name = next((name for name, layer in targets.items() if stack_count(layer) is not None), None)
+def refuse_experts(trainer: Any, config: DRTConfig, layers: TargetLayers) -> None:
+    """Raise where fused experts are selected, but could not change form or be saved at the end.
+
+    Raises:
+        ValueError: The run is under FSDP, or what it is exported as cannot hold them.
+    """
+    name = next(iter(layers.fused), None)
     if name is not None and _fsdp_version(trainer) is not None:
         raise ValueError(
             f"fused experts cannot change form under FSDP, and {name} is selected. Keep them dense: "
             "drt_exclude=['experts']; or use DistributedDataParallel (torchrun alone)."
         )
-    EXPORTERS[config.export].check_targets(targets)
+    EXPORTERS[config.export].check_targets({name: layer_of(trainer.model, name) for name in layers.shapes})
 
 
 def refuse_own_rate(optimizer: torch.optim.Optimizer, config: DRTConfig, schedule: Schedule) -> None:
@@ -178,8 +178,8 @@ def refuse_own_rate(optimizer: torch.optim.Optimizer, config: DRTConfig, schedul
 def refuse_own_rate_of(trainer: Any, config: DRTConfig) -> None:
     """:func:`refuse_own_rate`, of the optimizer that the trainer has or is told to make."""
     optimizer = trainer.optimizer if trainer.optimizer is not None else _sample(trainer)
-    if optimizer is not None:
-        refuse_own_rate(optimizer, config, Schedule.parse(config.schedule))
+    if optimizer is not None and config.parsed is not None:
+        refuse_own_rate(optimizer, config, config.parsed)
 
 
 def _sample(trainer: Any) -> torch.optim.Optimizer | None:

@@ -1,16 +1,100 @@
 """``hf-drt plan``."""
 
 import json
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
 import pytest
 import tiny
 import torch
 import transformers
+import typer
+from typer.testing import CliRunner
 
 from hf_drt import DRTConfig, DynamicRank
+from hf_drt.cli.options import with_settings
+from hf_drt.cli.plan import _LEFT_OUT
+from hf_drt.schedule import PRESETS
 from hf_drt.simulate import batch_spec, estimate_run
+from hf_drt.targets import selection
 
 SMALL = ("--batch-size", 2, "--seq-length", 8, "--rank-multiple", 4)
+
+
+def test_every_field_of_the_settings_is_an_option_or_left_out_with_a_reason(hf_drt):
+    text = " ".join(hf_drt("plan", "--help").out.split())
+    for f in fields(DRTConfig):
+        assert (f"--{f.name.replace('_', '-')} " in text) != (f.name in _LEFT_OUT), f.name
+    assert all(_LEFT_OUT.values())
+    for option in ("--steps-per-epoch", "--measure", "--dense-query-key / --no-dense-query-key", "[default: auto]"):
+        assert option in text
+    assert "in [0, 1]" not in text  # rewarmup_start is left out
+    assert "(%), update steps (400)" in text  # of the field's own help, in which argparse doubles the sign
+
+
+def test_a_new_field_is_an_option_by_itself():
+    @dataclass(frozen=True)
+    class More(DRTConfig):
+        wanted: list[str] | None = field(default=None, metadata={"help": "Of 100%% more."})
+        kind: Literal["a", "b"] = field(default="b", metadata={"help": "a or b."})
+
+    got = {}
+    app = typer.Typer(rich_markup_mode=None)
+
+    @app.command()
+    @with_settings(_LEFT_OUT, also={"kind": "Or so."}, source=More)
+    def command(name: str, *, last: int = 3, **settings):
+        got.update(settings, name=name, last=last)
+
+    result = CliRunner().invoke(app, ["model", "--wanted", "x", "--wanted", "y", "--rank", "3"])
+    assert result.exit_code == 0, result.output
+    assert (got["wanted"], got["kind"], got["rank"], got["last"], got["name"]) == (["x", "y"], "b", 3, 3, "model")
+    text = " ".join(CliRunner().invoke(app, ["--help"]).output.split())
+    assert "Of 100% more. May be repeated." in text
+    assert "a or b. Or so." in text
+    with pytest.raises(ValueError, match=r"nosuch is not a field of DRTConfig, whose fields are schedule, rank_ratio"):
+        with_settings({"nosuch": "of no use"})
+
+
+@pytest.mark.parametrize("schedule", [*PRESETS, "factored:0.125@0 dense@budget"])
+@pytest.mark.parametrize("budget", [(), ("--budget", 0.95)])
+def test_the_model_is_looked_through_once(hf_drt, configured, monkeypatch, schedule, budget):
+    looks, real = [], selection._Surroundings.of.__func__
+
+    def of(cls, model, entries):
+        looks.append(model)
+        return real(cls, model, entries)
+
+    monkeypatch.setattr(selection._Surroundings, "of", classmethod(of))
+    if schedule == "adaptive":
+        budget = ("--budget", 0.95)
+    if schedule == "paper_conv" and budget:
+        budget = ()  # its ranks are its own, and nothing can be proposed
+    wanted = ("plan", configured(), "--batch-size", 2, "--seq-length", 8, "--rank-multiple", 1, "--schedule", schedule)
+    result = hf_drt(*wanted, *budget)
+    assert result.code == 0, result.err
+    assert len(looks) == 1
+
+
+def test_auto_is_the_default_and_says_what_it_has_chosen(hf_drt, configured):
+    wanted = ("plan", configured(), *SMALL[:-1], 1)
+    drt = DynamicRank(tiny.llama(), DRTConfig(schedule="auto", rank_multiple=1, start="scratch"), max_steps=1000)
+    out = hf_drt(*wanted).out
+    assert out == hf_drt(*wanted, "--schedule", "auto").out
+    lines, start = out.splitlines(), drt.plan.phases[1].start
+    assert "lowrank: factored form (start=scratch)" in lines
+    assert f"boundary: dense from step {start} on (by the budget of 0.3166)" in lines
+    assert sum(line.startswith("rank: factored 1 (0.03125 of min(out, in) by the budget") for line in lines) == 1
+
+
+def test_both_figures_of_cost_carry_their_names(hf_drt, configured):
+    wanted = ("plan", configured(), *SMALL, "--schedule", "factored@0 dense@40%")
+    data, out = json.loads(hf_drt(*wanted, "--json").out), hf_drt(*wanted).out
+    drt = DynamicRank(tiny.llama(), DRTConfig(schedule="factored@0 dense@40%", rank_multiple=4), max_steps=1000)
+    assert data["target_layers_flops_share"] == drt.cost().flops != data["flops_share"]
+    assert f"cost, of the target layers alone: {drt.cost().flops:.3f} of their dense training FLOPs" in out
+    share = f"{data['flops_share']:.3f} of dense training of the whole model"
+    assert f"the run: {data['flops']:.4g} FLOPs, {share}" in out
 
 
 def test_the_numbers_are_those_of_the_estimate(hf_drt, configured):
@@ -30,14 +114,14 @@ def test_the_numbers_are_those_of_the_estimate(hf_drt, configured):
 
 @pytest.mark.parametrize("kind", tiny.MODELS)
 def test_every_kind_of_model(hf_drt, configured, kind):
-    result = hf_drt("plan", configured(kind), "--batch-size", 2, "--seq-length", 8, "--rank", 4)
+    result = hf_drt("plan", configured(kind), "--schedule", "paper", "--batch-size", 2, "--seq-length", 8, "--rank", 4)
     assert result.code == 0, result.err
     assert "scratch" in result.out
     assert "the run: " in result.out
 
 
 def test_plain_text_in_a_pipe(hf_drt, configured):
-    result = hf_drt("plan", configured(), *SMALL, "--steps", 100)
+    result = hf_drt("plan", configured(), *SMALL, "--schedule", "paper", "--steps", 100)
     lines = result.out.splitlines()
     assert result.out.isascii()
     assert "\x1b" not in result.out
@@ -52,9 +136,10 @@ def test_plain_text_in_a_pipe(hf_drt, configured):
 
 def test_a_model_with_weights_counts_as_pretrained(hf_drt, tmp_path):
     tiny.llama().save_pretrained(tmp_path / "weights")
-    data = json.loads(hf_drt("plan", tmp_path / "weights", *SMALL, "--json").out)
+    wanted = ("plan", tmp_path / "weights", *SMALL, "--schedule", "paper", "--json")
+    data = json.loads(hf_drt(*wanted).out)
     assert [p["form"] for p in data["phases"]] == ["adapter", "dense", "adapter"]
-    data = json.loads(hf_drt("plan", tmp_path / "weights", *SMALL, "--start", "scratch", "--json").out)
+    data = json.loads(hf_drt(*wanted, "--start", "scratch").out)
     assert data["phases"][0]["form"] == "factored"
 
 
@@ -176,7 +261,8 @@ def test_precision_and_checkpointing_change_the_memory(hf_drt, configured):
     ],
 )
 def test_wrong_settings(hf_drt, configured, flags, code, message):
-    result = hf_drt("plan", configured(), "--rank-multiple", 4, *flags)
+    schedule = () if "--schedule" in flags else ("--schedule", "paper")
+    result = hf_drt("plan", configured(), "--rank-multiple", 4, *schedule, *flags)
     assert result.code == code
     assert message in " ".join(result.err.split())
 
@@ -206,13 +292,17 @@ def test_what_is_no_model(hf_drt, configured, tmp_path, monkeypatch):
     config = json.loads((folder / "config.json").read_text())
     for change, message in [
         ({"architectures": ["NoSuchForCausalLM"]}, "of which transformers has none. Name a task"),
-        ({"architectures": None}, "names the architectures None"),
+        ({"architectures": None, "model_type": "vit"}, "names the architectures None"),
         ({"model_type": "no-such"}, "config.json cannot be read"),
     ]:
         (folder / "config.json").write_text(json.dumps(config | change))
         result = hf_drt("plan", folder, *SMALL)
         assert (result.code, message in result.err) == (1, True), result.err
     (folder / "config.json").write_text(json.dumps(config | {"architectures": None}))
-    assert hf_drt("plan", folder, *SMALL, "--task", "causal-lm").code == 0
+    named, guessed = (hf_drt("plan", folder, *SMALL, *task) for task in (("--task", "causal-lm"), ()))
+    assert (named.code, guessed.code) == (0, 0)
+    note = "warning: the configuration names no architecture, and is taken for one of causal-lm; --task says another\n"
+    assert note in guessed.out
+    assert guessed.out.replace(note, "") == named.out
     (folder / "config.json").write_text("{")
     assert "config.json cannot be read" in hf_drt("plan", folder).err

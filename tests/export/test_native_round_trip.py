@@ -20,7 +20,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from hf_drt import Adapter, Dense, DRTConfig, DynamicRank, Factored, convert, form_of
 from hf_drt.forms import LowRankLinear
-from hf_drt.planning.resolve import is_pretrained
+from hf_drt.planning.origin import is_pretrained
 
 AUTO = {
     "llama": T.AutoModelForCausalLM,

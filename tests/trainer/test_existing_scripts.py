@@ -154,7 +154,7 @@ def test_the_program_trains_what_main_trains(world, tmp_path):
     done = program("-m", "hf_drt.run", *words)
     assert done.returncode == 0, done.stderr
     assert_same_weights(tmp_path / "main", tmp_path / "program")
-    lines = [line for line in done.stderr.splitlines() if line.startswith("hf_drt.trainer.callback: ")]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("hf_drt.trainer.")]
     assert "dynamic-rank plan: factored@0 dense@4 adapter@8 (of 12 update steps) on 14 layers" in lines[0]
     assert [line.rpartition(": ")[2] for line in lines[1:]] == ["phase 1 (dense)", "phase 2 (adapter)"]
 
@@ -202,4 +202,4 @@ def test_launchers_run_the_script(world, tmp_path, launcher):
     done = program("-m", *launcher, "hf_drt.run", script, *DRT, *flags(world, "run_clm", tmp_path / "out"), *rows)
     assert done.returncode == 0, done.stderr
     assert phases(tmp_path / "out") == [0, 1, 2]
-    assert done.stderr.count("hf_drt.trainer.callback: dynamic-rank plan") == 1  # of the first process
+    assert done.stderr.count("hf_drt.trainer.announce: dynamic-rank plan") == 1  # of the first process

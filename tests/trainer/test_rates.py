@@ -135,7 +135,7 @@ def test_resuming_is_bitwise_before_and_after_the_switch(tmp_path, way):
         trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert starts(trainer) == [0, switch]
         assert_equal_runs(trainer, straight)
-        assert not trainer.drt.outline
+        assert not trainer.drt.resolved.outline
 
 
 @pytest.mark.parametrize("way", [*WAYS, "passed scheduler"])

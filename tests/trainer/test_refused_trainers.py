@@ -10,7 +10,8 @@ from torch import nn
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 from hf_drt import DRTCallback, DRTTrainer
-from hf_drt.trainer.refusals import refuse_unsupported
+from hf_drt.planning import TargetLayers
+from hf_drt.trainer.refusals import refuse_experts, refuse_unsupported
 
 STEPS = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
 
@@ -117,14 +118,20 @@ def engine(**changes) -> SimpleNamespace:
 def test_an_engine_that_is_not_supported_is_refused(found, config, message):
     refuse_unsupported(engine(), tiny.config())
     with pytest.raises(ValueError, match=message):
-        refuse_unsupported(engine(**found), tiny.config(**config))
+        refuse_all(engine(**found), tiny.config(**config))
+
+
+def refuse_all(trainer, config):
+    """What a trainer refuses before and after it has looked for the layers of its model."""
+    refuse_unsupported(trainer, config)
+    refuse_experts(trainer, config, TargetLayers.of(trainer.model, config))
 
 
 @pytest.mark.parametrize(
     ("found", "config"), [({"is_fsdp_enabled": True, "accelerator": fsdp(2)}, {}), ({}, {"export": "adapter"})]
 )
 def test_a_mixture_whose_experts_stay_dense_is_not_refused(found, config):
-    refuse_unsupported(engine(model=tiny.mixtral(), **found), tiny.config(exclude=["experts"], **config))
+    refuse_all(engine(model=tiny.mixtral(), **found), tiny.config(exclude=["experts"], **config))
 
 
 @pytest.mark.parametrize("strategy", [s for s in HubStrategy if s != HubStrategy.END])

@@ -1,0 +1,101 @@
+"""A resolved plan in words: what was written, what it came to, and what decided it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from hf_drt.forms import Dense
+from hf_drt.planning.ranks import stays_dense
+from hf_drt.planning.resolved import ResolvedPlan
+from hf_drt.schedule import LETTERS, Entry, Phase, Schedule, form_text, timeline
+
+
+@dataclass(frozen=True)
+class _Span:
+    kind: str
+    start: int
+    end: int
+
+
+def description(resolved: ResolvedPlan) -> list[str]:
+    """Lines to print: the phases; what 'lowrank' stands for; ranks, boundaries and settings, each with what has decided
+    it; and what the plan takes of the dense training of the target layers."""
+    plan = resolved.plan
+    spans = [_Span(phase.kind, phase.start, plan.end_of(index)) for index, phase in enumerate(plan.phases)]
+    return [headline(resolved), *timeline(spans, marks=LETTERS).splitlines(), *facts(resolved)]
+
+
+def headline(resolved: ResolvedPlan) -> str:
+    """What was written, and the phases that it has come to."""
+    plan, layers = resolved.plan, len(resolved.targets.shapes)
+    return f"dynamic-rank plan: {_written(resolved)}{plan} (of {plan.max_steps} update steps) on {layers} layers"
+
+
+def facts(resolved: ResolvedPlan) -> list[str]:
+    """:func:`description` without the phases."""
+    lines = [*_decided(resolved), *_ranks(resolved)]
+    cost = resolved.cost
+    lines.append(
+        f"cost, of the target layers alone: {cost.flops:.3f} of their dense training FLOPs, {cost.parameters:.3f} of "
+        "their trainable parameters"
+    )
+    return lines
+
+
+def _schedule(resolved: ResolvedPlan) -> Schedule | None:
+    """What the plan was made of; None where it was made by hand."""
+    return resolved.config.parsed if resolved.lowrank is not None else None
+
+
+def _written(resolved: ResolvedPlan) -> str:
+    schedule, text = _schedule(resolved), resolved.config.schedule
+    if schedule is None or str(schedule) == str(resolved.plan):
+        return ""
+    phases = "" if schedule.preset is None or schedule.trigger is not None else f" = {schedule}"
+    return f"{text}{phases} -> "
+
+
+def _decided(resolved: ResolvedPlan) -> Iterator[str]:
+    schedule, config = _schedule(resolved), resolved.config
+    if schedule is None:
+        return
+    if schedule.writes_lowrank:
+        why = "by where the weights come from" if config.start == "auto" else f"start={config.start}"
+        yield f"lowrank: {resolved.lowrank} form ({why})"
+    for entry, phase in _written_phases(schedule, resolved.plan.phases):
+        if entry.at.unit == "budget":
+            yield f"boundary: {phase.kind} from step {phase.start} on (by the budget of {resolved.budget:.4g})"
+    if schedule.trigger is not None:
+        yield f"windows: full rank as {schedule.trigger} asks for it (within the budget of {resolved.budget:.4g})"
+    if (preset := schedule.preset) is not None:
+        for name, value in preset.settings_for(config).items():
+            if getattr(config, name) == value:
+                yield f"{name}: {value} (by the preset {preset.name})"
+
+
+def _written_phases(schedule: Schedule, phases: Sequence[Phase]) -> Iterator[tuple[Entry, Phase]]:
+    return zip(schedule.entries, phases, strict=False)  # windows of a trigger are not written
+
+
+def _ranks(resolved: ResolvedPlan) -> Iterator[str]:
+    """The rank of every kind of low-rank phase, and what has decided it."""
+    seen = set()
+    for index, phase in enumerate(resolved.plan.phases):
+        forms = resolved.forms_by_phase[index]
+        if phase.kind == "dense" or (phase.kind, phase.rank) in seen:
+            continue
+        seen.add((phase.kind, phase.rank))
+        ranks = [form.rank for form in forms.values() if not isinstance(form, Dense)]
+        low, high = min(ranks), max(ranks)
+        yield f"rank: {phase.kind} {low}{f' to {high}' if high > low else ''} ({_rank_source(resolved, index)})"
+        if kept := sum(stays_dense(phase.kind, name, resolved.config) for name in forms):
+            yield f"dense_query_key: {kept} query and key projections stay dense in {phase.kind} phases"
+
+
+def _rank_source(resolved: ResolvedPlan, index: int) -> str:
+    config, phase, schedule = resolved.config, resolved.plan.phases[index], _schedule(resolved)
+    pattern = "rank_pattern, else " if config.rank_pattern else ""
+    if phase.rank is None:
+        return f"{pattern}rank_ratio={config.rank_ratio:g}" if config.rank is None else f"{pattern}rank={config.rank}"
+    if schedule is not None and index < len(schedule.entries) and schedule.entries[index].rank == "budget":
+        return f"{pattern}{phase.rank:g} of min(out, in) by the budget of {resolved.budget:.4g}"
+    return f"{pattern}{form_text(phase.kind, phase.rank)} in the schedule"
