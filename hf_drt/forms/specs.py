@@ -110,6 +110,7 @@ class Adapter:
 
 
 Form = Dense | Factored | Adapter
+"""What a layer can be."""
 
 
 def parameters_of(form: Form, shape: tuple[int, int]) -> int:

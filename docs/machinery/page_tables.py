@@ -1,0 +1,158 @@
+"""The tables of the documentation that the code knows better: settings, presets, optimizers, results.
+
+In a page a table stands between two comments, ``<!-- table: NAME -->`` and ``<!-- end of table -->``, so that it reads
+on its own; this script writes it anew, and a test says where one is out of date::
+
+    python docs/machinery/page_tables.py
+
+A new member of a registry is a new row. A new table is a function here, with its name in ``TABLES``.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from pathlib import Path
+
+import typer
+
+from hf_drt import optim
+from hf_drt.cli.app import app
+from hf_drt.config import DRTConfig
+from hf_drt.forms import product_table
+from hf_drt.registry import EXPORTERS
+from hf_drt.schedule import PRESETS, Schedule
+
+ROOT = Path(__file__).parents[2]
+_PLACE = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+Rows = Iterable[Iterable[object]]
+
+
+def table(head: Iterable[str], rows: Rows) -> str:
+    """A table in Markdown. A ``|`` inside of a cell is escaped."""
+    head = list(head)
+    lines = [head, ["---"] * len(head), *([str(cell).replace("|", r"\|") for cell in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def code(value: object) -> str:
+    """As code."""
+    return f"`{value}`"
+
+
+def sentence(documentation: str | None) -> str:
+    """The first paragraph of a docstring, in one line."""
+    return " ".join(inspect.cleandoc(documentation or "").split("\n\n")[0].split()).replace("``", "`")
+
+
+# ---- one function per table
+
+
+def settings() -> str:
+    """Every field of DRTConfig, with its default and its help."""
+    rows = ((code(f"drt_{f.name}"), default(f.default), help_of(f)) for f in fields(DRTConfig))
+    return table(("argument", "default", "meaning"), rows)
+
+
+def default(value: object) -> str:
+    """A default as one writes it on a command line; nothing where it is unset."""
+    return "unset" if value is None else code(value)
+
+
+def help_of(field) -> str:
+    """The help text, as a parser shows it; what stands in quotes there is code here."""
+    text = field.metadata["help"].replace("%%", "%")
+    return re.sub(r"(?<!\w)'([^']+)'(?!\w)", r"`\1`", text)
+
+
+def presets() -> str:
+    """Every preset as it is written with all options at their defaults, and the schedule text that it stands for."""
+    rows = ((code(call), preset_text(name), what) for name, (call, what) in _presets().items())
+    return table(("preset, with its options", "stands for", "what it is"), rows)
+
+
+def _presets() -> dict[str, tuple[str, str]]:
+    """Name -> (as it is written, help)."""
+    if all(hasattr(preset, "help") for preset in PRESETS.values()):
+        return {name: (preset.call, preset.help) for name, preset in PRESETS.items()}
+    return {name: (_call(name, options), sentence(make.__doc__)) for name, (make, options) in PRESETS.items()}
+
+
+def _call(name: str, options: dict[str, object]) -> str:
+    given = (f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in options.items())
+    return f"{name}({','.join(given)})" if options else name
+
+
+def preset_text(name: str) -> str:
+    """The schedule text of a preset; that of 'adaptive' is only its beginning."""
+    return code(" ".join(map(str, Schedule.parse(name).entries)))
+
+
+def optimizers() -> str:
+    """Every optimizer that follows a change of form, and what of its state does."""
+    head = ("optimizer", "`optim=` of the Trainer", "what it is", "what `drt_moments=project` carries over")
+    if hasattr(optim, "optimizer_rows"):
+        return table(head, ((code(name), *others) for name, *others in optim.optimizer_rows()))
+    rows = ((code(name), " and ".join(_carried(k)) or "nothing") for name, k in optim.OPTIMIZERS.items())
+    return table((head[0], head[3]), rows)
+
+
+def _carried(keys) -> list[str]:
+    kinds = {"first moments": keys.first, "second moments": keys.second}
+    return [kind for kind, names in kinds.items() if names]
+
+
+def exports() -> str:
+    """Every exporter, and how what it writes is loaded."""
+    rows = ((code(name), exporter.help, exporter.loading) for name, exporter in EXPORTERS.items())
+    return table(("`drt_export`", "what it is", "how it loads"), rows)
+
+
+def decompositions() -> str:
+    """What the low-rank form of a layer may be."""
+    return product_table() + "\n"
+
+
+def commands() -> str:
+    """The commands of ``hf-drt``."""
+    known = typer.main.get_command(app).commands
+    return table(
+        ("command", "what it tells or does"), ((code(f"hf-drt {name}"), sentence(c.help)) for name, c in known.items())
+    )
+
+
+def results() -> str:
+    """The default against dense training, as the benchmarks have recorded it."""
+    from benchmark_results import HEAD, result_rows
+
+    return table(HEAD, result_rows())
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "settings": settings,
+    "presets": presets,
+    "optimizers": optimizers,
+    "exports": exports,
+    "decompositions": decompositions,
+    "commands": commands,
+    "results": results,
+}
+
+
+def filled(text: str) -> str:
+    """The page with its tables as the code has them.
+
+    Raises:
+        KeyError: The page has a table that is not in TABLES.
+    """
+    return _PLACE.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
+
+
+def pages() -> list[Path]:
+    """All that may hold a table."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+if __name__ == "__main__":
+    for page in pages():
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
