@@ -29,7 +29,7 @@ ALLOWED = {
                    "transition"},
     "compress":   {"checkpoint", "config", "forms", "linalg", "planning", "targets", "transition"},
     "inspect":    {"checkpoint", "forms", "linalg", "planning", "schedule"},
-    "simulate":   {"config", "controller", "forms", "planning", "schedule", "transition"},
+    "simulate":   {"config", "controller", "forms", "optim", "planning", "schedule", "transition"},
     "export":     {"checkpoint", "config", "engines", "forms", "linalg", "messages", "registry", "schedule", "targets",
                    "transition"},
     "trainer":    {"checkpoint", "config", "controller", "engines", "export", "forms", "optim", "planning", "registry",
