@@ -35,8 +35,8 @@ ALLOWED = {
     "trainer":    {"checkpoint", "config", "controller", "engines", "export", "forms", "optim", "planning", "registry",
                    "schedule", "targets", "transition"},
     "report":     {"checkpoint", "schedule"},
-    "cli":        {"checkpoint", "config", "controller", "export", "forms", "inspect", "planning", "registry", "report",
-                   "schedule", "simulate", "trainer"},
+    "cli":        {"checkpoint", "config", "controller", "export", "forms", "inspect", "optim", "planning", "registry",
+                   "report", "schedule", "simulate", "trainer"},
     "run":        {"config", "trainer"},
     "trl":        {"trainer"},
 }

@@ -127,10 +127,11 @@ def spliced_groups(
         home = index.home(name, old)
         target = index.destination(home, form_of(new), number_of(optimizer, model, name))
         old_weights, new_weights = trainable_weights(old), list(trainable_weights(new))
-        place = min(order[id(p)] for p in old.parameters() if p is not old.bias)
-        order.update((id(p), place) for p in new_weights)
         # The frozen base too, where the optimizer was made over all parameters: it would stand there twice as W.
-        replaced.update((id(p), []) for p in old.parameters() if p is not old.bias)
+        leaving = [id(p) for p in old._parameters.values() if p is not None and p is not old.bias]
+        place = min(order[key] for key in leaving)
+        order.update((id(p), place) for p in new_weights)
+        replaced.update((key, []) for key in leaving)
         if home == target:
             replaced[id(old_weights[0])] = new_weights
         else:
