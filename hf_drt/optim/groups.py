@@ -47,7 +47,7 @@ def add_form_groups(optimizer: torch.optim.Optimizer, owner: Owner, config: DRTC
     """
     model, options = owner.model(), form_group_options(config)
     present = form_groups(optimizer, owner.number)
-    if not options and not present:
+    if model is None or (not options and not present):
         return lambda: None
     if not present and any("initial_lr" in group for group in optimizer.param_groups):
         raise ValueError(
@@ -63,23 +63,23 @@ def add_form_groups(optimizer: torch.optim.Optimizer, owner: Owner, config: DRTC
     def commit() -> None:
         if not present:
             _append(optimizer, sorted(parents), options, mark(owner.number))
-        _move(optimizer, owner, targets)
+        _move(optimizer, owner.number, model, targets)
 
     return commit
 
 
-def _move(optimizer: torch.optim.Optimizer, owner: Owner, targets: dict[str, nn.Module]) -> None:
-    order, index = model_order(owner.model()), GroupIndex(optimizer)
+def _move(optimizer: torch.optim.Optimizer, number: int, model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    order, index = model_order(model), GroupIndex(optimizer)
     arriving: dict[int, list[list[nn.Parameter]]] = {}
     for name, module in targets.items():
         home = index.home(name, module)
-        target = index.destination(home, form_of(module), owner.number)
+        target = index.destination(home, form_of(module), number)
         if home != target:
             arriving.setdefault(target, []).append(list(trainable_weights(module)))
     moved = {id(w) for newcomers in arriving.values() for weights in newcomers for w in weights}
-    for number, group in enumerate(optimizer.param_groups):
+    for position, group in enumerate(optimizer.param_groups):
         stays = [p for p in group["params"] if id(p) not in moved]
-        group["params"] = _with_newcomers(stays, arriving.get(number, []), order)
+        group["params"] = _with_newcomers(stays, arriving.get(position, []), order)
 
 
 def _append(optimizer: torch.optim.Optimizer, parents: list[int], options: dict[str, dict], marked: Group) -> None:

@@ -16,7 +16,7 @@ class GroupIndex:
         groups = optimizer.param_groups
         self._home = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
         self._parent = [group.get(PARENT, index) for index, group in enumerate(groups)]
-        self._form_groups = {
+        self._form_groups: dict[tuple[int | None, str | None, int], int] = {
             (number_of_group(group), group[FORM], group[PARENT]): index
             for index, group in reversed(list(enumerate(groups)))
             if FORM in group
@@ -28,8 +28,9 @@ class GroupIndex:
         Raises:
             ValueError: A trainable weight of the layer is not in the optimizer, or they are in several groups.
         """
-        homes = {self._home.get(id(weight)) for weight in trainable_weights(module)}
-        if None in homes:
+        found = [self._home.get(id(weight)) for weight in trainable_weights(module)]
+        homes = {home for home in found if home is not None}
+        if None in found:
             raise ValueError(
                 f"the weights of {name} are not in the optimizer. Make it after the first phase is in force, as in "
                 "drt.apply(0), over all trainable parameters; or pass it there: drt.apply(0, optimizer). To leave the "

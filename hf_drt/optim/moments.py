@@ -28,7 +28,8 @@ def project(old: nn.Module, new: nn.Module, states: list[State], keys: MomentKey
     """
     try:
         return _project(old, new, states, keys)
-    except torch.linalg.LinAlgError:  # moments start anew where the factors are too ill-conditioned to solve for them
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage] (documented)
+        # Moments start anew where the factors are too ill-conditioned to solve for them.
         return [{} for _ in trainable_weights(new)]
 
 
@@ -40,8 +41,8 @@ def _project(old: nn.Module, new: nn.Module, states: list[State], keys: MomentKe
     new_parts = trainable_weights(new)
     images: list[State] = [{k: _copy(v) for k, v in states[0].items() if not _is_moment(k, keys)} for _ in new_parts]
     for key in (*keys.first, *keys.second):
-        moments = [state.get(key) for state in states]
-        if any(moment is None for moment in moments):
+        moments = [moment for state in states if (moment := state.get(key)) is not None]
+        if len(moments) < len(states):
             continue
         second = key in keys.second
         dense = _lift(old, [m.to(working_dtype(m.dtype)) for m in moments], second)

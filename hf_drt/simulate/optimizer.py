@@ -29,16 +29,16 @@ def optimizer_bytes(optimizer: str, parameters: Iterable[torch.Tensor]) -> tuple
     with FakeTensorMode():
         for (shape, dtype), count in counts.items():
             weight = nn.Parameter(torch.empty(shape, dtype=dtype))
-            weight.grad = torch.empty(shape, dtype=dtype)
-            kept, temporary = _step_bytes(make([weight]), weight)
+            weight.grad = gradient = torch.empty(shape, dtype=dtype)
+            kept, temporary = _step_bytes(make([weight]), weight, gradient)
             state, scratch = state + count * kept, max(scratch, temporary)
     return state, scratch
 
 
-def _step_bytes(optimizer: torch.optim.Optimizer, weight: nn.Parameter) -> tuple[int, int]:
+def _step_bytes(optimizer: torch.optim.Optimizer, *given: torch.Tensor) -> tuple[int, int]:
     """What is alive after a step and was not before, and the most that a second one needs beyond that."""
     counter = StepCounter()
-    for tensor in (weight, weight.grad):
+    for tensor in given:
         counter.add(tensor)
     before = counter.now
     _count_state(optimizer, counter)

@@ -100,7 +100,7 @@ def find_targets(
         reason = reason or _pattern_reason(name, include, exclude)
         if reason is None:
             targets[name] = module if weight is None else as_layer(module, weight)
-            ignored |= {name: said[1]} if overrides else {}
+            ignored |= {name: said[1]} if said is not None and overrides else {}
             continue
         skipped[name] = reason
         fused += weight.numel() if weight is not None and reason.startswith(FUSED) else 0
@@ -298,7 +298,7 @@ def _unfit(name: str, module: nn.Module, around: _Surroundings) -> str | None:
     if reason := odd_tensors(module):
         return reason
     weight = module._parameters["weight"]
-    if not weight.requires_grad:
+    if weight is None or not weight.requires_grad:
         return "frozen"
     if id(weight) in around.shared:
         return "tied or shared weight"
