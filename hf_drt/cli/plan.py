@@ -17,7 +17,7 @@ from hf_drt.cli.source import build, has_weights, read_config
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.forms import PRODUCTS
-from hf_drt.optim import optim_names
+from hf_drt.optim import maker
 from hf_drt.planning import resolved_plan
 from hf_drt.schedule import Plan, Run, Schedule, draw_timeline
 from hf_drt.simulate import BatchSpec, Layer, Proposal, RunEstimate, batch_spec, estimate_run, propose
@@ -110,9 +110,10 @@ def plan(
     """What a run will cost: FLOPs, parameters and memory of every phase, without weights."""
     if dtype not in _DTYPES:
         raise typer.BadParameter(f"'{dtype}' is none; allowed are {', '.join(_DTYPES)}.", param_hint="--dtype")
-    if optimizer not in optim_names():
-        allowed = ", ".join(optim_names())
-        raise typer.BadParameter(f"'{optimizer}' is none; allowed are {allowed}.", param_hint="--optimizer")
+    try:
+        maker(optimizer)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--optimizer") from None
     config = read_config(model)
     origin = start if start != "auto" else "pretrained" if has_weights(model) else "scratch"
     ranks = {"rank_ratio": rank_ratio, "rank": rank, "rank_pattern": rank_pattern, "rank_multiple": rank_multiple}
