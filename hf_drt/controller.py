@@ -391,7 +391,7 @@ class DynamicRank:
                 f"the model has {found} where the layer {name} of shape (out, in) = {self.targets[name]} was. "
                 "Build DynamicRank after all other changes to the model."
             )
-        if any(weight.numel() == 0 for weight in module.parameters()):
+        if any(weight is not None and weight.numel() == 0 for weight in module._parameters.values()):
             raise ValueError(
                 f"{name} has lost its weights in a change of form that failed halfway. Start a new process, and resume "
                 "from the last checkpoint."

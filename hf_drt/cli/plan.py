@@ -17,6 +17,7 @@ from hf_drt.cli.plan_tables import as_json, print_estimate
 from hf_drt.cli.source import build, guessed_task, has_weights, read_config
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
+from hf_drt.optim import maker
 from hf_drt.planning import ResolvedPlan, resolved_plan
 from hf_drt.schedule import Run, Schedule, draw_timeline
 from hf_drt.simulate import BatchSpec, Layer, Proposal, RunEstimate, batch_spec, estimate_run, propose
@@ -118,6 +119,10 @@ def plan(
     """What a run will cost: FLOPs, parameters and memory of every phase, without weights."""
     if dtype not in _DTYPES:
         raise typer.BadParameter(f"'{dtype}' is none; allowed are {', '.join(_DTYPES)}.", param_hint="--dtype")
+    try:
+        maker(optimizer)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--optimizer") from None
     source = read_config(model)
     origin = settings["start"] if settings["start"] != "auto" else "pretrained" if has_weights(model) else "scratch"
     run = Run(steps, steps_per_epoch, _lr_curve(lr_scheduler, warmup_steps, steps))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 from torch import Tensor, nn
@@ -120,7 +121,12 @@ def batch_shape(count: int | None) -> tuple[int, ...]:
 
 def is_transposed(dense: nn.Module) -> bool:
     """True for transformers' ``Conv1D`` (GPT-2), whose weight is stored as ``(in, out)``."""
-    return any(f"{cls.__module__}.{cls.__qualname__}" == CONV1D for cls in type(dense).__mro__)
+    return _derives_from_conv1d(type(dense))
+
+
+@cache
+def _derives_from_conv1d(kind: type) -> bool:
+    return any(f"{cls.__module__}.{cls.__qualname__}" == CONV1D for cls in kind.__mro__)
 
 
 def dense_layout(dense: nn.Module) -> Layout:

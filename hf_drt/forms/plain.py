@@ -152,6 +152,8 @@ def _override(module: nn.Module) -> str | None:
     """The methods and properties of the plain class that the layer's class has otherwise."""
     cls, plain = type(module), _plain_class(module) or nn.Module
     more = [base for base in cls.__mro__ if base not in plain.__mro__]
+    if not more:
+        return None
     defined = {name for base in more for name in vars(base)} & {*dir(plain), "weight", "bias"}
     names = sorted(name for name in defined - _HARMLESS if _differs(cls, plain, name))
     return f"its class overrides {', '.join(names)}" if names else None

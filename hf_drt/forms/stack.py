@@ -61,7 +61,7 @@ def layer_of(model: nn.Module, name: str) -> nn.Module:
     owner, leaf = place_of(model, name)
     weight = owner._parameters.get(leaf)
     if weight is None:
-        return model.get_submodule(name)
+        return _submodule(owner, leaf)
     transposed = stored_transposed(owner)
     if transposed is None or weight.ndim != 3:
         raise AttributeError(f"{name} is a parameter, and none of fused experts of a known layout")
@@ -76,7 +76,15 @@ def dense_key(model: nn.Module, name: str) -> str:
 def place_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that holds a layer, and the layer's name in it."""
     parent, _, leaf = name.rpartition(".")
-    return model.get_submodule(parent), leaf
+    return _submodule(model, parent), leaf
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    """As ``get_submodule``, which asks for each step by three look-ups of attributes."""
+    module: nn.Module | None = model
+    for part in name.split(".") if name else ():
+        module = None if module is None else module._modules.get(part)
+    return model.get_submodule(name) if module is None else module
 
 
 def attach(owner: nn.Module, leaf: str, new: nn.Module) -> None:

@@ -8,8 +8,10 @@ from torch import nn
 from hf_drt.engines import Engine, Single
 from hf_drt.forms import trainable_weights
 from hf_drt.optim.groups import spliced_groups
-from hf_drt.optim.moments import State, moment_keys, project
+from hf_drt.optim.index import model_order
+from hf_drt.optim.moments import project
 from hf_drt.optim.owners import Group, owners, set_owners
+from hf_drt.optim.registry import State, rule_of
 from hf_drt.targets import Swap
 
 
@@ -32,26 +34,26 @@ def carry_groups(optimizer: torch.optim.Optimizer, model: nn.Module, swaps: list
         ValueError: The optimizer is not supported, or lacks a weight. Nothing has changed then.
     """
     optimizer = unwrap(optimizer)
-    moment_keys(optimizer)
+    rule_of(optimizer)
     lists = spliced_groups(optimizer, model, [(swap.name, swap.old, swap.new) for swap in swaps])
-    ordered = [_in_model_order(group["params"], model) for group in optimizer.param_groups]
-    named = [_named(group, model) for group in optimizer.param_groups]
+    places = model_order(model)
+    ordered = [_in_model_order(group["params"], places) for group in optimizer.param_groups]
+    rename = _renamed(optimizer.param_groups, model)
 
     def commit() -> None:
-        places = {id(p): place for place, p in enumerate(model.parameters())}
-        for group, params, sort, name in zip(optimizer.param_groups, lists, ordered, named, strict=True):
+        places = model_order(model)
+        for group, params, sort in zip(optimizer.param_groups, lists, ordered, strict=True):
             if sort:
                 _sort_own(params, places)
             group["params"] = params
-            name(group)
+        rename()
 
     return commit
 
 
-def _in_model_order(params: list[nn.Parameter], model: nn.Module) -> bool:
+def _in_model_order(params: list[nn.Parameter], places: dict[int, int]) -> bool:
     """Whether parameters stand in the order in which the model has them. A module lists its own before those of its
     children, and fused experts change between the two, so that the new weights' places are not always the old ones'."""
-    places = {id(p): place for place, p in enumerate(model.parameters())}
     found = [places[id(p)] for p in params if id(p) in places]
     return found == sorted(found)
 
@@ -63,21 +65,27 @@ def _sort_own(params: list[nn.Parameter], places: dict[int, int]) -> None:
         params[index] = p
 
 
-def _named(group: Group, model: nn.Module) -> Callable[[Group], None]:
-    """The returned function gives the group's parameters their names after the swaps, where it has names: the model's,
-    behind what the names of now have in front of them, as where two models share a group."""
-    if "param_names" not in group:
-        return lambda group: None
-    stored = {id(p): name for p, name in zip(group["params"], group["param_names"], strict=True)}
+def _renamed(groups: list[Group], model: nn.Module) -> Callable[[], None]:
+    """The returned function gives the parameters their names after the swaps, in groups that have names: the model's,
+    behind what the group's names of now have in front of them, as where two models share a group."""
+    named = [group for group in groups if "param_names" in group]
+    if not named:
+        return lambda: None
     before = {id(p): name for name, p in model.named_parameters()}
-    own = ((stored[key], before[key]) for key in stored if key in before)
-    prefix = next((name.removesuffix(bare) for name, bare in own if name.endswith(bare)), "")
+    stored = [{id(p): name for p, name in zip(g["params"], g["param_names"], strict=True)} for g in named]
+    prefixes = [_prefix(names, before) for names in stored]
 
-    def rename(group: Group) -> None:
-        names = stored | {id(p): prefix + name for name, p in model.named_parameters()}
-        group["param_names"] = [names[id(p)] for p in group["params"]]
+    def rename() -> None:
+        after = {id(p): name for name, p in model.named_parameters()}
+        for group, names, prefix in zip(named, stored, prefixes, strict=True):
+            group["param_names"] = [prefix + after[id(p)] if id(p) in after else names[id(p)] for p in group["params"]]
 
     return rename
+
+
+def _prefix(stored: dict[int, str], before: dict[int, str]) -> str:
+    own = ((stored[key], before[key]) for key in stored if key in before)
+    return next((name.removesuffix(bare) for name, bare in own if name.endswith(bare)), "")
 
 
 def carry_moments(optimizer: torch.optim.Optimizer, old: nn.Module, new: nn.Module, policy: str) -> None:
@@ -108,15 +116,18 @@ def take_states(
     if policy == "reset":
         return [{} for _ in trainable_weights(new)]
     states = [{key: engine.full(value) for key, value in state.items()} for state in states]
-    return project(whole, new, states, moment_keys(optimizer))
+    return project(whole, new, states, rule_of(optimizer).moments)
 
 
 def put_states(optimizer: torch.optim.Optimizer, new: nn.Module, states: list[State], engine: Engine) -> None:
-    """Second half of :func:`carry_moments`, laid out as the engine holds the new weights."""
+    """Second half of :func:`carry_moments`, laid out as the engine holds the new weights. They must have their shapes,
+    from which the optimizer's rule makes the state that its step does not make."""
     optimizer = unwrap(optimizer)
+    rule = rule_of(optimizer)
     for weight, state in zip(trainable_weights(new), states, strict=True):
-        if state:
-            optimizer.state[weight] = {key: engine.like(value, weight) for key, value in state.items()}
+        carried = {key: engine.like(value, weight) for key, value in state.items()}
+        if begun := rule.new_state(optimizer, weight) | carried:
+            optimizer.state[weight] = begun
 
 
 def remembered(optimizer: torch.optim.Optimizer) -> Callable[[], None]:

@@ -8,14 +8,17 @@ options, appended when the optimizer is made and possibly empty, so that the num
 scheduler fixes at its start, never changes.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
 
 from hf_drt.config import DRTConfig
-from hf_drt.forms import Adapter, Factored, Form, form_of, layer_of, trainable_weights
+from hf_drt.forms import form_of, layer_of, trainable_weights
+from hf_drt.optim.index import GroupIndex, model_order
 from hf_drt.optim.owners import FORM, PARENT, Group, Owner, form_groups, mark, number_of
 
 LR_SCALE, FROBENIUS = "drt_lr_scale", "drt_frobenius_decay"
@@ -39,12 +42,12 @@ def add_form_groups(optimizer: torch.optim.Optimizer, owner: Owner, config: DRTC
     the same model, they are its own now.
 
     Raises:
-        ValueError: As in :func:`locate`; or a scheduler has counted the groups already; or those that exist are for
-            other settings or layers. Nothing has changed then.
+        ValueError: As in :meth:`.GroupIndex.home`; or a scheduler has counted the groups already; or those that exist
+            are for other settings or layers. Nothing has changed then.
     """
     model, options = owner.model(), form_group_options(config)
     present = form_groups(optimizer, owner.number)
-    if not options and not present:
+    if model is None or (not options and not present):
         return lambda: None
     if not present and any("initial_lr" in group for group in optimizer.param_groups):
         raise ValueError(
@@ -52,30 +55,31 @@ def add_form_groups(optimizer: torch.optim.Optimizer, owner: Owner, config: DRTC
             "scheduler that counts them has been made already. Call drt.install(optimizer) before making the scheduler."
         )
     targets = {name: layer_of(model, name) for name in owner.names}
-    homes = {name: locate(optimizer, name, module)[0] for name, module in targets.items()}
-    parents = {optimizer.param_groups[home].get(PARENT, home) for home in homes.values()}
+    index = GroupIndex(optimizer)
+    parents = {index.parent(index.home(name, module)) for name, module in targets.items()}
     if present:
         _check_present(present, parents, options, [w for module in targets.values() for w in trainable_weights(module)])
 
     def commit() -> None:
         if not present:
             _append(optimizer, sorted(parents), options, mark(owner.number))
-        _move(optimizer, owner, targets)
+        _move(optimizer, owner.number, model, targets)
 
     return commit
 
 
-def _move(optimizer: torch.optim.Optimizer, owner: Owner, targets: dict[str, nn.Module]) -> None:
-    order = {id(p): i for i, p in enumerate(owner.model().parameters())}
+def _move(optimizer: torch.optim.Optimizer, number: int, model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    order, index = model_order(model), GroupIndex(optimizer)
+    arriving: dict[int, list[list[nn.Parameter]]] = {}
     for name, module in targets.items():
-        home, _ = locate(optimizer, name, module)
-        target = destination(optimizer, home, form_of(module), owner.number)
+        home = index.home(name, module)
+        target = index.destination(home, form_of(module), number)
         if home != target:
-            weights = list(trainable_weights(module))
-            moved = {id(w) for w in weights}
-            group = optimizer.param_groups[home]
-            group["params"] = [p for p in group["params"] if id(p) not in moved]
-            _insert_in_order(optimizer.param_groups[target]["params"], weights, order)
+            arriving.setdefault(target, []).append(list(trainable_weights(module)))
+    moved = {id(w) for newcomers in arriving.values() for weights in newcomers for w in weights}
+    for position, group in enumerate(optimizer.param_groups):
+        stays = [p for p in group["params"] if id(p) not in moved]
+        group["params"] = _with_newcomers(stays, arriving.get(position, []), order)
 
 
 def _append(optimizer: torch.optim.Optimizer, parents: list[int], options: dict[str, dict], marked: Group) -> None:
@@ -105,38 +109,6 @@ def _check_present(
         )
 
 
-def locate(optimizer: torch.optim.Optimizer, name: str, module: nn.Module) -> tuple[int, int]:
-    """Index of the group, and the position in it, of a layer's first trainable weight.
-
-    Raises:
-        ValueError: A trainable weight of the layer is not in the optimizer, or they are in several groups.
-    """
-    places = {id(p): (g, i) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])}
-    weights = trainable_weights(module)
-    if not all(id(weight) in places for weight in weights):
-        raise ValueError(
-            f"the weights of {name} are not in the optimizer. Make it after the first phase is in force, as in "
-            "drt.apply(0), over all trainable parameters; or pass it there: drt.apply(0, optimizer). To leave the "
-            "layer out of dynamic-rank training use exclude=."
-        )
-    if len({places[id(weight)][0] for weight in weights}) > 1:
-        raise ValueError(
-            f"the weights of {name} are in different parameter groups of the optimizer, but change form together. Put "
-            "them into one; for a learning rate of their own use factored_lr_scale or adapter_lr_scale."
-        )
-    return places[id(weights[0])]
-
-
-def destination(optimizer: torch.optim.Optimizer, home: int, form: Form, number: int | None) -> int:
-    """Index of the group in which a layer of the given form belongs, whose weights now are in group ``home``, and whose
-    owner has this number."""
-    parent = optimizer.param_groups[home].get(PARENT, home)
-    kind = {Factored: "factored", Adapter: "adapter"}.get(type(form))
-    own = form_groups(optimizer, number) if number is not None else []
-    found = next((group for group in own if group[FORM] == kind and group[PARENT] == parent), None)
-    return next((index for index, group in enumerate(optimizer.param_groups) if group is found), parent)
-
-
 def spliced_groups(
     optimizer: torch.optim.Optimizer, model: nn.Module, swaps: list[tuple[str, nn.Module, nn.Module]]
 ) -> list[list[nn.Parameter]]:
@@ -144,34 +116,44 @@ def spliced_groups(
 
     Within a group the new weights take the old ones' index. Between groups they go in front of the first parameter
     that follows them in the model.
+
+    Raises:
+        ValueError: As :meth:`.GroupIndex.home`.
     """
-    order = {id(p): i for i, p in enumerate(model.parameters())}
+    order, index = model_order(model), GroupIndex(optimizer)
     replaced: dict[int, list[nn.Parameter]] = {}
     arriving: dict[int, list[list[nn.Parameter]]] = {}
     for name, old, new in swaps:
-        home, _ = locate(optimizer, name, old)
-        target = destination(optimizer, home, form_of(new), number_of(optimizer, model, name))
+        home = index.home(name, old)
+        target = index.destination(home, form_of(new), number_of(optimizer, model, name))
         old_weights, new_weights = trainable_weights(old), list(trainable_weights(new))
-        place = min(order[id(p)] for p in old.parameters() if p is not old.bias)
-        order |= {id(p): place for p in new_weights}
         # The frozen base too, where the optimizer was made over all parameters: it would stand there twice as W.
-        replaced |= {id(p): [] for p in old.parameters() if p is not old.bias}
+        leaving = [id(p) for p in old._parameters.values() if p is not None and p is not old.bias]
+        place = min(order[key] for key in leaving)
+        order.update((id(p), place) for p in new_weights)
+        replaced.update((key, []) for key in leaving)
         if home == target:
             replaced[id(old_weights[0])] = new_weights
         else:
             arriving.setdefault(target, []).append(new_weights)
     lists = [[q for p in group["params"] for q in replaced.get(id(p), [p])] for group in optimizer.param_groups]
-    for target, newcomers in arriving.items():
-        for weights in newcomers:
-            _insert_in_order(lists[target], weights, order)
-    return lists
+    return [_with_newcomers(params, arriving.get(number, []), order) for number, params in enumerate(lists)]
 
 
-def _insert_in_order(params: list[nn.Parameter], weights: list[nn.Parameter], order: dict[int, int]) -> None:
-    """In front of the first of the model's parameters that follows, else behind the last of them; those of another
-    model, which have no place in ``order``, stay together."""
-    place = order[id(weights[0])]
+def _with_newcomers(
+    params: list[nn.Parameter], newcomers: list[list[nn.Parameter]], order: dict[int, int]
+) -> list[nn.Parameter]:
+    """A group's parameters, and each layer's new weights in front of the first of the model's that follows them there,
+    else behind the last of the model's; those of another model, which have no place in ``order``, stay together."""
+    if not newcomers:
+        return params
     places = [order.get(id(p), -1) for p in params]
+    furthest = list(accumulate(places, max))  # so that the first place beyond another is found by halving
     last = max((i + 1 for i, found in enumerate(places) if found >= 0), default=len(params))
-    index = next((i for i, found in enumerate(places) if found > place), last)
-    params[index:index] = weights
+    merged, taken = [], 0
+    for weights in sorted(newcomers, key=lambda weights: order[id(weights[0])]):
+        index = bisect_right(furthest, order[id(weights[0])])
+        index = index if index < len(params) else last
+        merged += [*params[taken:index], *weights]
+        taken = max(taken, index)
+    return merged + params[taken:]

@@ -7,10 +7,11 @@ from torch import nn
 
 from hf_drt.config import DRTConfig
 from hf_drt.forms import trainable_weights
-from hf_drt.optim.groups import add_form_groups, locate
-from hf_drt.optim.moments import moment_keys
+from hf_drt.optim.groups import add_form_groups
+from hf_drt.optim.index import GroupIndex
 from hf_drt.optim.owners import Owner, entry, owners
 from hf_drt.optim.rates import check_rate
+from hf_drt.optim.registry import rule_of
 from hf_drt.optim.step import StepRules
 
 
@@ -24,7 +25,7 @@ def staged(
         ValueError: The optimizer is not supported, lacks a weight, has no room for the rules, or shares a group with
             another model that a rule must not touch. Nothing has changed then.
     """
-    moment_keys(optimizer)
+    rule_of(optimizer)
     check_rate(optimizer, config, owner.parameters())
     return entry(optimizer, owner), add_form_groups(optimizer, owner, config)
 
@@ -32,9 +33,10 @@ def staged(
 def install(optimizer: torch.optim.Optimizer, owner: Owner, config: DRTConfig, targets: dict[str, nn.Module]) -> None:
     """Put the rules in force. Raises as :func:`staged`, before anything has changed."""
     enter, add_groups = staged(optimizer, owner, config)
+    index = GroupIndex(optimizer)
     for name, module in targets.items():
         if any(weight.requires_grad for weight in trainable_weights(module)):
-            locate(optimizer, name, module)
+            index.home(name, module)
     StepRules.clear(optimizer)  # first: a step that has raised leaves its scaled rates behind
     enter()
     add_groups()

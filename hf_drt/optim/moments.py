@@ -9,7 +9,6 @@ A kernel is the matrix that its layout makes of it. Products of more tensors tha
 anew (:attr:`hf_drt.forms.Product.two_matrices`).
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,59 +16,7 @@ from torch import Tensor, nn
 
 from hf_drt.forms import Dense, LowRankLinear, form_of, layout_of, trainable_weights
 from hf_drt.linalg import working_dtype
-
-State = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class MomentKeys:
-    """Names of an optimizer's per-parameter state: first moments, second moments. Empty: only reset is possible."""
-
-    first: tuple[str, ...] = ()
-    second: tuple[str, ...] = ()
-
-
-_ADAM = MomentKeys(("exp_avg",), ("exp_avg_sq", "max_exp_avg_sq"))
-
-# By qualified name and not by isinstance: a third party's subclass may keep state that these rules do not know.
-OPTIMIZERS: dict[str, MomentKeys] = {
-    "torch.optim.adam.Adam": _ADAM,
-    "torch.optim.adamw.AdamW": _ADAM,
-    "torch.optim.nadam.NAdam": _ADAM,
-    "torch.optim.radam.RAdam": _ADAM,
-    "torch.optim.sgd.SGD": MomentKeys(("momentum_buffer",)),
-    # Adafactor keeps row and column statistics, and RMSprop a momentum of already scaled updates: both start anew.
-    "torch.optim.rmsprop.RMSprop": MomentKeys(),
-    "transformers.optimization.Adafactor": MomentKeys(),
-}
-
-
-def qualified_name(cls: type) -> str:
-    """The class's module and name: libraries share names such as AdamW."""
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _public_name(name: str) -> str:
-    """The name that a supported class is imported by: torch.optim.AdamW for torch.optim.adamw.AdamW."""
-    package, _, cls = name.rpartition(".")
-    return f"{package.removesuffix('.' + cls.lower())}.{cls}"
-
-
-def moment_keys(optimizer: torch.optim.Optimizer) -> MomentKeys:
-    """The moments of a supported optimizer.
-
-    Raises:
-        ValueError: The optimizer is none of those whose state is known.
-    """
-    name = qualified_name(type(optimizer))
-    if name not in OPTIMIZERS:
-        allowed = ", ".join(sorted(map(_public_name, OPTIMIZERS)))
-        raise ValueError(
-            f"the optimizer {name} cannot follow a change of form: its state per parameter is unknown here. Allowed "
-            f"are {allowed} (optim=adamw_torch, adamw_torch_fused, sgd, adafactor or rmsprop), and no classes derived "
-            "from them or named like them."
-        )
-    return OPTIMIZERS[name]
+from hf_drt.optim.registry import MomentKeys, State
 
 
 def project(old: nn.Module, new: nn.Module, states: list[State], keys: MomentKeys) -> list[State]:
@@ -81,7 +28,8 @@ def project(old: nn.Module, new: nn.Module, states: list[State], keys: MomentKey
     """
     try:
         return _project(old, new, states, keys)
-    except torch.linalg.LinAlgError:  # moments start anew where the factors are too ill-conditioned to solve for them
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage] (documented)
+        # Moments start anew where the factors are too ill-conditioned to solve for them.
         return [{} for _ in trainable_weights(new)]
 
 
@@ -93,8 +41,8 @@ def _project(old: nn.Module, new: nn.Module, states: list[State], keys: MomentKe
     new_parts = trainable_weights(new)
     images: list[State] = [{k: _copy(v) for k, v in states[0].items() if not _is_moment(k, keys)} for _ in new_parts]
     for key in (*keys.first, *keys.second):
-        moments = [state.get(key) for state in states]
-        if any(moment is None for moment in moments):
+        moments = [moment for state in states if (moment := state.get(key)) is not None]
+        if len(moments) < len(states):
             continue
         second = key in keys.second
         dense = _lift(old, [m.to(working_dtype(m.dtype)) for m in moments], second)

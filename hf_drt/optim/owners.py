@@ -110,12 +110,12 @@ def entry(optimizer: torch.optim.Optimizer, owner: Owner) -> Callable[[], None]:
 def _free_number(optimizer: torch.optim.Optimizer, owner: Owner, taken: set[int]) -> int:
     """The number of the form groups that a copied optimizer has of this owner, if it has any, else the next."""
     layers, groups = owner.layers(), optimizer.param_groups
-    left = [group for group in groups if FORM in group and _number(group) not in taken]
+    left = [group for group in groups if FORM in group and number_of_group(group) not in taken]
     for homes in (lambda group: [group], lambda group: [group, groups[group[PARENT]]]):
-        found = {_number(g) for g in left if any(id(p) in layers for home in homes(g) for p in home["params"])}
+        found = {number_of_group(g) for g in left if any(id(p) in layers for home in homes(g) for p in home["params"])}
         if found:
             return min(found)
-    return max(taken | {_number(group) for group in left}, default=-1) + 1
+    return max(taken | {number_of_group(group) for group in left}, default=-1) + 1
 
 
 def _taken_over(optimizer: torch.optim.Optimizer, owner: Owner) -> tuple[list[Owner], list[Owner]]:
@@ -167,7 +167,7 @@ def optimizer_made_in(optimizer: torch.optim.Optimizer | None, model: nn.Module,
 
 def form_groups(optimizer: torch.optim.Optimizer, number: int) -> list[Group]:
     """The form groups of an owner."""
-    return [group for group in optimizer.param_groups if FORM in group and _number(group) == number]
+    return [group for group in optimizer.param_groups if FORM in group and number_of_group(group) == number]
 
 
 def mark(number: int) -> dict[str, int]:
@@ -175,7 +175,8 @@ def mark(number: int) -> dict[str, int]:
     return {OWNER: number} if number else {}
 
 
-def _number(group: Group) -> int:
+def number_of_group(group: Group) -> int:
+    """The number of the owner of a form group."""
     return group.get(OWNER, 0)
 
 

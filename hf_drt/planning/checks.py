@@ -79,7 +79,7 @@ def check_phase(phase: Phase, forms: dict[str, Form], targets: Shapes, config: D
         return
     _check_frobenius_decay(forms, config)
     dense = [name for name, form in forms.items() if form == Dense()]
-    kept = [name for name in dense if stays_dense(phase.kind, name, config)]
+    kept = dict.fromkeys(name for name in dense if stays_dense(phase.kind, name, config))
     if len(dense) == len(targets):
         raise ValueError(_all_dense(phase, kept, targets, config))
     if kept:
@@ -103,7 +103,7 @@ def _check_frobenius_decay(forms: dict[str, Form], config: DRTConfig) -> None:
         )
 
 
-def _all_dense(phase: Phase, kept: list[str], targets: Shapes, config: DRTConfig) -> str:
+def _all_dense(phase: Phase, kept: dict[str, None], targets: Shapes, config: DRTConfig) -> str:
     if len(kept) == len(targets):
         return (
             f"phase '{phase}' leaves all {len(kept)} layers dense: they are query and key projections, which "

@@ -1,13 +1,12 @@
 """What a run costs before it runs: FLOPs and memory of the whole model, phase by phase, without a weight."""
 
 from hf_drt.simulate.batch import BatchSpec, batch_spec
-from hf_drt.simulate.optimizer import OPTIMIZERS, optimizer_bytes
+from hf_drt.simulate.optimizer import optimizer_bytes
 from hf_drt.simulate.proposal import Layer, Proposal, propose
 from hf_drt.simulate.run import LayerEstimate, PhaseEstimate, RunEstimate, estimate_run
 from hf_drt.simulate.step import SimulationError, StepCost, simulate_step
 
 __all__ = [
-    "OPTIMIZERS",
     "BatchSpec",
     "Layer",
     "LayerEstimate",

@@ -1,48 +1,59 @@
-"""State of an optimizer, in bytes, from the shapes of what it trains."""
+"""What an optimizer takes, in bytes: its own step is run on tensors without data, once for each shape."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-
-@dataclass(frozen=True)
-class _Rule:
-    """``state`` gives the bytes of one parameter's state, ``scratch`` those that exist while it is updated."""
-
-    state: Callable[[torch.Tensor], int]
-    scratch: Callable[[torch.Tensor], int]
-
-
-def _bytes(p: torch.Tensor) -> int:
-    return p.numel() * p.element_size()
-
-
-def _adafactor(p: torch.Tensor) -> int:
-    """Row and column means of the squared gradient in float32; of a vector the squares themselves."""
-    factors = p.numel() if p.ndim < 2 else p.numel() // p.shape[-1] + p.numel() // p.shape[-2]
-    return 4 * factors + 4  # and the root mean square of the parameter
-
-
-_STEP_COUNT = 4  # torch keeps it as a float32 tensor per parameter
-
-OPTIMIZERS: dict[str, _Rule] = {
-    "adamw_torch": _Rule(lambda p: 2 * _bytes(p) + _STEP_COUNT, _bytes),
-    "adamw_torch_fused": _Rule(lambda p: 2 * _bytes(p) + _STEP_COUNT, lambda p: 0),
-    "sgd": _Rule(lambda p: 0, lambda p: 0),
-    "adafactor": _Rule(_adafactor, lambda p: 2 * 4 * p.numel()),
-    "rmsprop": _Rule(lambda p: _bytes(p) + _STEP_COUNT, _bytes),
-}
-"""Names as in ``optim`` of the training arguments; ``sgd`` without momentum, as the Trainer makes it."""
+from hf_drt.optim import maker
+from hf_drt.simulate.counter import StepCounter
 
 
 def optimizer_bytes(optimizer: str, parameters: Iterable[torch.Tensor]) -> tuple[int, int]:
     """Bytes of the optimizer's state of all trainable parameters, and of the largest temporary of its step.
 
+    Parameters are updated one after the other, as torch does on a CPU.
+
+    Args:
+        optimizer: A value of ``optim`` in TrainingArguments, of :func:`hf_drt.optim.optim_names`.
+        parameters: Of the model, with data or without.
+
     Raises:
-        ValueError: The optimizer is none of :data:`OPTIMIZERS`.
+        ValueError: The optimizer is not one that may follow a change of form.
     """
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"'{optimizer}' is no optimizer of known state; allowed are {', '.join(OPTIMIZERS)}.")
-    rule, trainable = OPTIMIZERS[optimizer], [p for p in parameters if p.requires_grad]
-    return sum(map(rule.state, trainable)), max(map(rule.scratch, trainable), default=0)
+    _, make = maker(optimizer)
+    state = scratch = 0
+    counts = Counter((tuple(p.shape), p.dtype) for p in parameters if p.requires_grad)
+    with FakeTensorMode():
+        for (shape, dtype), count in counts.items():
+            weight = nn.Parameter(torch.empty(shape, dtype=dtype))
+            weight.grad = gradient = torch.empty(shape, dtype=dtype)
+            kept, temporary = _step_bytes(make([weight]), weight, gradient)
+            state, scratch = state + count * kept, max(scratch, temporary)
+    return state, scratch
+
+
+def _step_bytes(optimizer: torch.optim.Optimizer, *given: torch.Tensor) -> tuple[int, int]:
+    """What is alive after a step and was not before, and the most that a second one needs beyond that."""
+    counter = StepCounter()
+    for tensor in given:
+        counter.add(tensor)
+    before = counter.now
+    _count_state(optimizer, counter)
+    with counter:
+        optimizer.step()
+    kept = counter.now - before
+    counter.peak = counter.now
+    with counter:
+        optimizer.step()
+    return kept, counter.peak - before - kept
+
+
+def _count_state(optimizer: torch.optim.Optimizer, counter: StepCounter) -> None:
+    """Count what the optimizer has made before its first step."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                counter.add(value)

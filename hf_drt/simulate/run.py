@@ -184,7 +184,7 @@ def _warnings(
         kept = [layer for layer in layers if stays_dense(phase.kind, layer.name, config)]
         found += [f"{title}: {len(kept)} query and key projections stay dense (dense_query_key)"] if kept else []
         dense_here = [layer for layer in layers if phase.kind != "dense" and layer.forms[index] == Dense()]
-        stays = [layer for layer in dense_here if layer not in kept]
+        stays = [layer for layer in dense_here if not stays_dense(phase.kind, layer.name, config)]
         found += [f"{title}: {_layers(stays)} stay dense: the rank reaches break-even"] if stays else []
         dearer = [layer for layer in layers if isinstance(layer.forms[index], Adapter) and layer.share(index) > 1]
         if dearer:

@@ -66,14 +66,16 @@ def simulate_step(
     Args:
         model: On the meta device, of transformers, in any mix of forms; it stays as it is.
         batch: Of one forward pass.
-        optimizer: A key of :data:`hf_drt.simulate.OPTIMIZERS`.
+        optimizer: A value of ``optim`` in TrainingArguments, of :func:`hf_drt.optim.optim_names`.
         accumulation: Forward and backward passes per update step.
         autocast: Mixed precision.
         watch: Names of linear layers whose :attr:`StepCost.rows` are asked for.
 
     Raises:
         SimulationError: The forward pass depends on values, or a kernel has no rule for shapes.
+        ValueError: As :func:`.optimizer_bytes`.
     """
+    state, scratch = optimizer_bytes(optimizer, model.parameters())
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_without_data(model))
@@ -81,7 +83,6 @@ def simulate_step(
         rows = stack.enter_context(_watched(model, watch))
         counter = _with_parameters(model)
         weights = counter.now
-        state, scratch = optimizer_bytes(optimizer, model.parameters())
         inputs = batch.empty()
         for tensor in inputs.values():
             counter.add(tensor)

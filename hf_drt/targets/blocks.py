@@ -116,15 +116,21 @@ def _units(modules: dict[str, nn.Module]) -> set[str]:
     units = {name for name, _ in _children(modules, nn.ModuleList) if linear.get(name, 0) >= 2}
     units |= {name for name, m in modules.items() if isinstance(m, _TORCH_BLOCKS)}
     in_sequence = {n for n, _ in _children(modules, nn.Sequential) if n in repeated and linear[n] >= 2} - units
-    units |= {name for name in in_sequence if not _gives_way(name, units | in_sequence, linear)}
+    inside = _linear_inside_units(units | in_sequence, linear)
+    units |= {name for name in in_sequence if 2 * inside[name] <= linear[name]}
     return units or {name for name in repeated if linear[name]}
 
 
-def _gives_way(name: str, units: set[str], linear: dict[str, int]) -> bool:
-    """Whether most linear layers of a unit stand in units inside of it, experts aside."""
-    inside = {unit for unit in units if unit.startswith(f"{name}.") and "expert" not in unit.rpartition(".")[0]}
-    outermost = [unit for unit in inside if not any(unit.startswith(f"{other}.") for other in inside)]
-    return 2 * sum(linear.get(unit, 0) for unit in outermost) > linear[name]
+def _linear_inside_units(units: set[str], linear: dict[str, int]) -> Counter[str]:
+    """By the name of each module that holds units: how many linear layers stand in units inside of it, experts aside.
+    Of units inside each other the outermost counts."""
+    inside: Counter[str] = Counter()
+    for unit in (unit for unit in units if "expert" not in unit.rpartition(".")[0]):
+        for holder in reversed(list(_holders(unit))):
+            inside[holder] += linear.get(unit, 0)
+            if holder in units and "expert" not in holder.rpartition(".")[0]:
+                break  # from there on outwards that one counts
+    return inside
 
 
 def _twins(roots: dict[str, nn.Module], modules: dict[str, nn.Module]) -> Iterator[str]:
@@ -174,19 +180,22 @@ def _outermost(found: Iterable[str], modules: dict[str, nn.Module]) -> dict[str,
 
 
 def _stands_in(name: str, others: set[str]) -> bool:
+    return any(holder in others for holder in _holders(name))
+
+
+def _holders(name: str) -> Iterator[str]:
+    """Names of the modules that hold one, from the model inwards."""
     parts = name.split(".") if name else []
-    return any(".".join(parts[:depth]) in others for depth in range(len(parts)))
+    return (".".join(parts[:depth]) for depth in range(len(parts)))
 
 
 def _innermost(names: Iterator[str]) -> list[str]:
     found = set(names)
-    return [name for name in found if not any(other.startswith(f"{name}.") for other in found)]
+    return list(found.difference(holder for name in found for holder in _holders(name)))
 
 
 def _is_listed(name: str, modules: dict[str, nn.Module]) -> bool:
-    parts = name.split(".")
-    holders = (modules.get(".".join(parts[:depth])) for depth in range(len(parts)))
-    return any(isinstance(holder, _LISTS) for holder in holders)
+    return any(isinstance(modules.get(holder), _LISTS) for holder in _holders(name))
 
 
 def _some(names: Iterable[str]) -> str:

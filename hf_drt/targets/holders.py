@@ -13,6 +13,7 @@ from torch import nn
 from hf_drt.engines import is_wrapper
 
 _REGISTERED = ("_modules", "_parameters", "_buffers")
+_ATOMS = {bool, int, float, str, bytes, type(None)}
 _COLLECTIONS = (list, tuple, set, frozenset, deque)
 # Objects of these packages that hold parameters follow a change of form, as optimizers do, or belong to the engine.
 _KNOWN = ("torch.", "transformers.", "accelerate.", "hf_drt.")
@@ -27,26 +28,36 @@ def held_elsewhere(model: nn.Module) -> set[int]:
     """
     tree = {id(module) for module in model.modules()}
     found: set[int] = set()
+    holders: dict[int, list[Any]] = {}
     for module in model.modules():
         if is_wrapper(module):  # may list all parameters, and gets the new ones at a switch
             continue
         own = {id(module), *map(id, module._parameters.values())}
-        found |= _reached([v for key, v in vars(module).items() if key not in _REGISTERED], tree) - own
+        found |= _reached([v for key, v in vars(module).items() if key not in _REGISTERED], tree, holders) - own
     return found
 
 
-def _reached(waiting: list[Any], tree: set[int]) -> set[int]:
-    """Modules and parameters, by id, that some values lead to; not through modules of the tree."""
+def _reached(waiting: list[Any], tree: set[int], holders: dict[int, list[Any]]) -> set[int]:
+    """Modules and parameters, by id, that some values lead to; not through modules of the tree.
+
+    Args:
+        holders: What earlier calls have met, by id, with the number of calls; brought up to date. The objects too: an
+            id is unique only as long as its object lives. What two modules hold, such as one list of all layers, has
+            been told by the second, to whom nothing in it is its own, and is not gone through by each.
+    """
     found: set[int] = set()
-    seen: dict[int, Any] = {}  # the values too: an id is unique only as long as its object lives
+    seen: set[int] = set()
     while waiting:
         value = waiting.pop()
-        if id(value) in seen:
+        key = id(value)
+        if type(value) in _ATOMS or key in seen:
             continue
-        seen[id(value)] = value
+        seen.add(key)
+        met = holders.setdefault(key, [value, 0])
+        met[1] += 1
         if isinstance(value, (nn.Module, nn.Parameter)):
-            found.add(id(value))
-        if id(value) not in tree:
+            found.add(key)
+        if key not in tree and met[1] <= 2:
             waiting.extend(_inside(value))
     return found
 

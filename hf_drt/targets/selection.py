@@ -104,7 +104,7 @@ def find_targets(
         reason = reason or _pattern_reason(name, include, exclude)
         if reason is None:
             targets[name] = module if weight is None else as_layer(module, weight)
-            ignored |= {name: said[1]} if overrides else {}
+            ignored |= {name: said[1]} if said is not None and overrides else {}
             continue
         skipped[name] = reason
         fused += weight.numel() if weight is not None and reason.startswith(FUSED) else 0
@@ -149,6 +149,8 @@ class _Surroundings:
     parents: dict[str, nn.Module]
     experts: set[int]
     """Numbers of experts that configurations tell, by which routers are known."""
+    beside_experts: set[int]
+    """Modules that have experts among their children."""
     readings: dict[int, Reading]
     written: set[str]
     unread: set[str]
@@ -170,6 +172,7 @@ class _Surroundings:
             unregistered=held_elsewhere(model),
             parents=_parents(model),
             experts=_expert_counts(model),
+            beside_experts={id(m) for m in model.modules() if any("expert" in name for name, _ in m.named_children())},
             readings=found,
             written=set().union(*(each.written for each in found.values())),
             unread={function for key, each in found.items() for function in each.unread if key not in owns},
@@ -191,7 +194,7 @@ def _reason(name: str, module: nn.Module, weight: nn.Parameter | None, around: _
         reason = reason or own_behaviour(as_layer(module, weight))
     else:
         reason = conv_unfit(name, module) if is_convolution(module) else None
-        reason = reason or _unfit(name, module, around.parents, around.shared, around.experts)
+        reason = reason or _unfit(name, module, around)
     return reason
 
 
@@ -291,39 +294,34 @@ def _matches(name: str, patterns: list[str] | None) -> bool:
     return any(re.search(pattern, name) for pattern in patterns or ())
 
 
-def _unfit(
-    name: str, module: nn.Module, parents: dict[str, nn.Module], shared: set[int], experts: set[int]
-) -> str | None:
+def _unfit(name: str, module: nn.Module, around: _Surroundings) -> str | None:
     """Why a layer inside a block cannot be replaced, or None."""
     if isinstance(module, LowRankLinear):
         return own_behaviour(module)
-    owner = parents.get(name)
+    owner = around.parents.get(name)
     if reason := odd_tensors(module):
         return reason
     weight = module._parameters["weight"]
-    if not weight.requires_grad:
+    if weight is None or not weight.requires_grad:
         return "frozen"
-    if id(weight) in shared:
+    if id(weight) in around.shared:
         return "tied or shared weight"
     if owner is not None and type(owner).__module__.startswith("torch.nn.") and not isinstance(owner, _CALLERS):
         return "owned by a torch.nn module"
-    if name and _is_router(name, module, parents, experts):
+    if name and _is_router(name, module, around):
         return "router of a mixture of experts"
     return own_behaviour(module)
 
 
-def _is_router(name: str, module: nn.Module, parents: dict[str, nn.Module], experts: set[int]) -> bool:
+def _is_router(name: str, module: nn.Module, around: _Surroundings) -> bool:
     """A gate of a mixture of experts: beside the experts, or in a router beside them, and named or shaped like one.
 
     A gated MLP's `gate_proj`, or a key projection as wide as there are experts, is none.
     """
     owner_name, _, leaf = name.rpartition(".")
-    beside = _has_experts(parents[name])
-    in_router = bool(_ROUTER_LEAF.fullmatch(owner_name.rpartition(".")[2])) and _has_experts(parents.get(owner_name))
+    beside = id(around.parents[name]) in around.beside_experts
+    router = _ROUTER_LEAF.fullmatch(owner_name.rpartition(".")[2]) is not None
+    in_router = router and id(around.parents.get(owner_name)) in around.beside_experts
     outputs = getattr(module, "out_features", None)
-    shaped = outputs == 1 or outputs in experts
-    return bool(experts) and (in_router or (beside and (shaped or _ROUTER_LEAF.fullmatch(leaf) is not None)))
-
-
-def _has_experts(module: nn.Module | None) -> bool:
-    return module is not None and any("expert" in name for name, _ in module.named_children())
+    shaped = outputs == 1 or outputs in around.experts
+    return bool(around.experts) and (in_router or (beside and (shaped or _ROUTER_LEAF.fullmatch(leaf) is not None)))

@@ -29,7 +29,7 @@ from hf_drt.checkpoint import (
 )
 from hf_drt.controller import DynamicRank
 from hf_drt.forms import dense_key, form_from_dict, layer_of, layout_of, tensor_shapes
-from hf_drt.optim import unwrap
+from hf_drt.optim import rule_of, unwrap
 from hf_drt.trainer.fsdp_files import check_engine, check_fsdp_files, is_fsdp_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,9 @@ def check_optimizer(folder: str | Path, optimizer: torch.optim.Optimizer) -> Non
     stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(stored, dict) or "param_groups" not in stored:
         raise CheckpointError(f"{path} is no optimizer's state. {_OTHER}")
-    groups, own = stored["param_groups"], unwrap(optimizer).param_groups
+    optimizer = unwrap(optimizer)
+    rule = rule_of(optimizer)
+    groups, own = stored["param_groups"], optimizer.param_groups
     sizes, own_sizes = ([len(group["params"]) for group in g] for g in (groups, own))
     if sizes != own_sizes:
         raise CheckpointError(
@@ -154,16 +156,11 @@ def check_optimizer(folder: str | Path, optimizer: torch.optim.Optimizer) -> Non
             )
         for index, parameter in zip(group["params"], other["params"], strict=True):
             for key, value in stored["state"].get(index, {}).items():
-                if torch.is_tensor(value) and value.ndim and value.shape != _state_shape(key, parameter):
+                if torch.is_tensor(value) and value.ndim and value.shape != rule.state_shape(key, parameter.shape):
                     raise CheckpointError(
                         f"{path} holds {key} of shape {tuple(value.shape)} for a parameter of shape "
                         f"{tuple(parameter.shape)}: it belongs to another phase or model. {_OTHER}"
                     )
-
-
-def _state_shape(key: str, parameter: nn.Parameter) -> torch.Size:
-    shape = parameter.shape
-    return {"exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": shape[:-2] + shape[-1:]}.get(key, shape)
 
 
 def _check_trainer_files(folder: Path, state: dict[str, Any]) -> None:
@@ -226,10 +223,11 @@ def _check_weights(folder: Path, controller: DynamicRank, state: dict[str, Any])
         return
     stored = {f"{prefix or ''}{name}": shape for name, shape in stored.items()}
     expected = {name: shape for name, shape in expected.items() if name.startswith(prefix or "")}
-    own = set(controller.model.state_dict())
+    own = controller.model.state_dict()
+    shared = _pointers(own, stored) if expected.keys() - stored.keys() else set()  # tied weights are saved once
     for name, shape in expected.items():
         if name not in stored:
-            if not _is_tied(controller.model, name, stored):
+            if name not in own or own[name].data_ptr() not in shared:
                 raise CheckpointError(f"the weights in {folder} lack {name}, which the run's model needs. {_OTHER}")
         elif stored[name] != shape:
             raise CheckpointError(
@@ -261,13 +259,9 @@ def _expected_shapes(model: nn.Module, layers: dict[str, dict[str, Any]]) -> Sha
     return shapes
 
 
-def _is_tied(model: nn.Module, name: str, stored: Shapes) -> bool:
-    """Whether the tensor is stored under another name; transformers saves tied weights once."""
-    state = model.state_dict()
-    tensor = state.get(name)
-    return tensor is not None and any(
-        other != name and other in stored and state[other].data_ptr() == tensor.data_ptr() for other in state
-    )
+def _pointers(state: dict[str, torch.Tensor], stored: Shapes) -> set[int]:
+    """Where the tensors lie that are stored under one of their names."""
+    return {tensor.data_ptr() for name, tensor in state.items() if name in stored}
 
 
 def _container_prefix(name: str, stored: Shapes) -> str | None:

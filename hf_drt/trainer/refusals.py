@@ -13,7 +13,7 @@ from transformers.trainer_utils import HubStrategy
 
 from hf_drt.config import DRTConfig
 from hf_drt.forms import layer_of
-from hf_drt.optim import OPTIMIZERS, check_rate, form_group_options, has_own_rate, qualified_name, unwrap
+from hf_drt.optim import OPTIMIZERS, check_rate, form_group_options, own_rate, qualified_name, unwrap
 from hf_drt.planning import TargetLayers, Usage, idle_settings, lowrank_kind, refuse_idle, usage_of
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Schedule
@@ -167,11 +167,12 @@ def refuse_own_rate(optimizer: torch.optim.Optimizer, config: DRTConfig, schedul
     optimizer = unwrap(optimizer)
     check_rate(optimizer, config)
     anchor = next((entry for entry in schedule.entries if entry.at.unit in ("lr_below", "lr_above")), None)
-    if anchor is not None and has_own_rate(optimizer):
+    if anchor is not None and (rate := own_rate(optimizer)) is not None:
+        name = type(optimizer).__name__
         raise ValueError(
-            f"'{anchor}' begins at a share of the scheduler's peak learning rate, but Adafactor with "
-            "relative_step=True computes its own rate during the run. Use Adafactor(params, lr=1e-3, "
-            "relative_step=False, scale_parameter=False) with a scheduler, or give the boundary in % or steps."
+            f"'{anchor}' begins at a share of the scheduler's peak learning rate, but {name} with {rate.option} "
+            f"computes its own rate during the run. Use {name}(params, {rate.instead}) with a scheduler, or give the "
+            "boundary in % or steps."
         )
 
 

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "benchmarks"))
 import speed_forms
 import speed_kit
 import speed_layers
+import speed_many_layers
 import speed_svd
 import speed_switches
 import torch
@@ -99,3 +100,23 @@ def test_forms_has_a_row_for_every_method_and_leaves_out_what_is_not_installed(c
 def test_forms_measures_each_method_in_a_process_of_its_own(capsys):
     speed_forms.main([*SMALL, "--rank", "4", "--steps", "1", "--methods", "dense", "factored"])
     assert [row[0] for row in rows(capsys.readouterr().out)] == ["dense", "factored"]
+
+
+def test_many_layers_has_a_row_for_every_piece_of_work(capsys):
+    speed_many_layers.main(["--blocks", "2", "--experts", "1", "2", "--rounds", "1"])
+    table = rows(capsys.readouterr().out)
+    assert {row[0] for row in table} >= {
+        "find_targets",
+        "install",
+        "switch",
+        "check of a checkpoint",
+        "load_state_dict",
+    }
+    assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in table)
+
+
+def test_many_layers_compares_with_another_checkout(capsys):
+    root = Path(__file__).parents[2]
+    speed_many_layers.main(["--blocks", "1", "--compare", "1", "--against", str(root)])
+    table = rows(capsys.readouterr().out)
+    assert [row[0] for row in table] == list(speed_many_layers.COMPARED)

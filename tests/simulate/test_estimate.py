@@ -9,8 +9,8 @@ import transformers as T
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_drt import Adapter, Dense, DRTConfig, DynamicRank, Factored, Plan, Run, Schedule, find_targets
+from hf_drt.optim import optim_names
 from hf_drt.simulate import (
-    OPTIMIZERS,
     Layer,
     SimulationError,
     batch_spec,
@@ -103,7 +103,7 @@ def test_parts_of_the_memory():
     assert cost.activations > 4 * ROWS * LENGTH * V  # the logits alone
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", optim_names())
 def test_optimizer_state_is_that_of_the_real_optimizer(name):
     model = tiny.llama()
     args = T.TrainingArguments(output_dir="unused", optim=name, use_cpu=True, report_to=[])
