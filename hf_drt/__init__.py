@@ -6,8 +6,9 @@ transformers, and the command line without either. Native checkpoints load from 
 
 from typing import TYPE_CHECKING
 
-from hf_drt.after_import import registered_with
+from hf_drt.after_import import called_after
 from hf_drt.lazy import lazy_names
+from hf_drt.native_format import make_known
 from hf_drt.renamed import accept_old_names
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ _NAMES = {
 __getattr__, __dir__ = lazy_names(__name__, _NAMES, modules=("engines", "linalg", "messages", "optim", "planning"))
 
 accept_old_names()
-registered_with("transformers.quantizers.auto", "hf_drt.export.native", "register_native_format")
+called_after("transformers.quantizers.auto", make_known)
 
 __all__ = [
     "Adapter",

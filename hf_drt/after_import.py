@@ -1,44 +1,33 @@
 """Work that waits for a module to be imported, by whomever, so that it need not be imported for the work's sake."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 
-def registered_with(module: str, registrar: str, function: str) -> None:
-    """Have ``registrar.function()`` called whenever ``module`` has been executed: now if it has been, else as soon as
-    it is, and again if it is reloaded.
+def called_after(module: str, function: Callable[[ModuleType], None]) -> None:
+    """Have ``function(module)`` called whenever a module has been executed: now if it has been, else as soon as it is,
+    and again if it is reloaded.
 
     Args:
         module: Dotted name of a module that may never be imported, and is not imported here.
-        registrar: Dotted name of the module that holds the function; it is imported when ``module`` is there. It may
-            import ``module`` itself, and then has to call the function itself too.
-        function: Its name; calling it twice must be harmless.
+        function: Must import nothing, since it is called while the import system holds the module's lock: another
+            thread may hold that of what it would import, and wait for this one. Calling it twice must be harmless.
     """
     finders = (finder for finder in sys.meta_path if isinstance(finder, _Finder))
     if all(finder.module != module for finder in finders):
-        sys.meta_path.insert(0, _Finder(module, registrar, function))
+        sys.meta_path.insert(0, _Finder(module, function))
     if module in sys.modules:
-        _call(registrar, function)
-
-
-def _call(registrar: str, function: str) -> None:
-    # Not importlib.import_module: where two threads import the two modules, each waiting for the other, the statement
-    # goes on with a module that is half done, and import_module raises.
-    __import__(registrar)
-    # None while the registrar is itself in the middle of its import, in this thread or in another; see above.
-    call = getattr(sys.modules[registrar], function, None)
-    if call is not None:
-        call()
+        function(sys.modules[module])
 
 
 class _Finder(MetaPathFinder):
     """Finds one module where the finders after it find it, and calls a function once that is executed."""
 
-    def __init__(self, module: str, registrar: str, function: str):
-        self.module, self._registrar, self._function = module, registrar, function
+    def __init__(self, module: str, function: Callable[[ModuleType], None]):
+        self.module, self._function = module, function
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -51,15 +40,15 @@ class _Finder(MetaPathFinder):
         specs = (finder.find_spec(fullname, path, target) for finder in later if hasattr(finder, "find_spec"))
         spec = next((spec for spec in specs if spec is not None), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self._registrar, self._function)
+            spec.loader = _Loader(spec.loader, self._function)
         return spec
 
 
 class _Loader(Loader):
     """The module's own loader, which takes its place again before the module is executed."""
 
-    def __init__(self, own: Loader, registrar: str, function: str):
-        self._own, self._registrar, self._function = own, registrar, function
+    def __init__(self, own: Loader, function: Callable[[ModuleType], None]):
+        self._own, self._function = own, function
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._own.create_module(spec)
@@ -69,4 +58,4 @@ class _Loader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._own
         self._own.exec_module(module)
-        _call(self._registrar, self._function)
+        self._function(module)

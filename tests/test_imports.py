@@ -6,7 +6,6 @@ import inspect
 import pickle
 import subprocess
 import sys
-import threading
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import tiny
 
 import hf_drt
 from hf_drt import DRTConfig, DynamicRank
-from hf_drt.after_import import registered_with
+from hf_drt.after_import import called_after
 from hf_drt.export import NativeConfig
 
 LOADED = "import sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
@@ -87,8 +86,10 @@ def test_an_unknown_name_is_an_attribute_error():
 
 KNOWN = (
     "from transformers.quantizers import auto; import hf_drt.export as e; "
-    "assert auto.AUTO_QUANTIZER_MAPPING['hf_drt'].__module__.startswith('hf_drt.export.native'); "
-    "assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING['hf_drt'] is e.NativeConfig"
+    "block = {'quant_method': 'hf_drt', 'format_version': 1, 'layers': {'a': {'shape': [4, 4], 'form': 'factored', 'rank': 2}}}; "
+    "config = auto.AutoQuantizationConfig.from_dict(block); assert type(config) is e.NativeConfig; "
+    "made = auto.AutoHfQuantizer.from_config(config, pre_quantized=True); "
+    "assert type(made).__module__ == 'hf_drt.export.native.quantizer'"
 )
 
 
@@ -104,15 +105,6 @@ KNOWN = (
 )
 def test_native_checkpoints_are_known_after_any_order_of_imports(statement):
     run(f"{statement}; {KNOWN}")
-
-
-def test_what_is_imported_in_the_middle_of_transformers_does_without_its_models():
-    for path in (Path(hf_drt.__file__).parent / "export").rglob("*.py"):
-        nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
-        names = [n for node in nodes for n in ([node.module] if isinstance(node, ast.ImportFrom) else
-                                               [alias.name for alias in node.names])]  # fmt: skip
-        theirs = [name for name in names if name.split(".")[0] in ("transformers", "peft", "accelerate")]
-        assert all(name.startswith(("transformers.utils", "transformers.quantizers")) for name in theirs), path
 
 
 @pytest.mark.parametrize("order", [("import hf_drt", "import transformers"), ("import transformers", "import hf_drt")])
@@ -162,78 +154,71 @@ def test_a_pickled_block_of_the_configuration_brings_the_package_with_it():
     run(code + KNOWN, block, str(len(model.config.quantization_config["layers"])))
 
 
-# ---- the mechanism itself, on two modules of its own
+def test_a_stand_in_is_loaded_by_use_and_not_by_questions():
+    code = (
+        "import sys, copy, pickle, hf_drt.native_format as f; config = f.OnDemand('NativeConfig'); "
+        "copy.copy(config); pickle.dumps(config); assert 'hf_drt.export' not in sys.modules; "
+        "assert config.from_dict and 'hf_drt.export' in sys.modules"
+    )
+    run(code)
+
+
+# ---- the mechanism itself, on a module of its own
 
 
 @pytest.fixture
-def pair(tmp_path, monkeypatch):
-    """A module that takes a while to be imported, and one that imports it and adds to its list."""
-    (tmp_path / "slow_watched.py").write_text("import time\nadded = []\ntime.sleep(0.2)\n")
-    (tmp_path / "slow_adder.py").write_text(
-        "import slow_watched\ndef add():\n    slow_watched.added[:] = ['here']\nadd()\n"
-    )
+def watched(tmp_path, monkeypatch):
+    """Name of a module, and what is called after its import: it counts in a list of the module's."""
+    (tmp_path / "watched_module.py").write_text("calls = []\n")
     monkeypatch.syspath_prepend(tmp_path)
     finders = list(sys.meta_path)
-    yield "slow_watched", "slow_adder"
+    yield "watched_module", lambda module: module.calls.append("called")
     sys.meta_path[:] = finders
-    for name in ("slow_watched", "slow_adder"):
-        sys.modules.pop(name, None)
+    sys.modules.pop("watched_module", None)
 
 
-def test_nothing_is_imported_before_its_time(pair):
-    registered_with(*pair, "add")
-    assert not {*pair} & set(sys.modules)
-    assert importlib.import_module(pair[0]).added == ["here"]
+def test_nothing_is_imported_before_its_time(watched):
+    called_after(*watched)
+    assert watched[0] not in sys.modules
+    assert importlib.import_module(watched[0]).calls == ["called"]
 
 
-def test_a_module_that_is_there_already_is_served_at_once(pair):
-    watched = importlib.import_module(pair[0])
-    registered_with(*pair, "add")
-    assert watched.added == ["here"]
+def test_a_module_that_is_there_already_is_served_at_once(watched):
+    module = importlib.import_module(watched[0])
+    called_after(*watched)
+    assert module.calls == ["called"]
 
 
-def test_a_module_that_is_executed_anew_is_served_anew(pair):
-    registered_with(*pair, "add")
-    watched = importlib.import_module(pair[0])
-    assert importlib.reload(watched).added == ["here"]
+def test_a_module_that_is_executed_anew_is_served_anew(watched):
+    called_after(*watched)
+    module = importlib.import_module(watched[0])
+    assert importlib.reload(module).calls == ["called"]
 
 
-def test_the_watched_module_keeps_its_own_loader(pair):
-    registered_with(*pair, "add")
-    watched = importlib.import_module(pair[0])
-    assert {type(watched.__loader__), type(watched.__spec__.loader)} == {SourceFileLoader}
-    assert "time.sleep" in inspect.getsource(watched)
+def test_the_watched_module_keeps_its_own_loader(watched):
+    called_after(*watched)
+    module = importlib.import_module(watched[0])
+    assert {type(module.__loader__), type(module.__spec__.loader)} == {SourceFileLoader}
+    assert "calls = []" in inspect.getsource(module)
 
 
-def test_a_second_request_adds_no_second_finder(pair):
-    registered_with(*pair, "add")
+def test_a_second_request_adds_no_second_finder(watched):
+    called_after(*watched)
     finders = len(sys.meta_path)
-    registered_with(*pair, "add")
+    called_after(*watched)
     assert len(sys.meta_path) == finders
 
 
-@pytest.mark.parametrize("first", [0, 1])
-def test_two_threads_do_not_wait_for_each_other(pair, first):
-    registered_with(*pair, "add")
-    threads = [threading.Thread(target=importlib.import_module, args=(pair[i],)) for i in (first, 1 - first)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert not any(thread.is_alive() for thread in threads)
-    assert sys.modules["slow_watched"].added == ["here"]
+def test_a_module_that_is_nowhere_stays_unknown(watched):
+    called_after("watched_nowhere", watched[1])
+    with pytest.raises(ModuleNotFoundError, match="No module named 'watched_nowhere'"):
+        importlib.import_module("watched_nowhere")
 
 
-def test_a_module_that_is_nowhere_stays_unknown(pair):
-    registered_with("slow_missing", pair[1], "add")
-    with pytest.raises(ModuleNotFoundError, match="No module named 'slow_missing'"):
-        importlib.import_module("slow_missing")
-    assert pair[1] not in sys.modules
-
-
-def test_a_failed_import_registers_nothing(pair, tmp_path):
-    Path(tmp_path, "slow_watched.py").write_text("raise ImportError('broken')\n")
-    registered_with(*pair, "add")
+def test_after_a_failed_import_nothing_is_called(watched, tmp_path):
+    Path(tmp_path, "watched_module.py").write_text("raise ImportError('broken')\n")
+    calls = []
+    called_after(watched[0], calls.append)
     with pytest.raises(ImportError, match="broken"):
-        importlib.import_module(pair[0])
-    assert pair[1] not in sys.modules
+        importlib.import_module(watched[0])
+    assert not calls

@@ -15,6 +15,7 @@ ALLOWED = {
     "registry":   set(),
     "lazy":       set(),
     "after_import": set(),
+    "native_format": set(),
     "tables":     set(),
     "config":     {"registry", "schedule"},
     "schedule":   {"registry", "tables"},
@@ -22,7 +23,7 @@ ALLOWED = {
     "forms":      {"linalg", "registry"},
     "targets":    {"engines", "forms"},
     "engines":    {"forms", "linalg", "registry"},
-    "checkpoint": {"engines", "forms", "messages", "schedule"},
+    "checkpoint": {"engines", "forms", "messages", "native_format", "schedule"},
     "planning":   {"config", "engines", "forms", "schedule", "targets"},
     "optim":      {"config", "engines", "forms", "linalg", "registry", "targets"},
     "transition": {"engines", "forms", "optim", "targets"},
@@ -31,8 +32,8 @@ ALLOWED = {
     "compress":   {"checkpoint", "config", "forms", "linalg", "planning", "tables", "targets", "transition"},
     "inspect":    {"checkpoint", "forms", "linalg", "planning", "schedule"},
     "simulate":   {"config", "controller", "forms", "optim", "planning", "schedule", "transition"},
-    "export":     {"checkpoint", "config", "engines", "forms", "linalg", "messages", "registry", "schedule", "targets",
-                   "transition"},
+    "export":     {"checkpoint", "config", "engines", "forms", "linalg", "messages", "native_format", "registry",
+                   "schedule", "targets", "transition"},
     "trainer":    {"checkpoint", "config", "controller", "engines", "export", "forms", "optim", "planning", "registry",
                    "schedule", "targets", "transition"},
     "report":     {"checkpoint", "schedule"},
@@ -41,7 +42,8 @@ ALLOWED = {
     "run":        {"config", "trainer"},
     "trl":        {"trainer"},
 }
-STDLIB_ONLY = {"after_import", "config", "lazy", "messages", "registry", "renamed", "schedule", "tables"}
+STDLIB_ONLY = {"after_import", "config", "lazy", "messages", "native_format", "registry", "renamed",
+               "schedule", "tables"}
 KNOWS_TRANSFORMERS = {"trainer", "export", "run", "cli"}
 # fmt: on
 

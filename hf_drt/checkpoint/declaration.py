@@ -14,10 +14,10 @@ from torch import nn
 
 from hf_drt.engines import unwrapped
 from hf_drt.forms import LowRankLinear, form_to_dict, weight_shape
+from hf_drt.native_format import METHOD
 
 logger = logging.getLogger(__name__)
 
-METHOD = "hf_drt"
 FORMAT_VERSION = 1
 _KEPT = "_drt_weight_conversions"
 _OWN = "_drt_own_config"

@@ -3,8 +3,7 @@
 Nothing is quantized: the registry is the one place where a package may replace layers of any model between its
 construction and the loading of its weights, whichever class or pipeline loads it.
 
-``import hf_drt`` has this module imported at the end of the import of ``transformers.quantizers.auto``, in the middle
-of transformers' own: what it imports, and this package's face with it, must do without transformers' models.
+``import hf_drt`` makes the format known (:mod:`hf_drt.native_format`); this module is imported when it is met.
 """
 
 import re
@@ -21,6 +20,7 @@ from hf_drt.export.native.names import candidates, matched
 from hf_drt.export.native.weights import check_weights
 from hf_drt.forms import AdapterLinear, LowRankLinear, empty_like, layer_of
 from hf_drt.messages import some
+from hf_drt.native_format import make_known
 from hf_drt.targets import Swap, replace
 
 if TYPE_CHECKING:
@@ -142,10 +142,4 @@ class NativeQuantizer(HfQuantizer):
 
 def register_native_format() -> None:
     """Make native checkpoints known to transformers. ``import hf_drt`` sees to it; doing it again is harmless."""
-    if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
-        auto.register_quantization_config(METHOD)(NativeConfig)
-    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
-        auto.register_quantizer(METHOD)(NativeQuantizer)
-
-
-register_native_format()  # for who imports this module before anything has imported transformers.quantizers
+    make_known(auto)
