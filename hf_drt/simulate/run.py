@@ -7,7 +7,7 @@ import torch
 
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
-from hf_drt.forms import Adapter, Dense, Factored, Form, flops_of, form_of, layer_of
+from hf_drt.forms import Adapter, Dense, Factored, Form, LayerShape, flops_of, form_of, layer_of
 from hf_drt.planning import break_even_of, stays_dense
 from hf_drt.simulate.batch import BatchSpec
 from hf_drt.simulate.step import StepCost, simulate_step
@@ -49,7 +49,7 @@ class LayerEstimate:
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: LayerShape
     break_even: float
     rows: int
     forms: tuple[Form, ...]
