@@ -89,7 +89,8 @@ def environment(wheel, tmp_path_factory) -> Path:
 def version() -> str:
     """``hf_drt.__version__``, read without importing it."""
     tree = ast.parse((ROOT / "hf_drt" / "__init__.py").read_text())
-    (value,) = [n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__version__"]
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+    (value,) = [node.value for node in assigned if ast.unparse(node.targets[0]) == "__version__"]
     return ast.literal_eval(value)
 
 
