@@ -15,8 +15,8 @@ class GroupIndex:
     def __init__(self, optimizer: torch.optim.Optimizer):
         groups = optimizer.param_groups
         self._home = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
-        self._parent = [group.get(PARENT, index) for index, group in enumerate(groups)]
-        self._form_groups: dict[tuple[int | None, str | None, int], int] = {
+        self._parent: list[int] = [group.get(PARENT, index) for index, group in enumerate(groups)]
+        self._form_groups: dict[tuple[int, str, int], int] = {
             (number_of_group(group), group[FORM], group[PARENT]): index
             for index, group in reversed(list(enumerate(groups)))
             if FORM in group
@@ -51,7 +51,8 @@ class GroupIndex:
         """Index of the group in which a layer of the given form belongs, whose weights now are in group ``home``, and
         whose owner has this number."""
         parent = self._parent[home]
-        return self._form_groups.get((number, KINDS.get(type(form)), parent), parent)
+        kind = KINDS.get(type(form))
+        return parent if number is None or kind is None else self._form_groups.get((number, kind, parent), parent)
 
 
 def model_order(model: nn.Module) -> dict[int, int]:
