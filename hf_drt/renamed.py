@@ -1,4 +1,4 @@
-"""Modules under the names that they had before 0.2: they import with a warning for one release."""
+"""Modules under the names that they had in 0.1.0: they import with a warning for one release."""
 
 import importlib
 import sys

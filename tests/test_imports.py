@@ -86,7 +86,8 @@ def test_an_unknown_name_is_an_attribute_error():
 
 KNOWN = (
     "from transformers.quantizers import auto; import hf_drt.export as e; "
-    "block = {'quant_method': 'hf_drt', 'format_version': 1, 'layers': {'a': {'shape': [4, 4], 'form': 'factored', 'rank': 2}}}; "
+    "layer = {'shape': [4, 4], 'form': 'factored', 'rank': 2}; "
+    "block = {'quant_method': 'hf_drt', 'format_version': 1, 'layers': {'a': layer}}; "
     "config = auto.AutoQuantizationConfig.from_dict(block); assert type(config) is e.NativeConfig; "
     "made = auto.AutoHfQuantizer.from_config(config, pre_quantized=True); "
     "assert type(made).__module__ == 'hf_drt.export.native.quantizer'"

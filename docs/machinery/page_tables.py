@@ -8,6 +8,7 @@ on its own; this script writes it anew, and a test says where one is out of date
 A new member of a registry is a new row. A new table is a function here, with its name in ``TABLES``.
 """
 
+import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterable
@@ -16,10 +17,11 @@ from pathlib import Path
 
 import typer
 
-from hf_drt import optim
 from hf_drt.cli.app import app
 from hf_drt.config import DRTConfig
+from hf_drt.engines import ENGINES
 from hf_drt.forms import product_table
+from hf_drt.optim import optimizer_rows
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import PRESETS, Schedule
 
@@ -67,20 +69,8 @@ def help_of(field) -> str:
 
 def presets() -> str:
     """Every preset as it is written with all options at their defaults, and the schedule text that it stands for."""
-    rows = ((code(call), preset_text(name), what) for name, (call, what) in _presets().items())
+    rows = ((code(preset.call), preset_text(name), preset.help) for name, preset in PRESETS.items())
     return table(("preset, with its options", "stands for", "what it is"), rows)
-
-
-def _presets() -> dict[str, tuple[str, str]]:
-    """Name -> (as it is written, help)."""
-    if all(hasattr(preset, "help") for preset in PRESETS.values()):
-        return {name: (preset.call, preset.help) for name, preset in PRESETS.items()}
-    return {name: (_call(name, options), sentence(make.__doc__)) for name, (make, options) in PRESETS.items()}
-
-
-def _call(name: str, options: dict[str, object]) -> str:
-    given = (f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in options.items())
-    return f"{name}({','.join(given)})" if options else name
 
 
 def preset_text(name: str) -> str:
@@ -91,15 +81,13 @@ def preset_text(name: str) -> str:
 def optimizers() -> str:
     """Every optimizer that follows a change of form, and what of its state does."""
     head = ("optimizer", "`optim=` of the Trainer", "what it is", "what `drt_moments=project` carries over")
-    if hasattr(optim, "optimizer_rows"):
-        return table(head, ((code(name), *others) for name, *others in optim.optimizer_rows()))
-    rows = ((code(name), " and ".join(_carried(k)) or "nothing") for name, k in optim.OPTIMIZERS.items())
-    return table((head[0], head[3]), rows)
+    return table(head, ((code(name), *others) for name, *others in optimizer_rows()))
 
 
-def _carried(keys) -> list[str]:
-    kinds = {"first moments": keys.first, "second moments": keys.second}
-    return [kind for kind, names in kinds.items() if names]
+def engines() -> str:
+    """Every engine: how the weights of a model are spread over processes."""
+    importlib.import_module("hf_drt.engines.fsdp2")  # which otherwise waits until torch's own is imported
+    return table(("engine", "what it is"), ((code(name), engine.help) for name, engine in ENGINES.items()))
 
 
 def exports() -> str:
@@ -132,6 +120,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "settings": settings,
     "presets": presets,
     "optimizers": optimizers,
+    "engines": engines,
     "exports": exports,
     "decompositions": decompositions,
     "commands": commands,
