@@ -25,7 +25,8 @@ class _Help(Mapping[str, Any]):
             self._made["choices"] = lambda: list(members)
 
     def __getitem__(self, key: str) -> Any:
-        return self._made[key]()
+        made = self._made[key]()
+        return made.replace("%", "%%") if key == "help" else made  # argparse fills in what follows a %
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._made)
@@ -48,7 +49,7 @@ def _schedule_help() -> str:
         "Phases of the run, e.g. 'factored@0 dense@40% adapter@80%', or a preset. Boundaries are shares of the run "
         "(%), update steps (400), epochs (1.5ep), LR anchors (lr<0.9), or 'budget'. Unset: plain training, without any "
         f"change. Presets, with the defaults of their options: {presets}"
-    ).replace("%", "%%")
+    )
 
 
 @dataclass(frozen=True)
@@ -151,58 +152,52 @@ class DRTConfig:
     seed: int | None = _option(None, "Seed of new adapter directions, at least 0. Unset: the run's seed.")
 
     def __post_init__(self) -> None:
+        self._check_choices()
         if self.schedule is not None:
             _require(isinstance(self.schedule, str) and self.schedule.strip(), self, "schedule", "a non-empty text")
-            self._take_from_preset(self.parsed.preset if self.parsed is not None else None)
-        _require(
-            _is_number(self.rank_ratio) and 0 < self.rank_ratio <= 1,
-            self,
-            "rank_ratio",
-            "in (0, 1]",
-            "It is a share of min(out, in); for an absolute rank use rank=.",
-        )
-        if self.rank is not None:
-            _require(_is_int(self.rank) and self.rank >= 1, self, "rank", "a whole number of at least 1")
-        _require(
-            _is_int(self.rank_multiple) and self.rank_multiple >= 1,
-            self,
-            "rank_multiple",
-            "a whole number of at least 1",
-        )
-        if self.budget is not None:
-            _require(
-                _is_number(self.budget) and 0 < self.budget <= 1,
-                self,
-                "budget",
-                "in (0, 1]",
-                "It is a share of dense training FLOPs.",
-            )
+        self._take_from_preset(self.parsed.preset if self.parsed is not None else None)
         if self.adapter_alpha is None:
             object.__setattr__(self, "adapter_alpha", 16.0)
-        _require(_is_number(self.adapter_alpha) and self.adapter_alpha > 0, self, "adapter_alpha", "a number above 0")
-        for name, choices in (
-            ("start", Start),
-            ("adapter_init", AdapterInit),
-            ("moments", Moments),
-        ):
+        self._check_ranks()
+        self._check_rates()
+        for name in ("include", "exclude", "blocks", "ignore_source"):
+            _check_patterns(name, getattr(self, name))
+        object.__setattr__(self, "rank_pattern", _parse_rank_pattern(self.rank_pattern))
+
+    def _check_choices(self) -> None:
+        for name, choices in (("start", Start), ("adapter_init", AdapterInit), ("moments", Moments)):
             _require(getattr(self, name) in get_args(choices), self, name, f"one of {', '.join(get_args(choices))}")
         for name, default, registry in (("export", "dense", EXPORTERS), ("decomposition", "svd", PRODUCTS)):
             if getattr(self, name) != default:  # which is known without a look
                 registry.find(getattr(self, name))
-        for name in ("rewarmup_steps", "log_rank_steps"):
-            value = getattr(self, name)
-            _require(_is_int(value) and value >= 0, self, name, "a whole number of at least 0", "The unit is steps.")
-        _require(_is_number(self.rewarmup_start) and 0 <= self.rewarmup_start <= 1, self, "rewarmup_start", "in [0, 1]")
-        for name in ("factored_lr_scale", "adapter_lr_scale"):
-            _require(_is_number(getattr(self, name)) and getattr(self, name) > 0, self, name, "a number above 0")
         for name in ("frobenius_decay", "log_rank_per_layer", "evaluate_at_switch", "save_at_switch", "tag_phases"):
             _require(isinstance(getattr(self, name), bool), self, name, "True or False")
         _require(self.dense_query_key in (None, True, False), self, "dense_query_key", "True, False or None")
+
+    def _check_ranks(self) -> None:
+        hint = "It is a share of min(out, in); for an absolute rank use rank=."
+        _require(_is_number(self.rank_ratio) and 0 < self.rank_ratio <= 1, self, "rank_ratio", "in (0, 1]", hint)
+        for name in ("rank", "rank_multiple"):
+            value = getattr(self, name)
+            if name != "rank" or value is not None:
+                _require(_is_int(value) and value >= 1, self, name, "a whole number of at least 1")
+        if self.budget is not None:
+            hint = "It is a share of dense training FLOPs."
+            _require(_is_number(self.budget) and 0 < self.budget <= 1, self, "budget", "in (0, 1]", hint)
+
+    def _check_rates(self) -> None:
+        for name in ("adapter_alpha", "factored_lr_scale", "adapter_lr_scale"):
+            _require(_is_number(getattr(self, name)) and getattr(self, name) > 0, self, name, "a number above 0")
+        _require(_is_number(self.rewarmup_start) and 0 <= self.rewarmup_start <= 1, self, "rewarmup_start", "in [0, 1]")
+        for name in ("rewarmup_steps", "log_rank_steps"):
+            value = getattr(self, name)
+            _require(_is_int(value) and value >= 0, self, name, "a whole number of at least 0", "The unit is steps.")
         if self.seed is not None:
             _require(_is_int(self.seed) and self.seed >= 0, self, "seed", "a whole number of at least 0")
-        for name in ("include", "exclude", "blocks", "ignore_source"):
-            _check_patterns(name, getattr(self, name))
-        object.__setattr__(self, "rank_pattern", _parse_rank_pattern(self.rank_pattern))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or pickle: the schedule is read anew there, since a preset's functions need not be picklable."""
+        return {name: value for name, value in vars(self).items() if name != "parsed"}
 
     @cached_property
     def parsed(self) -> Schedule | None:

@@ -39,6 +39,7 @@ FIELDS = [
     ("rank_pattern", {"attn": "4"}, r"rank_pattern gives '4' for 'attn'"),
     ("rank_pattern", '{"attn": NaN}', r"rank_pattern gives nan for 'attn'"),
     ("rank_pattern", {5: 4}, r"rank_pattern.*5"),
+    ("decomposition", ["svd"], r"decomposition must be one of svd, tucker, cp, got \['svd'\]"),
     ("decomposition", "qr", r"decomposition must be one of svd, tucker, cp, got 'qr'"),
     ("rank_multiple", 0, r"rank_multiple must be .*at least 1, got 0"),
     ("rank_multiple", 8.0, r"rank_multiple must be a whole number of at least 1, got 8\.0"),

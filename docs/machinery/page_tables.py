@@ -15,9 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 
-import typer
-
-from hf_drt.cli.app import app
+from hf_drt.cli.app import COMMANDS
 from hf_drt.config import DRTConfig
 from hf_drt.engines import ENGINES
 from hf_drt.forms import product_table
@@ -103,10 +101,8 @@ def decompositions() -> str:
 
 def commands() -> str:
     """The commands of ``hf-drt``."""
-    known = typer.main.get_command(app).commands
-    return table(
-        ("command", "what it tells or does"), ((code(f"hf-drt {name}"), sentence(c.help)) for name, c in known.items())
-    )
+    rows = ((code(f"hf-drt {name}"), line) for name, line in COMMANDS.items())
+    return table(("command", "what it tells or does"), rows)
 
 
 def results() -> str:

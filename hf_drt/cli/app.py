@@ -26,15 +26,17 @@ class _OnDemand(TyperGroup):
 
     def resolve_command(self, *args: Any, **kwargs: Any) -> Any:
         name, command, rest = super().resolve_command(*args, **kwargs)
-        return name, command if name is None else _loaded(name), rest
+        return name, command if name is None else loaded(name), rest
 
 
-def _loaded(name: str) -> Any:
+def loaded(name: str) -> Any:
     """The command itself, from its module."""
     from hf_drt.cli.errors import reported
 
+    function = getattr(import_module(f"hf_drt.cli.{name}"), name)
+    getattr(function, "renew_options", lambda: None)()
     alone = typer.Typer(add_completion=False, **_PLAIN)
-    alone.command(name)(reported(getattr(import_module(f"hf_drt.cli.{name}"), name)))
+    alone.command(name)(reported(function))
     return get_command(alone)
 
 

@@ -3,7 +3,7 @@
 import inspect
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from typer import Option
@@ -32,30 +32,32 @@ def with_settings(
     for name in (*left_out, *(defaults or {}), *(also or {})):
         if name not in names:
             raise ValueError(f"{name} is not a field of {source.__name__}, whose fields are {', '.join(names)}.")
-    hints = get_type_hints(source)
-    made = []
-    for f in fields(source):
-        if f.name in left_out:
-            continue
-        text = " ".join([f.metadata["help"].replace("%%", "%"), (also or {}).get(f.name, "")]).strip()
-        kind = _option_type(hints[f.name])
-        made.append(
-            inspect.Parameter(
-                f.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=(defaults or {}).get(f.name, f.default),
-                annotation=Annotated[kind, Option(help=text + (" May be repeated." if _repeats(kind) else ""))],
-            )
-        )
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True).parameters.values()
         positional = [p for p in own if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
         keyword = [p for p in own if p.kind is inspect.Parameter.KEYWORD_ONLY]
-        command.__signature__ = inspect.Signature([*positional, *made, *keyword])  # type: ignore[attr-defined]  # PEP 362
+
+        def renew_options() -> None:
+            made = [_parameter(f, source, defaults or {}, also or {}) for f in fields(source) if f.name not in left_out]
+            signature = inspect.Signature([*positional, *made, *keyword])
+            command.__signature__ = signature  # type: ignore[attr-defined]  # PEP 362
+
+        command.renew_options = renew_options  # type: ignore[attr-defined]  # a registry may have a new member since
+        renew_options()
         return command
 
     return decorate
+
+
+def _parameter(f: Field, source: type, defaults: Mapping[str, Any], also: Mapping[str, str]) -> inspect.Parameter:
+    kind = _option_type(get_type_hints(source)[f.name])
+    text = " ".join([f.metadata["help"].replace("%%", "%"), also.get(f.name, "")]).strip()
+    option = Option(help=text + (" May be repeated." if _repeats(kind) else ""))
+    default = defaults.get(f.name, f.default)
+    return inspect.Parameter(
+        f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+    )
 
 
 def _option_type(hint: Any) -> Any:

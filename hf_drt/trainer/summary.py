@@ -43,7 +43,7 @@ def run_summary(controller: DynamicRank, history: list[dict[str, Any]], export: 
         layers=len(controller.targets),
         flops=cost.flops,
         parameters=cost.parameters,
-        schedule=config.schedule or str(controller.initial_plan),
+        schedule=config.schedule or str(controller.initial.plan),
         settings=config.changed(),
         export=export,
         repository=repository,

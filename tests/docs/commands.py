@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
-import typer
 from packaging.requirements import Requirement
 from packaging.utils import parse_wheel_filename
 from pages import ROOT
@@ -161,15 +160,14 @@ def _run(words: list[str]) -> str:
 
 
 def _hf_drt(words: list[str]) -> str:
-    from hf_drt.cli.app import app
+    from hf_drt.cli.app import COMMANDS, loaded
 
-    group = typer.main.get_command(app)
     if words[:1] == ["--help"] or words[:1] == ["--install-completion"]:
         return "known"
     name, *rest = words
-    assert name in group.commands, f"hf-drt has no command {name}; its commands are {', '.join(group.commands)}"
+    assert name in COMMANDS, f"hf-drt has no command {name}; its commands are {', '.join(COMMANDS)}"
     if "--help" not in rest:
-        group.commands[name].make_context(name, [word for word in rest if word != "..."])
+        loaded(name).make_context(name, [word for word in rest if word != "..."])
     return "parsed"
 
 

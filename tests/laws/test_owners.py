@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -189,7 +190,7 @@ def test_a_new_controller_of_a_model_takes_over_its_rules_and_leaves_the_other_m
         drt.begin_step(0, optimizer)
     for drt in (old, other):
         drt.begin_step(2, optimizer)
-    config = DRTConfig(**{**vars(old.config), "rewarmup_steps": 0})
+    config = replace(old.config, rewarmup_steps=0)
     new = DynamicRank(old.model, config, STEPS)
     groups = len(optimizer.param_groups)
     new.begin_step(4, optimizer)
@@ -211,7 +212,7 @@ def test_new_settings_that_decide_the_groups_are_refused_on_an_old_optimizer():
     changes = ({"factored_lr_scale": 5.0}, {"frobenius_decay": False}, {"include": ["self_attn"]},
                {"factored_lr_scale": 1.0, "frobenius_decay": False})  # fmt: skip
     for change in changes:
-        new = DynamicRank(old.model, DRTConfig(**{**vars(old.config), **change}), STEPS)
+        new = DynamicRank(old.model, replace(old.config, **change), STEPS)
         with pytest.raises(ValueError, match=r"parameter groups of an earlier DynamicRank .* Make a new optimizer"):
             new.begin_step(0, optimizer)
         assert optimizer.state_dict() == before

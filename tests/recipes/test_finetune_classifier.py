@@ -228,7 +228,7 @@ def test_it_ends_with_a_table_and_a_plain_model(tmp_path, cache, tiny_encoder, c
     out = capsys.readouterr().out
     table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
     assert [row[1] for row in table] == ["adapter", "dense", "adapter"]
-    assert [row[2] for row in table] == ["3", "3", "4"]
+    assert [row[3] for row in table] == ["3", "3", "4"]
     assert not any(cell == "-" for row in table for cell in row)
     assert "eval accuracy" in out
     assert str(tmp_path / "out") in out

@@ -1,5 +1,8 @@
 """A preset is one entry of a registry: help, errors, tables and the settings of a run follow from it."""
 
+import copy
+import pickle
+
 import pytest
 import tiny
 from transformers import HfArgumentParser
@@ -112,3 +115,25 @@ def test_a_name_that_is_taken_is_refused(name):
 def test_a_trainer_refuses_the_unknown(tmp_path):
     with pytest.raises(ValueError, match=r"'tyo' is neither a preset"):
         DRTTrainer(tiny.llama(), tiny.arguments(tmp_path, drt_schedule=None), drt="tyo")
+
+
+def test_settings_with_a_preset_that_cannot_be_pickled_can_be_copied_and_pickled():
+    register(Preset("local", "of functions made on the spot", lambda: "factored@0"))
+    try:
+        config = DRTConfig(schedule="local")
+        assert config.parsed is not None
+        for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+            assert copied == config
+            assert str(copied.parsed) == str(config.parsed)
+    finally:
+        PRESETS.remove("local")
+
+
+def test_a_share_in_a_help_text_does_not_stop_the_parser(capsys):
+    register(Preset("half", "50 % of %s", lambda: "factored@0"))
+    try:
+        with pytest.raises(SystemExit):
+            HfArgumentParser(DRTTrainingArguments).parse_args_into_dataclasses(["--help"])
+        assert "50 % of %s" in " ".join(capsys.readouterr().out.split())
+    finally:
+        PRESETS.remove("half")

@@ -97,5 +97,5 @@ def test_another_process_says_nothing(tmp_path, capsys):
     trainer.train()
     capsys.readouterr()
     trainer.state.is_world_process_zero = False
-    trainer._drt_callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+    trainer._drt_driver.train_begins(trainer.args, trainer.state)
     assert "dynamic-rank plan" not in capsys.readouterr().out

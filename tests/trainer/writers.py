@@ -12,7 +12,7 @@ import torch
 import transformers.modeling_utils
 from transformers import TrainerState
 
-import hf_drt.trainer.callback
+import hf_drt.trainer.driver
 from hf_drt.checkpoint.state_file import STATE_NAME
 
 # In the order in which they are written.
@@ -25,7 +25,7 @@ FILES = [
 WRITERS = [
     (transformers.modeling_utils, "safe_save_file", "filename"),
     (torch, "save", "f"),
-    (hf_drt.trainer.callback, "write_state", "folder"),
+    (hf_drt.trainer.driver, "write_state", "folder"),
     (TrainerState, "save_to_json", "json_path"),
 ]
 Act = Callable[[Path, Callable[[], None]], None]

@@ -1,7 +1,7 @@
 """Layers in adapter form as a LoRA checkpoint of the PEFT library, and such a checkpoint as adapter form.
 
 Both are ``W + s B A`` with the same order of operations. Only the two files of the format are read and written:
-PEFT itself is not imported.
+of PEFT itself only the matching of patterns is used, where it is installed.
 """
 
 from hf_drt.export.peft.exporter import AdapterExporter

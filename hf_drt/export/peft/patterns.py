@@ -5,7 +5,6 @@ say something else than was trained: the ranks stand in the tensors' shapes too,
 """
 
 import functools
-import importlib.util
 import re
 from collections.abc import Callable
 from typing import Any
@@ -55,10 +54,11 @@ def _matches(pattern: str, name: str) -> bool:
 
 @functools.cache
 def _matcher() -> Callable[[str, str], bool]:
-    """PEFT's own rule where it is installed, which a later release may change; else that of PEFT 0.21."""
-    if importlib.util.find_spec("peft") is None:
+    """PEFT's own rule where it can be imported, which a later release may change; else that of PEFT 0.21."""
+    try:
+        from peft.utils.other import get_pattern_key
+    except ImportError:
         return _as_in_peft
-    from peft.utils.other import get_pattern_key
 
     # It gives the name back where no pattern matches: in brackets the pattern cannot read like the name.
     return lambda pattern, name: get_pattern_key([f"(?:{pattern})"], name) != name
