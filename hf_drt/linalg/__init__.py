@@ -2,6 +2,7 @@
 
 from hf_drt.linalg.cp import cp, cp_limit, equal_norms, khatri_rao
 from hf_drt.linalg.spectral import (
+    LinAlgError,
     effective_rank,
     factored_singular_values,
     full_precision,
@@ -16,6 +17,7 @@ from hf_drt.linalg.truncation import Truncation, balanced, truncated_product, tr
 from hf_drt.linalg.tucker import tucker2
 
 __all__ = [
+    "LinAlgError",
     "Truncation",
     "balanced",
     "cp",

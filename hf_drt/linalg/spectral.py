@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-LinAlgError: type[Exception] = vars(torch.linalg)["LinAlgError"]  # documented, but not among the names that it exports
+# torch documents it, and declares it private.
+LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
 
 class SVD(NamedTuple):
@@ -22,9 +23,6 @@ class SVD(NamedTuple):
     S: Tensor
     Vh: Tensor
 
-
-# torch documents it, and declares it private.
-LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
 GRAM_FROM = 128  # min(m, n) from which the Gram matrix is quicker than the matrix itself
 GRAM_TOLERANCE = 1e-4

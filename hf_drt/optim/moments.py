@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_drt.forms import Dense, LowRankLinear, form_of, layout_of, trainable_weights
-from hf_drt.linalg import working_dtype
+from hf_drt.linalg import LinAlgError, working_dtype
 from hf_drt.optim.registry import MomentKeys, State
 
 
@@ -28,7 +28,7 @@ def project(old: nn.Module, new: nn.Module, states: list[State], keys: MomentKey
     """
     try:
         return _project(old, new, states, keys)
-    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage] (documented)
+    except LinAlgError:
         # Moments start anew where the factors are too ill-conditioned to solve for them.
         return [{} for _ in trainable_weights(new)]
 
