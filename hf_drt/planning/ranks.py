@@ -2,7 +2,6 @@
 
 import math
 import re
-from typing import cast
 
 from hf_drt.config import DRTConfig
 from hf_drt.forms import Adapter, Dense, Factored, Form, LayerShape, parameters_of, product_for, rank_limit
@@ -48,20 +47,15 @@ def resolve_rank_in(shape: LayerShape, rank: float, multiple: int) -> int:
     return min(shape.channels, max(multiple, multiple * round(rank * shape.channels / multiple)))
 
 
-def _patterns(config: DRTConfig) -> dict[str, float]:
-    """``rank_pattern`` as it was read: a text is a dict by now."""
-    return config.rank_pattern if isinstance(config.rank_pattern, dict) else {}
-
-
 def stays_dense(kind: str, name: str, config: DRTConfig) -> bool:
     """Whether the configuration keeps a layer dense in phases of a kind, whatever its rank (``dense_query_key``)."""
-    named = any(re.search(pattern, name) for pattern in _patterns(config))
+    named = any(re.search(pattern, name) for pattern in config.patterns)
     return kind == "factored" and config.keeps_query_key and is_query_or_key(name) and not named
 
 
 def requested_rank(name: str, phase_rank: float | None, config: DRTConfig) -> float:
     """The rank asked for a layer, most specific first: rank_pattern, the phase's own, rank, rank_ratio."""
-    for pattern, rank in _patterns(config).items():
+    for pattern, rank in config.patterns.items():
         if re.search(pattern, name):
             return rank
     if phase_rank is not None:
@@ -95,4 +89,4 @@ def resolve_form(kind: str, shape: LayerShape, config: DRTConfig, name: str, pha
         return Dense()
     if kind == "factored":
         return factored
-    return Adapter(rank, float(cast(float, config.adapter_alpha)), config.adapter_init, product.name, rank_in)
+    return Adapter(rank, config.alpha, config.adapter_init, product.name, rank_in)
