@@ -18,7 +18,7 @@ from hf_drt.cli.source import build, guessed_task, has_weights, read_config
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.optim import maker
-from hf_drt.planning import ResolvedPlan, resolved_plan
+from hf_drt.planning import ResolvedPlan, resolved_plan, schedule_of
 from hf_drt.schedule import Run, Schedule, draw_timeline
 from hf_drt.simulate import BatchSpec, Layer, Proposal, RunEstimate, batch_spec, estimate_run, propose
 from hf_drt.trainer import simulated_curve
@@ -152,17 +152,11 @@ def _parsed(values: dict[str, Any], origin: str) -> DRTConfig:
         given: dict[str, Any] = {name: value if value != [] else None for name, value in values.items()}
         given["budget"] = None
         config = DRTConfig(**given)
-        schedule = _schedule_of(config)
+        schedule = schedule_of(config)
         start = {"start": origin} if values["start"] != "auto" or schedule.writes_lowrank else {}
         return replace(config, **start, budget=values["budget"] if schedule.uses_budget else config.budget)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="the plan") from None
-
-
-def _schedule_of(config: DRTConfig) -> Schedule:
-    if config.parsed is None:
-        raise ValueError("a plan is made of a schedule, and there is none.")
-    return config.parsed
 
 
 def _resolved(config: DRTConfig, run: Run, model: nn.Module) -> ResolvedPlan:
@@ -195,7 +189,7 @@ def _estimated(model: nn.Module, load: _Load, resolved: ResolvedPlan, budget: fl
     how |= {"autocast": torch.bfloat16 if load.bf16 else None}
     controller, proposal = DynamicRank(model, resolved.config, plan=resolved), None
     with progress("counting", len(resolved.plan) + 1) as tick:
-        if budget is not None and not _schedule_of(resolved.config).uses_budget:
+        if budget is not None and not schedule_of(resolved.config).uses_budget:
             chosen: dict[str, Any] = {**resolved.config.selection}
             selection = DRTConfig(**chosen)
             by_hand = resolved.with_config(selection, Schedule.parse("dense@0").resolve(Run(1)))

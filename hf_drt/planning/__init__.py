@@ -14,7 +14,7 @@ from hf_drt.planning.ranks import (
     resolve_rank,
     stays_dense,
 )
-from hf_drt.planning.resolve import Resolution, budget_of, resolution, resolved_for, resolved_plan
+from hf_drt.planning.resolve import Resolution, budget_of, resolution, resolved_for, resolved_plan, schedule_of
 from hf_drt.planning.resolved import ResolvedPlan
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "resolve_rank",
     "resolved_for",
     "resolved_plan",
+    "schedule_of",
     "stays_dense",
     "usage_of",
 ]

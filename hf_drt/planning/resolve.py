@@ -33,7 +33,7 @@ class Resolution:
     @property
     def schedule(self) -> Schedule:
         """As written."""
-        return _schedule(self.config)
+        return schedule_of(self.config)
 
     def plan(self, lr: Callable[[], Sequence[float] | None]) -> ResolvedPlan:
         """The plan under a learning rate (:class:`hf_drt.schedule.Run`).
@@ -63,7 +63,7 @@ def resolution(
     config: DRTConfig, run: Run, model: nn.Module, targets: TargetLayers | None = None, resumed: bool = False
 ) -> Resolution:
     """All of :func:`resolved_plan` that does not depend on the learning rate: the model may change form afterwards."""
-    schedule = _schedule(config)
+    schedule = schedule_of(config)
     targets = targets if targets is not None else TargetLayers.of(model, config)
     lowrank = lowrank_kind(schedule, config, model, resumed)
     decide(lowrank, schedule, config, model, resumed)
@@ -122,9 +122,14 @@ def resolved_for(
     return resolved_plan(config, Run(max_steps), model)
 
 
-def _schedule(config: DRTConfig) -> Schedule:
+def schedule_of(config: DRTConfig) -> Schedule:
+    """That of the settings.
+
+    Raises:
+        ValueError: There is none.
+    """
     if config.parsed is None:
-        raise ValueError("a plan is made of a schedule, and there is none. Set config.schedule, e.g. 'auto'.")
+        raise ValueError("there is no schedule, of which a plan is made. Set schedule, e.g. schedule='auto'.")
     return config.parsed
 
 

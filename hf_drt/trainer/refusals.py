@@ -14,7 +14,7 @@ from transformers.trainer_utils import HubStrategy
 from hf_drt.config import DRTConfig
 from hf_drt.forms import layer_of
 from hf_drt.optim import OPTIMIZERS, check_rate, form_group_options, own_rate, qualified_name, unwrap
-from hf_drt.planning import TargetLayers, Usage, idle_settings, lowrank_kind, refuse_idle, usage_of
+from hf_drt.planning import TargetLayers, Usage, idle_settings, lowrank_kind, refuse_idle, schedule_of, usage_of
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Schedule
 
@@ -127,9 +127,7 @@ def unused(model: nn.Module, config: DRTConfig) -> list[tuple[str, str]]:
 
 
 def _usage(model: nn.Module, config: DRTConfig, layers: TargetLayers) -> Usage:
-    if config.parsed is None:
-        raise ValueError("there is no schedule, and nothing that settings could have an effect on. Set schedule.")
-    return usage_of(config, lowrank_kind(config.parsed, config, model), layers.shapes)
+    return usage_of(config, lowrank_kind(schedule_of(config), config, model), layers.shapes)
 
 
 def _refuse_nameless(model: nn.Module, config: DRTConfig) -> None:

@@ -13,6 +13,7 @@ from hf_drt import Dense, DRTCallback, DRTConfig, DRTTrainer, DynamicRank, Run, 
 from hf_drt.planning import LayersOf, ResolvedPlan, TargetLayers, resolved_plan
 from hf_drt.schedule import PRESETS
 from hf_drt.targets import selection
+from hf_drt.trainer import unused
 
 WRITTEN = ("factored@0 dense@40% adapter@80%", "dense@0", "factored:0.125@0 dense@budget", "dense@0 factored@lr<0.5")
 SCHEDULES = (*PRESETS, *WRITTEN)
@@ -152,9 +153,12 @@ def test_a_plan_of_other_settings_is_refused(changes):
         DynamicRank(tiny.llama(), resolved.config, 7, plan=resolved)
 
 
-def test_a_plan_needs_a_schedule():
-    with pytest.raises(ValueError, match=r"a plan is made of a schedule, and there is none\. Set config\.schedule"):
-        resolved_plan(DRTConfig(), Run(10), tiny.llama())
+@pytest.mark.parametrize(
+    "made", [lambda config, model: resolved_plan(config, Run(10), model), lambda config, model: unused(model, config)]
+)
+def test_a_plan_needs_a_schedule(made):
+    with pytest.raises(ValueError, match=r"there is no schedule, of which a plan is made\. Set schedule, e\.g\. sch"):
+        made(DRTConfig(), tiny.llama())
 
 
 def test_windows_extend_a_copy():
