@@ -111,11 +111,6 @@ def rule_of(optimizer: torch.optim.Optimizer) -> OptimizerRule:
     )
 
 
-def moment_keys(optimizer: torch.optim.Optimizer) -> MomentKeys:
-    """The moments of a supported optimizer. Raises as :func:`rule_of`."""
-    return rule_of(optimizer).moments
-
-
 def public_name(name: str) -> str:
     """The name that a class is imported by: torch.optim.AdamW for torch.optim.adamw.AdamW."""
     package, _, cls = name.rpartition(".")

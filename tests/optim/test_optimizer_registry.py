@@ -15,10 +15,10 @@ from hf_drt.optim import (
     MomentKeys,
     OptimizerRule,
     OwnRate,
-    moment_keys,
     optim_names,
     optimizer_rows,
     qualified_name,
+    rule_of,
 )
 from hf_drt.simulate import optimizer_bytes
 from hf_drt.trainer.checkpoint import check_optimizer
@@ -91,7 +91,7 @@ def switched(**settings):
 
 def test_without_its_registration_it_is_refused():
     with pytest.raises(ValueError, match=r"test_optimizer_registry\.Momentum cannot follow .* its state per parameter"):
-        moment_keys(Momentum([nn.Parameter(torch.zeros(2))]))
+        rule_of(Momentum([nn.Parameter(torch.zeros(2))]))
 
 
 def test_its_momentum_follows_a_switch_by_the_chain_rule(toy):
@@ -139,7 +139,7 @@ def test_rules_on_its_rate_are_refused_where_it_has_its_own(toy):
 
 def test_errors_and_tables_name_it(toy):
     with pytest.raises(ValueError, match=r"Allowed are .*Momentum.* \(optim=.* or toy_momentum\)"):
-        moment_keys(torch.optim.Adagrad([nn.Parameter(torch.zeros(2))]))
+        rule_of(torch.optim.Adagrad([nn.Parameter(torch.zeros(2))]))
     assert (NAME, "toy_momentum", "a toy with momentum", "first moments") in optimizer_rows()
     with pytest.raises(ValueError, match=r"'lion' is no optimizer of known state; allowed are .*toy_momentum"):
         optimizer_bytes("lion", [])
@@ -183,7 +183,7 @@ def test_an_optimizer_may_be_known_and_refused_with_its_reason(toy):
     OPTIMIZERS.remove(NAME)
     OPTIMIZERS.add(NAME, OptimizerRule("a toy", optim={"toy": {}}, refused="it keeps W. Take another toy."))
     with pytest.raises(ValueError, match=r"Momentum cannot follow a change of form: it keeps W\. Take another toy\."):
-        moment_keys(Momentum([nn.Parameter(torch.zeros(2))]))
+        rule_of(Momentum([nn.Parameter(torch.zeros(2))]))
     assert "toy" not in optim_names()
     assert NAME not in {row[0] for row in optimizer_rows()}
 

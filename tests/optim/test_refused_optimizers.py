@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_drt.optim import moment_keys
+from hf_drt.optim import rule_of
 
 
 class OtherAdam(torch.optim.Adam):
@@ -35,4 +35,4 @@ def test_an_optimizer_whose_state_is_unknown_is_refused_by_its_full_name(make, n
         r"and no classes derived from them or named like them\."
     )
     with pytest.raises(ValueError, match=message):
-        moment_keys(optimizer)
+        rule_of(optimizer)
