@@ -12,7 +12,7 @@ from hf_drt.export.merge import (
     merge_errors,
     presented,
 )
-from hf_drt.export.native import NativeConfig, NativeExporter, register_native_format
+from hf_drt.export.native import NativeConfig, NativeExporter
 from hf_drt.export.peft import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -48,7 +48,6 @@ __all__ = [
     "merge_errors",
     "model_files",
     "presented",
-    "register_native_format",
     "renew_card",
     "save_export",
     "save_peft_adapter",

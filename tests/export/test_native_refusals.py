@@ -7,9 +7,11 @@ import tiny
 import torch
 import transformers as T
 from mixed import edit_block, edit_weights, mixed
+from transformers.quantizers import auto
 
 from hf_drt import Adapter, CheckpointError
-from hf_drt.export import NativeConfig, register_native_format
+from hf_drt.export import NativeConfig
+from hf_drt.native_format import make_known
 
 LAYER = "model.layers.0.self_attn.k_proj"  # Factored(rank=4), of shape (32, 32)
 
@@ -183,6 +185,6 @@ def test_the_format_is_no_way_to_convert_a_dense_checkpoint(tmp_path):
 
 
 def test_registering_twice_is_harmless(saved):
-    register_native_format()
-    register_native_format()
+    make_known(auto)
+    make_known(auto)
     T.AutoModelForCausalLM.from_pretrained(saved)

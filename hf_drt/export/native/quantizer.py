@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -20,7 +19,6 @@ from hf_drt.export.native.names import candidates, matched
 from hf_drt.export.native.weights import check_weights
 from hf_drt.forms import AdapterLinear, LowRankLinear, empty_like, layer_of
 from hf_drt.messages import some
-from hf_drt.native_format import make_known
 from hf_drt.targets import Swap, replace
 
 if TYPE_CHECKING:
@@ -138,8 +136,3 @@ class NativeQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def register_native_format() -> None:
-    """Make native checkpoints known to transformers. ``import hf_drt`` sees to it; doing it again is harmless."""
-    make_known(auto)
