@@ -26,8 +26,8 @@ def save_export(
 
     Args:
         model: Unwrapped.
-        folder: Where to; an adapter's base goes into its :data:`BASE_FOLDER`. Model files of another form go: those
-            of an earlier save are deleted, anybody else's are moved aside.
+        folder: Where to; an adapter's base goes into its :data:`hf_drt.export.leftovers.BASE_FOLDER`. Model files of
+            another form go: those of an earlier save are deleted, anybody else's are moved aside.
         export: Name of the exporter.
         save: Takes a folder, and the state dict that is to be written there or None. Without one it writes the model
             as it finds it, which is presented in the right form.

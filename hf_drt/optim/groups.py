@@ -42,8 +42,8 @@ def add_form_groups(optimizer: torch.optim.Optimizer, owner: Owner, config: DRTC
     the same model, they are its own now.
 
     Raises:
-        ValueError: As in :meth:`.GroupIndex.home`; or a scheduler has counted the groups already; or those that exist
-            are for other settings or layers. Nothing has changed then.
+        ValueError: As in :meth:`hf_drt.optim.index.GroupIndex.home`; or a scheduler has counted the groups already; or
+            those that exist are for other settings or layers. Nothing has changed then.
     """
     model, options = owner.model(), form_group_options(config)
     present = form_groups(optimizer, owner.number)
@@ -118,7 +118,7 @@ def spliced_groups(
     that follows them in the model.
 
     Raises:
-        ValueError: As :meth:`.GroupIndex.home`.
+        ValueError: As :meth:`hf_drt.optim.index.GroupIndex.home`.
     """
     order, index = model_order(model), GroupIndex(optimizer)
     replaced: dict[int, list[nn.Parameter]] = {}

@@ -36,7 +36,7 @@ class TargetLayers:
     """The layers that change form. No module: a reference would keep its old weights alive after a switch.
 
     Attributes:
-        shapes: ``(out, in)`` of every target layer, by name; of a convolution a :class:`hf_drt.forms.ConvShape`.
+        shapes: Of every target layer, by name (:class:`hf_drt.forms.LayerShape`).
         copies: How many matrices of that shape it has, and how many multiply a token (:func:`hf_drt.targets.copies`).
         fused: Those that are fused experts.
         skipped: Reason of every linear layer that stays as it is, by name.
