@@ -317,3 +317,10 @@ def test_the_table_of_the_documentation_is_that_of_the_registry():
     finally:
         PRODUCTS.add("kronecker", Kronecker())
     assert table in (Path(__file__).parents[2] / "docs" / "convolutions.md").read_text()
+
+
+@pytest.mark.parametrize("adapts", [False, True])
+def test_every_product_has_a_tensor_by_whose_name_all_others_refuse_its_weights(adapts):
+    for product in PRODUCTS.values():
+        others = (set(other.names(adapts)) for other in PRODUCTS.values() if other is not product)
+        assert all(set(product.needed(adapts)) - names for names in others), product.name

@@ -82,8 +82,9 @@ class Product(ABC):
     """What a low-rank form is made of, and what is done with it.
 
     Its tensors come in the order in which an input meets them. Those of a layer are Parameters of the layer's module;
-    which names they have, :meth:`names` tells. No two products have the same names, so that weights of one form never
-    load into another.
+    which names they have, :meth:`names` tells. Some may be those of another product too, as lora_in and lora_out of the
+    adapters of Tucker and CP. But each product has one that no other has, and a layer refuses to load a name that is
+    not its own, but another product's: so weights of one form never load into another.
 
     Attributes:
         name: As the setting ``decomposition`` calls it.
