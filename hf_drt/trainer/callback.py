@@ -164,7 +164,7 @@ class DRTCallback(DriverEvents):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_end(args, state, control, **kwargs)
-        if self.config.export == "dense":
+        if EXPORTERS[self.config.export].in_place:
             deliver(self.driver.controller, kwargs["optimizer"])
 
 

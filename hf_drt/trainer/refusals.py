@@ -164,7 +164,7 @@ def refuse_own_rate(optimizer: torch.optim.Optimizer, config: DRTConfig, schedul
     """
     optimizer = unwrap(optimizer)
     check_rate(optimizer, config)
-    anchor = next((entry for entry in schedule.entries if entry.at.unit in ("lr_below", "lr_above")), None)
+    anchor = next((entry for entry in schedule.entries if entry.at.is_anchor), None)
     if anchor is not None and (rate := own_rate(optimizer)) is not None:
         name = type(optimizer).__name__
         raise ValueError(
