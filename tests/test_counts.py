@@ -91,7 +91,7 @@ def test_other_types_are_refused(arguments, error, message):
 @pytest.mark.parametrize(
     ("keywords", "error", "message"),
     [
-        ({"plan": TEXT}, TypeError, r"plan must be a Plan or None, got 'factored@0 .*resolve\(Run\(max_steps\)\), or"),
+        ({"plan": TEXT}, TypeError, r"plan must be a Plan, a ResolvedPlan or None, got 'factored@0 .*resolve\(Run\("),
         ({"plan": Plan((Phase(0, "factored"),), 20), "trigger": "fixed"}, TypeError, r"trigger must be a Trigger"),
         ({"max_steps": 20, "seed": "1"}, ValueError, r"seed must be a whole number of at least 0, got '1'"),
         ({"max_steps": 20, "seed": -1}, ValueError, r"seed must be a whole number of at least 0, got -1"),

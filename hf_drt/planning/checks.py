@@ -26,13 +26,12 @@ def check_arguments(model: Any, max_steps: Any, plan: Any, trigger: Any, seed: A
         ValueError: The seed or ``max_steps`` is no such number, or the plan is of another length.
     """
     by_hand = "Pass Schedule.parse(text).resolve(Run(max_steps)), or the text as the config."
-    for name, value, kind, way in (
-        ("model", model, nn.Module, "Pass the model itself."),
-        ("plan", plan, Plan | ResolvedPlan | None, by_hand),
-        ("trigger", trigger, Trigger | None, "Pass Schedule.parse(text).trigger."),
+    for name, value, kind, expected, way in (
+        ("model", model, nn.Module, "an nn.Module", "Pass the model itself."),
+        ("plan", plan, Plan | ResolvedPlan | None, "a Plan, a ResolvedPlan or None", by_hand),
+        ("trigger", trigger, Trigger | None, "a Trigger or None", "Pass Schedule.parse(text).trigger."),
     ):
         if not isinstance(value, kind):
-            expected = "an nn.Module" if kind is nn.Module else f"a {name.capitalize()} or None"
             raise TypeError(f"{name} must be {expected}, got {value!r}. {way}")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be a whole number of at least 0, got {seed!r}.")
