@@ -122,10 +122,10 @@ def exchange_layers(
         forms: By name, the form and what makes the conversion of the layer with whole parameters.
     """
     engine = engine_of(model)
-    changes = [Change(name, layer_of(model, name), form, make) for name, (form, make) in forms.items()]
+    changes = deque(Change(name, layer_of(model, name), form, make) for name, (form, make) in forms.items())
     engine.admit([change.layer for change in changes])
-    changes.reverse()
-    return exchange(engine, (changes.pop() for _ in forms), optimizer)
+    # Popped, so that nothing here keeps an old layer alive once its turn has come.
+    return exchange(engine, (changes.popleft() for _ in forms), optimizer)
 
 
 def _turn(engine: Engine, change: Change) -> _Turn:
