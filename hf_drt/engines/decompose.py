@@ -79,8 +79,8 @@ def _in_rounds(engine: Engine, jobs: list[Job], owners: list[int]) -> Iterator[t
 
 
 def _cost(job: Job) -> float:
-    out, into = weight_shape(job.module)
-    return float(out * into * min(out, into))
+    d_out, d_in = weight_shape(job.module)
+    return float(d_out * d_in * min(d_out, d_in))
 
 
 def raise_everywhere(error: Exception | None, device: torch.device) -> None:

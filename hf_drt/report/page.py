@@ -78,7 +78,7 @@ def page(runs: Sequence[RunData]) -> str:
     return _PAGE.format(
         policy=_POLICY,
         title=escape(f"Training report: {names}" if len(names) <= 60 else f"Training report of {len(runs)} runs"),
-        lead=escape(_lead(runs)),
+        lead=escape(_summary(runs)),
         style=_asset("page.css"),
         script="\n".join(map(_asset, _SCRIPTS)),
         sections="\n".join(_sections(runs)),
@@ -167,7 +167,7 @@ def _asset(name: str) -> str:
 # ---- sections
 
 
-def _lead(runs: Sequence[RunData]) -> str:
+def _summary(runs: Sequence[RunData]) -> str:
     changing = sum(run.changes for run in runs)
     if len(runs) == 1:
         return f"One run, {runs[0].step:,} update steps" + ("" if changing else ", without phases") + "."

@@ -169,7 +169,7 @@ def _phase(controller: DynamicRank, index: int, forms: dict[str, Form], step: St
 
 def _switch_extra(controller: DynamicRank, dense: StepCost) -> int:
     """The largest layer with gradient and state; decompositions are in float32 or better."""
-    sizes = (controller.copies[name][0] * out * into for name, (out, into) in controller.targets.items())
+    sizes = (controller.copies[name][0] * d_out * d_in for name, (d_out, d_in) in controller.targets.items())
     largest = max(sizes)
     item = max(p.element_size() for p in controller.model.parameters())
     return largest * (max(4, item) + item + dense.optimizer * item // max(1, dense.gradients))
