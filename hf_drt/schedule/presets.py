@@ -5,7 +5,6 @@ A preset is added in one place, :data:`PRESETS` (from outside: :func:`register`)
 and the table of the documentation are made of it.
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 
 from hf_drt.registry import Registry
 from hf_drt.schedule.boundary import number_text
+from hf_drt.schedule.decay import SHAPES
 from hf_drt.schedule.plan import form_text
 from hf_drt.schedule.trigger import Trigger
 from hf_drt.tables import markdown_table
@@ -141,32 +141,28 @@ def preset_table() -> str:
 
 
 def _paper(final: str) -> str:
-    """Low rank, full rank from I, adapter (or 'factored') from D (arXiv 2508.08625)."""
     _check(final in ("adapter", "factored"), "final", "adapter or factored", final)
     return f"lowrank@0 dense@I {final}@D"
 
 
 def _paper_conv(ratio: float, final: str) -> str:
-    """The settings of the paper for convolutions: low rank at half of the output channels, full rank from 37 % to 80 %
-    of the run, then an adapter of the same rank (or 'factored') (arXiv 2508.08625)."""
+    """As arXiv 2508.08625 trains convolutions; ``final`` has the rank of the beginning."""
     _check(0 < ratio <= 1, "ratio", "in (0, 1], a share of the output channels", ratio)
     _check(final in ("adapter", "factored"), "final", "adapter or factored", final)
     return f"{form_text('lowrank', ratio)}@0 dense@37% {form_text(final, ratio)}@80%"
 
 
 def _fixed() -> str:
-    """Low rank throughout."""
     return "lowrank@0"
 
 
 def _warmup(until: float) -> str:
-    """Full rank first, then low rank (Pufferfish, Wang et al. 2021)."""
     _check(0 < until < 100, "until", "in (0, 100), in % of the run", until)
     return f"dense@0 lowrank@{number_text(until)}%"
 
 
 def _cyclic(windows: int, share: float) -> str:
-    """Evenly spaced full-rank windows that together last ``share`` % of the run."""
+    """Window i of n has its middle at 100 (i + 1/2) / n % of the run, and lasts share / n %."""
     _check(windows >= 1, "windows", "at least 1", windows)
     _check(0 < share < 100, "share", "in (0, 100), in % of the run", share)
     phases = ["lowrank@0"]
@@ -178,7 +174,8 @@ def _cyclic(windows: int, share: float) -> str:
 
 
 def _decay(first: float, last: float, stages: int, shape: str) -> str:
-    """Factored rank going down in equal stages, from ``first`` to ``last`` of min(out, in) (DRIFT, 2502.03822)."""
+    """Stage j of n begins at 100 j / n % of the run, in rank ``shape(first, last, j / (n - 1))``, a share of
+    min(out, in) (:data:`hf_drt.schedule.decay.SHAPES`)."""
     _check(0 < last < first <= 1, "first and last", "shares with 0 < last < first <= 1", f"{first:g} and {last:g}")
     _check(stages >= 2, "stages", "at least 2", stages)
     _check(shape in SHAPES, "shape", " or ".join(SHAPES), shape)
@@ -187,24 +184,7 @@ def _decay(first: float, last: float, stages: int, shape: str) -> str:
     return " ".join(f"{form}@{number_text(round(100 * j / stages, 10))}%" for j, form in enumerate(shares))
 
 
-def _sigmoid(first: float, last: float, t: float) -> float:
-    """Logistic curve over 10 units, stretched so that it starts at ``first`` and ends at ``last``."""
-
-    def raw(x: float) -> float:
-        return 1 / (1 + math.exp(-10 * (x - 0.5)))
-
-    return first + (last - first) * (raw(t) - raw(0)) / (raw(1) - raw(0))
-
-
-SHAPES: dict[str, Callable[[float, float, float], float]] = {
-    "linear": lambda first, last, t: first + (last - first) * t,
-    "exponential": lambda first, last, t: first * (last / first) ** t,
-    "sigmoid": _sigmoid,
-}
-
-
 def _auto() -> str:
-    """One knob, the budget: low rank first, full rank for as long as the budget allows; the rank follows as well."""
     return "lowrank:budget@0 dense@budget"
 
 
