@@ -75,7 +75,7 @@ class TrainerLoop(Loop):
 
     def __init__(self, trainer: "DRTTrainerMixin"):
         self._trainer = trainer
-        self.probe = self.seen = Probe(trainer)
+        self.probe: Probe = Probe(trainer)
         self._batches: list[Any] = []
         self._loss: Tensor | float = 0.0
 
@@ -86,7 +86,7 @@ class TrainerLoop(Loop):
     def saw_batches(self, batches: list[Any]) -> None:
         """These are the batches of the update step that begins."""
         if batches:
-            self.seen.batch, self._batches = batches[0], batches
+            self.probe.batch, self._batches = batches[0], batches
 
     def saw_loss(self, loss: Tensor) -> None:
         """That of one batch, divided by the number of those of the update step."""

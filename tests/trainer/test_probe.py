@@ -133,13 +133,13 @@ class Watched(DRTTrainer):
     def outputs(self):
         self.model.eval()
         with torch.no_grad():
-            outputs = self.model(**{key: value[:1] for key, value in self._drt_loop.seen.batch.items()})
+            outputs = self.model(**{key: value[:1] for key, value in self._drt_loop.probe.batch.items()})
         self.model.train()
         return outputs.start_logits
 
     @contextlib.contextmanager
     def _drt_around_switch(self):
-        if self._drt_loop.seen.batch is None:
+        if self._drt_loop.probe.batch is None:
             with super()._drt_around_switch():
                 yield
             return
@@ -290,7 +290,7 @@ def touched(folder, probe):
     np.random.seed(0)
     trainer = tiny.trainer(folder, Touchy(), **SHORT)
     if not probe:
-        trainer._drt_loop.probe = None
+        trainer._drt_loop.probe = lambda: None
     trainer.train()
     return trainer
 
