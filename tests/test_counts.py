@@ -79,7 +79,7 @@ def test_a_schedule_s_text_is_a_configuration():
     [
         ((tiny.llama(), {"schedule": TEXT}, 20), TypeError, r"drt settings must be a DRTConfig, or a schedule's text"),
         ((tiny.llama(), None, 20), TypeError, r"drt settings must be a DRTConfig, or a schedule's text.*got None"),
-        ((tiny.llama(), "factred@0", 20), ValueError, r"'factred' in 'factred@0' is no form"),
+        ((tiny.llama(), "factred@0", 20), ValueError, r"'factred' in 'factred@0' is not a form"),
         (("llama", TEXT, 20), TypeError, r"model must be an nn\.Module, got 'llama'\. Pass the model itself"),
     ],
 )

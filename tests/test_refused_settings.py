@@ -110,7 +110,7 @@ def test_an_unknown_setting_is_refused():
     [
         ({"drt_rank_ratio": 4}, r"rank_ratio must be in \(0, 1\], got 4"),
         ({"drt_rank_pattern": "{"}, r"rank_pattern is not valid JSON"),
-        ({"drt_schedule": "factored@x"}, r"'x' is no phase boundary"),
+        ({"drt_schedule": "factored@x"}, r"'x' is not a phase boundary"),
         ({"drt_schedule": "papers"}, r"'papers' is neither a preset"),
         ({"drt_include": ["("]}, r"include holds '\('"),
     ],

@@ -76,7 +76,7 @@ def check_structure(
         if key not in state:
             raise ValueError(f"the state lacks '{key}'; it is incomplete.")
         if not isinstance(state[key], kind):
-            raise ValueError(f"the state's '{key}' is {state[key]!r}, which is no {kind.__name__}; it is damaged.")
+            raise ValueError(f"the state's '{key}' must be of type {kind.__name__}, got {state[key]!r}; it is damaged.")
     check_plan(state["plan"], state["max_steps"], plan)
     if not (isinstance(state["phase"], int) and 0 <= state["phase"] < len(plan)):
         raise ValueError(

@@ -33,10 +33,10 @@ def export(
     Tokenizer and processor files are copied along.
     """
     if format not in EXPORTERS:
-        raise typer.BadParameter(f"'{format}' is none; allowed are {', '.join(EXPORTERS)}.", param_hint="--format")
+        raise typer.BadParameter(f"must be one of {', '.join(EXPORTERS)}, got '{format}'.", param_hint="--format")
     folder = local_folder(source)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists and is no empty folder. Give another target, or remove it.")
+        raise ValueError(f"{target} exists and is not an empty folder. Give another target, or remove it.")
     found = read_checkpoint(folder)
     forms = [*(layer.form for layer in found.layers), *found.fused.values()]
     if format == "adapter" and not any(isinstance(form, Adapter) for form in forms):

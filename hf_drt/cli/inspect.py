@@ -60,7 +60,7 @@ def _chosen(layers: Sequence[StoredLayer], include: list[str] | None, exclude: l
             and not any(re.search(pattern, layer.name) for pattern in exclude or ())
         ]
     except re.error as error:
-        raise typer.BadParameter(f"{error} is no regular expression", param_hint="--include / --exclude") from None
+        raise typer.BadParameter(f"{error} is not a regular expression", param_hint="--include / --exclude") from None
     if not chosen:
         raise ValueError(f"none of the {len(layers)} layers is left by --include and --exclude, e.g. {layers[0].name}.")
     return chosen

@@ -118,7 +118,7 @@ def plan(
 ) -> None:
     """What a run will cost: FLOPs, parameters and memory of every phase, without weights."""
     if dtype not in _DTYPES:
-        raise typer.BadParameter(f"'{dtype}' is none; allowed are {', '.join(_DTYPES)}.", param_hint="--dtype")
+        raise typer.BadParameter(f"must be one of {', '.join(_DTYPES)}, got '{dtype}'.", param_hint="--dtype")
     try:
         maker(optimizer)
     except ValueError as error:

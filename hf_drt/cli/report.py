@@ -29,7 +29,9 @@ def _check_targets(output: Path, figures: Path | None) -> None:
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder; name the HTML file, e.g. --output {output / 'report.html'}.")
     if output.exists() and not _looks_like_a_page(output):
-        raise ValueError(f"--output {output} is there, and is no HTML page; it is not written over. Name another file.")
+        raise ValueError(
+            f"--output {output} exists and is not an HTML page; it is not written over. Name another file."
+        )
     if figures is not None and figures.exists() and not figures.is_dir():
         raise ValueError(f"--figures {figures} is a file; name a folder for the pictures.")
 

@@ -88,7 +88,7 @@ def model_class(config: PretrainedConfig, task: str | None) -> type:
         tasks = {name.removeprefix(_PREFIX).lower(): name for name in dir(transformers) if name.startswith(_PREFIX)}
         name = tasks.get(task.replace("-", "").lower())
         if name is None:
-            raise ValueError(f"'{task}' is no task; allowed are e.g. causal-lm, masked-lm, seq2seq-lm, "
+            raise ValueError(f"'{task}' is not a task; allowed are e.g. causal-lm, masked-lm, seq2seq-lm, "
                              "sequence-classification, token-classification, image-classification.")  # fmt: skip
         return getattr(transformers, name)
     for name in config.architectures or ():

@@ -153,7 +153,7 @@ def check_rank(module: nn.Module, form: Form) -> None:
         ValueError: The layer has no low-rank form, or not with this decomposition, or a rank exceeds the largest.
     """
     if not isinstance(form, Form):
-        raise TypeError(f"{form!r} is no form; allowed are Dense(), Factored(rank) and Adapter(rank, alpha, init).")
+        raise TypeError(f"the form must be Dense(), Factored(rank) or Adapter(rank, alpha, init), got {form!r}.")
     if getattr(module, "groups", 1) != 1 or isinstance(module, nn.modules.conv._ConvTransposeNd):
         raise ValueError(f"a {module} has no low-rank form: only convolutions with groups=1 have, and no transposed.")
     if isinstance(form, Dense):

@@ -130,7 +130,7 @@ def maker(optim: str) -> tuple[OptimizerRule, Callable[[list[nn.Parameter]], tor
     """
     names = optim_names()
     if optim not in names:
-        raise ValueError(f"'{optim}' is no optimizer of known state; allowed are {', '.join(names)}.")
+        raise ValueError(f"'{optim}' is not an optimizer of known state; allowed are {', '.join(names)}.")
     rule = OPTIMIZERS[names[optim]]
 
     def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

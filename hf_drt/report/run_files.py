@@ -73,7 +73,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _no_run(folder: Path) -> str:
-    text = f"{folder} is no run: neither it nor a checkpoint-N in it has {LOG_NAME}. {_WHAT}"
+    text = f"{folder} is not a run: neither it nor a checkpoint-N in it has {LOG_NAME}. {_WHAT}"
     logs = (*folder.glob(f"*/{LOG_NAME}"), *folder.glob(f"*/checkpoint-*/{LOG_NAME}"))
     inside = sorted({path.relative_to(folder).parts[0] for path in logs})
     return f"{text} Runs in it: {', '.join(inside[:8])}." if inside else text

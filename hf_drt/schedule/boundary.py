@@ -90,7 +90,7 @@ class Boundary:
             if match := pattern.fullmatch(text):
                 number = int if unit == "steps" else str if unit in ("paper", "budget") else float
                 return cls(unit, number(match[1]))
-        raise ValueError(f"'{text}' is no phase boundary; allowed is {ALLOWED}.")
+        raise ValueError(f"'{text}' is not a phase boundary; allowed is {ALLOWED}.")
 
     def __post_init__(self) -> None:
         if self.unit == "share" and not 0 <= float(self.value) < 100:

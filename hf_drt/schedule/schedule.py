@@ -35,7 +35,7 @@ class Entry:
             raise ValueError(f"'{text}' has no boundary; a phase is written kind@boundary, e.g. dense@40%.")
         kind, colon, rank = form.partition(":")
         if kind not in KINDS:
-            raise ValueError(f"'{kind}' in '{text}' is no form; allowed are {', '.join(KINDS)}.")
+            raise ValueError(f"'{kind}' in '{text}' is not a form; allowed are {', '.join(KINDS)}.")
         if colon and kind == "dense":
             raise ValueError(f"'{text}' gives a rank to the dense form, which has none; write dense@{boundary}.")
         return cls(kind, _parse_rank(rank, text) if colon else None, Boundary.parse(boundary))
@@ -53,7 +53,7 @@ def _parse_rank(text: str, entry: str) -> int | float | str:
     if re.fullmatch(r"\d*\.\d+|1\.", text) and 0 < float(text) <= 1:
         return float(text)
     raise ValueError(
-        f"'{text}' in '{entry}' is no rank; allowed is a whole number of at least 1 (factored:64), or a share of "
+        f"'{text}' in '{entry}' is not a rank; allowed is a whole number of at least 1 (factored:64), or a share of "
         "min(out, in) in (0, 1] with a decimal point (factored:0.25), or budget."
     )
 
@@ -166,5 +166,6 @@ class Schedule:
 
 def _not_a_schedule(text: str) -> NoReturn:
     raise ValueError(
-        f"'{text}' is no schedule; write phases as kind@boundary, e.g. 'factored@0 dense@40% adapter@80%', or a preset."
+        f"'{text}' is not a schedule; write phases as kind@boundary, e.g. 'factored@0 dense@40% adapter@80%', or a "
+        "preset."
     )

@@ -51,7 +51,7 @@ def readable_state(folder: str | Path, for_resume: bool, fsdp: bool = False) -> 
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder. Give the path of a checkpoint-N folder.")
+        raise CheckpointError(f"{folder} is not a folder. Give the path of a checkpoint-N folder.")
     state = read_state(folder)
     if not isinstance(state.get("meter", {}), dict):
         raise CheckpointError(f"{folder / STATE_NAME} is damaged: its 'meter' is {state['meter']!r}. {_OTHER}")
@@ -139,7 +139,7 @@ def check_optimizer(folder: str | Path, optimizer: torch.optim.Optimizer) -> Non
     path = Path(folder) / OPTIMIZER_NAME
     stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(stored, dict) or "param_groups" not in stored:
-        raise CheckpointError(f"{path} is no optimizer's state. {_OTHER}")
+        raise CheckpointError(f"{path} is not an optimizer's state. {_OTHER}")
     optimizer = unwrap(optimizer)
     rule = rule_of(optimizer)
     groups, own = stored["param_groups"], optimizer.param_groups
@@ -195,7 +195,7 @@ def _check_trainer_files(folder: Path, state: dict[str, Any]) -> None:
             raise CheckpointError(f"{path} is cut short or damaged. {_OTHER}")
     scheduler = torch.load(folder / SCHEDULER_NAME, map_location="cpu", weights_only=True)
     if not isinstance(scheduler, dict) or "param_groups" in scheduler:
-        raise CheckpointError(f"{folder / SCHEDULER_NAME} is no scheduler's state. {_OTHER}")
+        raise CheckpointError(f"{folder / SCHEDULER_NAME} is not a scheduler's state. {_OTHER}")
 
 
 def _check_random_states(folder: Path, state: dict[str, Any]) -> None:

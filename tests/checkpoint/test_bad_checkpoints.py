@@ -223,7 +223,10 @@ DAMAGES = {
     "shape is null": (layer_with(shape=None), rf"{Q}"),
     "other form": (layer_with(form="adapter"), rf"{Q} is Adapter\(rank=8, .* make it Factored\(rank=8\)"),
     "unknown form": (layer_with(form="lora"), r"'form': 'lora'.* describes no form"),
-    "layers are a list": (json_edit(STATE, lambda s: s.update(layers=list(s["layers"]))), r"layers"),
+    "layers are a list": (
+        json_edit(STATE, lambda s: s.update(layers=[Q])),
+        r"'layers' must be of type dict, got \['model",
+    ),
     "layer is a text": (json_edit(STATE, lambda s: s["layers"].update({Q: "dense"})), rf"{Q}"),
     "meter is a list": (state_with(meter=[1]), r"meter"),
     # the weights
@@ -252,10 +255,16 @@ DAMAGES = {
     "optimizer empty": (emptied(OPTIMIZER), r"optimizer\.pt is cut short or damaged"),
     "optimizer of the dense phase": (copied(f"{DENSE}/{OPTIMIZER}", OPTIMIZER), r"optimizer\.pt"),
     "optimizer of the adapter phase": (copied(f"{ADAPTER}/{OPTIMIZER}", OPTIMIZER), r"optimizer\.pt"),
-    "scheduler in the optimizer's place": (copied(f"{FACTORED}/{SCHEDULER}", OPTIMIZER), r"optimizer\.pt"),
+    "scheduler in the optimizer's place": (
+        copied(f"{FACTORED}/{SCHEDULER}", OPTIMIZER),
+        r"optimizer\.pt is not an optimizer's state",
+    ),
     "no scheduler": (removed(SCHEDULER), r"scheduler\.pt is missing"),
     "scheduler cut short": (cut_short(SCHEDULER), r"scheduler\.pt is cut short or damaged"),
-    "optimizer in the scheduler's place": (copied(f"{FACTORED}/{OPTIMIZER}", SCHEDULER), r"scheduler\.pt"),
+    "optimizer in the scheduler's place": (
+        copied(f"{FACTORED}/{OPTIMIZER}", SCHEDULER),
+        r"scheduler\.pt is not a scheduler's state",
+    ),
     "random state cut short": (cut_short(RNG), r"rng_state\.pth"),
     "configuration cut short": (cut_short(CONFIG), r"config\.json"),
     "no trainer state": (removed(TRAINER_STATE), r"trainer_state\.json is missing: the checkpoint is incomplete"),
@@ -450,14 +459,14 @@ def test_resuming_a_checkpoint_of_plain_training_is_refused(tmp_path):
 def test_a_folder_that_does_not_exist_is_refused(tmp_path, drt):
     # With dynamic-rank training off it is transformers that answers.
     message = (
-        r"checkpoint-99 is no folder\. Give the path of a checkpoint-N" if drt else r"Can't find a valid checkpoint"
+        r"checkpoint-99 is not a folder\. Give the path of a checkpoint-N" if drt else r"Can't find a valid checkpoint"
     )
     trainer = trainer_of(tmp_path, drt_schedule=drt)
     assert_resume_refused(tmp_path / "checkpoint-99", message, ValueError, trainer)
 
 
 def test_a_file_in_place_of_a_folder_is_refused(run):
-    assert_resume_refused(run / FACTORED / WEIGHTS, r"model\.safetensors is no folder")
+    assert_resume_refused(run / FACTORED / WEIGHTS, r"model\.safetensors is not a folder")
 
 
 def test_the_last_checkpoint_of_a_run_without_one_is_refused(tmp_path):

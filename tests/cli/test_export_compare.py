@@ -55,8 +55,8 @@ def test_export_refuses(hf_drt, checkpoint, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     for arguments, code, message in [
-        ((source, tmp_path / "full"), 1, "exists and is no empty folder"),
-        ((source, tmp_path / "x", "--format", "onnx"), 2, "'onnx' is none; allowed are dense, native, adapter"),
+        ((source, tmp_path / "full"), 1, "exists and is not an empty folder"),
+        ((source, tmp_path / "x", "--format", "onnx"), 2, "must be one of dense, native, adapter, got 'onnx'"),
         ((source, tmp_path / "x", "--format", "adapter"), 1, "has no layer in adapter form"),
         (("/no/such", tmp_path / "x"), 1, "there is no such path"),
         ((source / "model.safetensors", tmp_path / "x"), 1, "is a file. A model is loaded from its folder"),

@@ -61,7 +61,7 @@ def test_a_picture(hf_drt, tmp_path):
     [
         (("/no/such",), 1, "there is no such path: /no/such"),
         (("nobody/no-model",), 1, "it could not be fetched from the Hub"),
-        (("{folder}", "--include", "("), 2, "is no regular expression"),
+        (("{folder}", "--include", "("), 2, "is not a regular expression"),
         (("{folder}", "--include", "nothing"), 1, "none of the 14 layers is left by --include and --exclude"),
     ],
 )

@@ -89,7 +89,7 @@ def test_help_errors_and_the_card_know_it():
     described = "'spectra' (a dense model with a list of its tensors)"
     assert described in " ".join(HfArgumentParser(DRTTrainingArguments).format_help().split())
     shown = CliRunner().invoke(app, ["export", "source", "target", "--format", "nothing"], env={"COLUMNS": "400"})
-    assert "'nothing' is none; allowed are dense, native, adapter, spectra." in shown.output
+    assert "must be one of dense, native, adapter, spectra, got 'nothing'." in shown.output
     with pytest.raises(ValueError, match=r"export must be one of dense, native, adapter, spectra, got 'nothing'"):
         DRTConfig(schedule="fixed", export="nothing")
     phase = PhaseSummary("factored", 0, 2, (8, 8), 0.5)

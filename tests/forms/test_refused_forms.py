@@ -28,7 +28,7 @@ def test_a_rank_outside_of_the_layer_is_refused(make, form):
 @pytest.mark.parametrize("form", ["dense", None, Dense], ids=str)
 def test_what_is_no_form_is_refused(make, form):
     with pytest.raises(
-        TypeError, match=r"is no form; allowed are Dense\(\), Factored\(rank\) and Adapter\(rank, alpha"
+        TypeError, match=r"the form must be Dense\(\), Factored\(rank\) or Adapter\(rank, alpha, init\), got "
     ):
         make(linear(), form)
 

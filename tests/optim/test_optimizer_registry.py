@@ -141,7 +141,7 @@ def test_errors_and_tables_name_it(toy):
     with pytest.raises(ValueError, match=r"Allowed are .*Momentum.* \(optim=.* or toy_momentum\)"):
         rule_of(torch.optim.Adagrad([nn.Parameter(torch.zeros(2))]))
     assert (NAME, "toy_momentum", "a toy with momentum", "first moments") in optimizer_rows()
-    with pytest.raises(ValueError, match=r"'lion' is no optimizer of known state; allowed are .*toy_momentum"):
+    with pytest.raises(ValueError, match=r"'lion' is not an optimizer of known state; allowed are .*toy_momentum"):
         optimizer_bytes("lion", [])
 
 

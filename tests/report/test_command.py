@@ -54,7 +54,7 @@ def test_targets_that_would_cost_something_else(tmp_path):
     log = folder / "trainer_state.json"
     before = log.read_bytes()
     assert f"--output {tmp_path} is a folder; name the HTML file" in refused(folder, "-o", tmp_path)
-    assert "is no HTML page; it is not written over" in refused(folder, "-o", log)
+    assert "is not an HTML page; it is not written over" in refused(folder, "-o", log)
     assert f"--figures {log} is a file; name a folder" in refused(folder, "-o", tmp_path / "p.html", "--figures", log)
     assert log.read_bytes() == before
     assert not (tmp_path / "p.html").exists()

@@ -197,7 +197,7 @@ def test_a_file(tmp_path):
 
 def test_a_folder_without_a_run_names_those_in_it(tmp_path):
     with pytest.raises(
-        RunError, match=r"is no run: neither it nor a checkpoint-N in it has trainer_state\.json\. .*\.$"
+        RunError, match=r"is not a run: neither it nor a checkpoint-N in it has trainer_state\.json\. .*\.$"
     ):
         read(tmp_path)
     folders.plain_run(tmp_path / "first")
@@ -242,7 +242,7 @@ def test_a_state_of_a_newer_format(tmp_path):
     [
         (
             {"plan": "sparse@0"},
-            r"the plan 'sparse@0' \(of 20 steps\) in .* cannot be read: 'sparse' in 'sparse@0' is no form",
+            r"the plan 'sparse@0' \(of 20 steps\) in .* cannot be read: 'sparse' in 'sparse@0' is not a form",
         ),
         ({"plan": None}, r"the plan None .* cannot be read: it needs a text under 'plan'"),
         ({"max_steps": "many"}, r"\(of 'many' steps\) .* a whole number under 'max_steps'"),

@@ -124,7 +124,7 @@ def test_frozen_parameters_have_no_state():
 
 
 def test_unknown_optimizer():
-    with pytest.raises(ValueError, match="'lion' is no optimizer of known state; allowed are adamw_torch"):
+    with pytest.raises(ValueError, match="'lion' is not an optimizer of known state; allowed are adamw_torch"):
         optimizer_bytes("lion", [])
 
 
