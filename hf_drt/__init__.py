@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     )
     from hf_drt.transition import Transition
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _NAMES = {
     "checkpoint": ("CheckpointError", "declare"),

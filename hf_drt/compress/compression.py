@@ -167,6 +167,7 @@ def compress(
     Raises:
         ValueError: Not exactly one criterion, a value outside its interval, no layer to compress, or a weight that
             holds inf or nan. The model is as it was.
+        HalfwayError: Memory has run out after the first layer had changed: the model is of no use any more.
     """
     if evaluate is not None and not callable(evaluate):
         raise ValueError(f"evaluate must be a function that takes the model and gives a number, got {evaluate!r}.")

@@ -193,6 +193,6 @@ def _no_way_back() -> Iterator[None]:
     except Exception as error:
         raise HalfwayError(
             f"the change of form failed halfway ({type(error).__name__}: {error}), and some layers have lost their "
-            "weights. Start a new process, and resume from the last checkpoint; where memory has run out, with smaller "
-            "batches or ranks."
+            "weights. Start a new process, and load them again or resume from the last checkpoint; where memory has "
+            "run out, with smaller batches or ranks."
         ) from error

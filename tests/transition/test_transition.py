@@ -73,7 +73,7 @@ def test_memory_that_runs_out_halfway_is_no_ordinary_error_and_the_model_is_not_
         return commit(conversion)
 
     monkeypatch.setattr(Conversion, "commit", failing)
-    with pytest.raises(HalfwayError, match=r"failed halfway \(OutOfMemoryError: .*resume from the last checkpoint"):
+    with pytest.raises(HalfwayError, match=r"halfway \(OutOfMemoryError: .*load them again or resume from the last"):
         drt.begin_step(2, optimizer)
     with pytest.raises(ValueError, match=r"has lost its weights in a change of form that failed halfway"):
         drt.begin_step(2, optimizer)

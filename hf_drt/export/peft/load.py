@@ -60,6 +60,7 @@ def load_peft_adapter(
 
     Raises:
         ValueError: The checkpoint is incomplete or no plain LoRA, or does not fit the model, which is left as it was.
+        HalfwayError: Memory has run out after the first layer had changed: the model is of no use any more.
     """
     folder = local_folder(folder, revision)
     config = _read_config(folder)
