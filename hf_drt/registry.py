@@ -29,18 +29,23 @@ class Registry(Mapping[str, M]):
     Args:
         setting: Name of the setting that chooses one, for messages.
         home: Package whose import adds this package's own members; imported when the registry is first read.
+        classes: Whether the members are classes; else they are objects.
     """
 
-    def __init__(self, setting: str, home: str):
-        self.setting, self._home = setting, home
+    def __init__(self, setting: str, home: str, classes: bool = False):
+        self.setting, self._home, self._classes = setting, home, classes
         self._members: dict[str, M] = {}
 
     def add(self, name: str, member: M) -> M:
         """Register a member.
 
         Raises:
-            ValueError: The name is taken by another one.
+            TypeError: The name is not a text, or the member is an object where a class is needed or the other way
+                round, has no help, or has methods that are still abstract.
+            ValueError: The name is taken by another one, or the member has another name of its own.
         """
+        importlib.import_module(self._home)  # whose members come first
+        self._check(name, member)
         if self._members.get(name, member) is not member:
             raise ValueError(
                 f"{self.setting} '{name}' is registered already, for {self._members[name]!r}. Take another name; the "
@@ -49,12 +54,30 @@ class Registry(Mapping[str, M]):
         self._members[name] = member
         return member
 
+    def _check(self, name: str, member: M) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"a name of {self.setting} must be a text, got {name!r}.")
+        if isinstance(member, type) != self._classes:
+            wanted = "a class, not an object of it" if self._classes else "an object, not a class"
+            raise TypeError(f"{self.setting} '{name}' must be {wanted}, got {member!r}.")
+        if missing := sorted(getattr(member, "__abstractmethods__", ()) if isinstance(member, type) else ()):
+            raise TypeError(f"{self.setting} '{name}' lacks {', '.join(missing)}. Define them in {member.__name__}.")
+        help = getattr(member, "help", None)
+        if not isinstance(help, str) or not help.strip():
+            raise TypeError(f"{self.setting} '{name}' needs help=, half a sentence on what it is, got {help!r}.")
+        own = getattr(member, "name", name)
+        if isinstance(own, str) and own != name:
+            raise ValueError(
+                f"{self.setting} '{name}' calls itself '{own}'. Add it under that name, or change its own."
+            )
+
     def remove(self, name: str) -> None:
         """Take a member out again, as after a test.
 
         Raises:
-            KeyError: There is none of this name.
+            ValueError: There is none of this name.
         """
+        self.find(name)
         del self._members[name]
 
     def __getitem__(self, name: str) -> M:

@@ -1,6 +1,7 @@
 """Modules under the names that they had in 0.1.0: they import with a warning for one release."""
 
 import importlib
+import importlib.util
 import sys
 import warnings
 from collections.abc import Sequence
@@ -27,20 +28,36 @@ class _Alias(Loader):
         """The import system's own empty module, until :meth:`exec_module`."""
 
     def exec_module(self, module: ModuleType) -> None:
-        old, new = module.__name__, RENAMED[module.__name__]
+        old, new = module.__name__, _new_name(module.__name__)
         warnings.warn(f"{old} is now {new}; the old name goes with the next release.", FutureWarning, stacklevel=2)
         sys.modules[old] = importlib.import_module(new)
 
 
-class _Finder(MetaPathFinder):
+def _new_name(name: str) -> str | None:
+    """Where a module is now, by itself or by the package that it was in; None if it has not moved."""
+    parts = name.split(".")
+    for end in range(len(parts), 1, -1):
+        if (new := RENAMED.get(".".join(parts[:end]))) is not None:
+            return ".".join([new, *parts[end:]])
+    return None
+
+
+class RenamedFinder(MetaPathFinder):
+    """Finds what has moved; below an old package nothing but what is below the new one."""
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, _Alias(), is_package=True) if fullname in RENAMED else None
+        new = _new_name(fullname)
+        if new is None:
+            return None
+        if importlib.util.find_spec(new) is None:
+            raise ModuleNotFoundError(f"No module named {fullname!r}, nor {new!r}", name=fullname)
+        return ModuleSpec(fullname, _Alias(), is_package=True)
 
 
 def accept_old_names() -> None:
     """Let ``import`` find the modules of :data:`RENAMED`; doing it again is harmless."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        # First: the old package is the new one, in whose folder a second copy of its modules would be found.
-        sys.meta_path.insert(0, _Finder())
+    if not any(isinstance(finder, RenamedFinder) for finder in sys.meta_path):
+        # First: an old package is the new one, in whose folder a second copy of its modules would be found.
+        sys.meta_path.insert(0, RenamedFinder())

@@ -31,4 +31,5 @@ def result_rows() -> Iterator[tuple[str, ...]]:
 def _value(row: dict[str, Any], digits: int) -> str:
     if row["deviation"] is None:
         return f"{row['value']:.{digits}f} (one seed)"
-    return f"{row['value']:.{digits}f} ± {row['deviation']:.{digits}f}".replace(" ", "\N{NO-BREAK SPACE}")
+    fewer = "" if row["seeds"] == len(SEEDS) else f" ({row['seeds']} seeds)"
+    return f"{row['value']:.{digits}f} ± {row['deviation']:.{digits}f}{fewer}".replace(" ", "\N{NO-BREAK SPACE}")

@@ -5,7 +5,7 @@ from typing import Any
 
 from hf_drt.checkpoint.declaration import FORMAT_VERSION
 from hf_drt.checkpoint.state_file import CheckpointError
-from hf_drt.forms import Adapter, Factored, LayerShape, form_from_dict
+from hf_drt.forms import PRODUCTS, Adapter, Factored, LayerShape, form_from_dict
 
 AGAIN = "Save or download the checkpoint again."
 
@@ -42,6 +42,12 @@ def read_block(block: dict[str, Any]) -> list[DeclaredLayer]:
 
 
 def _read_layer(name: str, entry: Any) -> DeclaredLayer:
+    product = entry.get("decomposition", "svd") if isinstance(entry, dict) else "svd"
+    if isinstance(product, str) and product not in PRODUCTS:
+        raise CheckpointError(
+            f"{name} is of the decomposition '{product}', which is not registered; registered are "
+            f"{', '.join(PRODUCTS)}. Import the package that adds it before loading the checkpoint, or upgrade hf_drt."
+        )
     if (layer := _declared_layer(name, entry)) is None:
         raise CheckpointError(
             f"quantization_config describes {name} as {entry!r}; allowed are a shape [out, in], and a form 'factored' "

@@ -26,7 +26,7 @@ class _Engines(Registry[type[Engine]]):
         return super().add(name, member)
 
 
-ENGINES = _Engines("engine", "hf_drt.engines")
+ENGINES = _Engines("engine", "hf_drt.engines", classes=True)
 ENGINES.add("single", Single)
 ENGINES.add("ddp", DDP)
 

@@ -24,10 +24,19 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class MomentKeys:
-    """Names of an optimizer's per-parameter state: first moments, second moments. Empty: only reset is possible."""
+    """Names of an optimizer's per-parameter state: first moments, second moments. Empty: only reset is possible.
+
+    Raises:
+        TypeError: One is not a tuple of names.
+    """
 
     first: tuple[str, ...] = ()
     second: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for names in (self.first, self.second):
+            if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+                raise TypeError(f"moments are named by a tuple of texts, as in first=('momentum',), got {names!r}.")
 
 
 @dataclass(frozen=True)

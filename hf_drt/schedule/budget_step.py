@@ -16,30 +16,36 @@ def budget_rank(kind: str, run: Run) -> float:
     """The largest share of min(out, in) that leaves enough of the budget for a full-rank phase.
 
     With steps that cost ``c`` in low rank and 1 in full rank, ``c (1 - w) + w <= budget`` for the share ``w`` of the
-    run in full rank, :data:`FULL_RANK_SHARE`; among :data:`RANKS`.
+    run in full rank, :data:`FULL_RANK_SHARE` or one update step; among :data:`RANKS`.
 
     Raises:
         ValueError: There is no budget, or even the smallest of these ranks costs too much.
     """
     budget, cost = _budget_and_cost(run)
     for rank in RANKS:
-        if _with_full_rank(cost(kind, rank)) <= budget:
+        if _with_full_rank(cost(kind, rank), run) <= budget:
             return rank
     raise ValueError(
         f"no rank meets a budget of {budget:g}: of the dense training FLOPs the {kind} form takes at least "
-        f"{least_budget(kind, run):.3f}, with {FULL_RANK_SHARE:.0%} of the run in full rank. Raise the budget, lower "
-        "rank_multiple or rank_pattern, or write the schedule and its ranks by hand."
+        f"{least_budget(kind, run):.3f}, with {_full_rank_share(run):.0%} of the run in full rank. Raise the budget, "
+        "lower rank_multiple or rank_pattern, or write the schedule and its ranks by hand."
     )
 
 
 def least_budget(kind: str, run: Run) -> float:
     """The smallest budget for which :func:`budget_rank` finds a rank."""
     _, cost = _budget_and_cost(run)
-    return _with_full_rank(cost(kind, RANKS[-1]))
+    return _with_full_rank(cost(kind, RANKS[-1]), run)
 
 
-def _with_full_rank(cost: float) -> float:
-    return cost * (1 - FULL_RANK_SHARE) + FULL_RANK_SHARE
+def _full_rank_share(run: Run) -> float:
+    """Of a run of less than ten update steps a tenth is less than one."""
+    return max(FULL_RANK_SHARE, 1 / run.max_steps)
+
+
+def _with_full_rank(cost: float, run: Run) -> float:
+    share = _full_rank_share(run)
+    return cost * (1 - share) + share
 
 
 def budget_step(index: int, starts: Sequence[int | None], forms: Sequence[Form], run: Run) -> int:
@@ -97,9 +103,9 @@ def check_cost(plan: Plan, run: Run) -> None:
     costs = [cost(phase.kind, phase.rank) * (plan.end_of(i) - phase.start) for i, phase in enumerate(plan.phases)]
     if (share := sum(costs) / plan.max_steps) > budget + 1e-9:
         raise ValueError(
-            f"rank 'budget' leaves {FULL_RANK_SHARE:.0%} of the run for full rank, and '{plan}' takes {share:.3f} of "
-            f"dense training FLOPs, more than the budget of {budget:g}. Put a boundary at 'budget' too, e.g. "
-            "'lowrank:budget@0 dense@budget', which is the preset auto, or shorten the dense phases."
+            f"rank 'budget' leaves {_full_rank_share(run):.0%} of the run for full rank, and '{plan}' takes "
+            f"{share:.3f} of dense training FLOPs, more than the budget of {budget:g}. Put a boundary at 'budget' too, "
+            "e.g. 'lowrank:budget@0 dense@budget', which is the preset auto, or shorten the dense phases."
         )
 
 

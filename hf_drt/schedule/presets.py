@@ -109,6 +109,10 @@ def expand(text: str) -> str | Trigger | None:
 
 
 def _value(preset: str, key: str, text: str, default: Any) -> Any:
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"option '{key}' of preset '{preset}' must be true or false, got '{text}'.")
+        return text.lower() == "true"
     try:
         return type(default)(text)
     except ValueError:
@@ -119,8 +123,14 @@ def register(preset: Preset) -> None:
     """Add a preset: schedules, errors and help texts know it from here on.
 
     Raises:
-        ValueError: Its name is taken, or is not a word.
+        ValueError: Its name is taken, or is not a word; or an option's default tells no type that can be written.
     """
+    for name, value in preset.options.items():
+        if not isinstance(value, (bool, int, float, str)):
+            raise ValueError(
+                f"option '{name}' of preset '{preset.name}' needs a default that is a number, a text, True or False, "
+                f"by which what users write is read, got {value!r}."
+            )
     if not re.fullmatch(r"\w+", preset.name):
         raise ValueError(f"a preset needs a name of letters, digits and underscores, got {preset.name!r}.")
     PRESETS.add(preset.name, preset)

@@ -71,6 +71,16 @@ def test_a_damaged_entry(saved, entry):
     refused(saved, f"quantization_config describes {LAYER} as {entry!r}; allowed are a shape [out, in], and a form")
 
 
+def test_a_decomposition_of_another_package_is_asked_for_by_name(saved):
+    entry = {"shape": [32, 32], "form": "factored", "rank": 4, "decomposition": "tensor_train"}
+    edit_block(saved, lambda block: block["layers"].update({LAYER: entry}))
+    refused(
+        saved,
+        f"{LAYER} is of the decomposition 'tensor_train', which is not registered; registered are svd, tucker, cp. "
+        "Import the package that adds it before loading the checkpoint",
+    )
+
+
 # ---- the model
 
 

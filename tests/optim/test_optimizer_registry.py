@@ -195,3 +195,9 @@ def test_the_trainer_makes_what_the_registry_says(name, tmp_path):
     assert qualified_name(kind) == optim_names()[name]
     own = OPTIMIZERS[qualified_name(kind)].optim[name]
     assert {key: settings[key] for key in own if key != "lr"} == {key: own[key] for key in own if key != "lr"}
+
+
+@pytest.mark.parametrize("names", ["momentum", ["momentum"], (1,)])
+def test_moments_that_are_not_named_by_a_tuple_of_texts_are_refused(names):
+    with pytest.raises(TypeError, match=r"moments are named by a tuple of texts, as in first=\('momentum',\), got"):
+        MomentKeys(first=names)

@@ -137,3 +137,27 @@ def test_a_share_in_a_help_text_does_not_stop_the_parser(capsys):
         assert "50 % of %s" in " ".join(capsys.readouterr().out.split())
     finally:
         PRESETS.remove("half")
+
+
+def test_an_option_that_is_true_can_be_turned_off():
+    register(Preset("switched", "low rank or not", lambda low: "factored@0" if low else "dense@0", {"low": True}))
+    try:
+        assert str(Schedule.parse("switched(low=False)").entries[0]) == "dense@0"
+        assert str(Schedule.parse("switched(low=true)").entries[0]) == "factored@0"
+        with pytest.raises(ValueError, match=r"option 'low' of preset 'switched' must be true or false, got 'no'"):
+            Schedule.parse("switched(low=no)")
+    finally:
+        PRESETS.remove("switched")
+
+
+def test_a_default_that_tells_no_type_is_refused():
+    with pytest.raises(ValueError, match=r"option 'x' of preset 'none' needs a default that is a number, .* got None"):
+        register(Preset("none", "nothing", lambda x: "dense@0", {"x": None}))
+    assert "none" not in PRESETS
+
+
+@pytest.mark.parametrize("steps", [4, 5, 6, 8, 9])
+def test_auto_fits_runs_of_a_few_steps(steps):
+    controller = DynamicRank(tiny.llama(), "auto", max_steps=steps)
+    assert [phase.kind for phase in controller.plan.phases] == ["factored", "dense"]
+    assert controller.plan.phases[1].start == steps - 1
