@@ -114,3 +114,9 @@ def test_every_other_folder_of_tests_is_that_of_a_package():
     folders = {path.name for path in Path(__file__).parent.iterdir() if any(path.glob("*.py"))}
     packages = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()}
     assert folders - ACROSS <= packages
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by it, since the folders of tests are no packages."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
