@@ -61,7 +61,8 @@ class Registry(Mapping[str, M]):
             wanted = "a class, not an object of it" if self._classes else "an object, not a class"
             raise TypeError(f"{self.setting} '{name}' must be {wanted}, got {member!r}.")
         if missing := sorted(getattr(member, "__abstractmethods__", ()) if isinstance(member, type) else ()):
-            raise TypeError(f"{self.setting} '{name}' lacks {', '.join(missing)}. Define them in {member.__name__}.")
+            cls = getattr(member, "__name__", member)
+            raise TypeError(f"{self.setting} '{name}' lacks {', '.join(missing)}. Define them in {cls}.")
         help = getattr(member, "help", None)
         if not isinstance(help, str) or not help.strip():
             raise TypeError(f"{self.setting} '{name}' needs help=, half a sentence on what it is, got {help!r}.")

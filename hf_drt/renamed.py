@@ -28,7 +28,8 @@ class _Alias(Loader):
         """The import system's own empty module, until :meth:`exec_module`."""
 
     def exec_module(self, module: ModuleType) -> None:
-        old, new = module.__name__, _new_name(module.__name__)
+        old = module.__name__
+        new = _new_name(old) or old  # the finder has found it
         warnings.warn(f"{old} is now {new}; the old name goes with the next release.", FutureWarning, stacklevel=2)
         sys.modules[old] = importlib.import_module(new)
 
