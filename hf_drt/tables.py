@@ -1,6 +1,6 @@
 """Tables of text, written in one place: aligned columns, Markdown, and rich's in a terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 Row = Sequence[str]
 
@@ -19,11 +19,14 @@ def plain_table(columns: Row, rows: Sequence[Row], left: int = 1) -> str:
     )
 
 
-def markdown_table(columns: Row, rows: Sequence[Row], left: int | None = None) -> str:
-    """A table in Markdown; columns from ``left`` on are numbers, to the right."""
-    marks = ["---" if left is None or index < left else "---:" for index in range(len(columns))]
-    lines = [columns, marks, *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+def markdown_table(columns: Row, rows: Iterable[Row]) -> str:
+    """A table in Markdown; a ``|`` inside of a cell is escaped."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(_escaped(cell) for cell in line)} |" for line in lines)
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", r"\|")
 
 
 def print_table(columns: Row, rows: Sequence[Row], left: int = 1, title: str | None = None, width: int = 0) -> None:

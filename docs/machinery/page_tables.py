@@ -21,7 +21,8 @@ from hf_drt.engines import ENGINES
 from hf_drt.forms import product_table
 from hf_drt.optim import optimizer_rows
 from hf_drt.registry import EXPORTERS
-from hf_drt.schedule import PRESETS, Schedule
+from hf_drt.schedule import PRESETS, Schedule, preset_rows
+from hf_drt.tables import markdown_table
 
 ROOT = Path(__file__).parents[2]
 _PLACE = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -30,9 +31,7 @@ Rows = Iterable[Iterable[object]]
 
 def table(head: Iterable[str], rows: Rows) -> str:
     """A table in Markdown. A ``|`` inside of a cell is escaped."""
-    head = list(head)
-    lines = [head, ["---"] * len(head), *([str(cell).replace("|", r"\|") for cell in row] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_table(list(head), [list(map(str, row)) for row in rows]) + "\n"
 
 
 def code(value: object) -> str:
@@ -67,8 +66,9 @@ def help_of(field) -> str:
 
 def presets() -> str:
     """Every preset as it is written with all options at their defaults, and the schedule text that it stands for."""
-    rows = ((code(preset.call), preset_text(name), preset.help) for name, preset in PRESETS.items())
-    return table(("preset, with its options", "stands for", "what it is"), rows)
+    texts = map(preset_text, PRESETS)
+    rows = ((code(call), text, what, brings) for text, (call, what, brings) in zip(texts, preset_rows(), strict=True))
+    return table(("preset, with its options", "stands for", "what it is", "settings that it brings"), rows)
 
 
 def preset_text(name: str) -> str:

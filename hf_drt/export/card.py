@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import draw_timeline, timeline
+from hf_drt.tables import markdown_table
 
 TAGS = ("hf_drt", "dynamic-rank-training", "low-rank")
 TIMELINE_NAME = "drt_timeline.png"
@@ -127,22 +128,22 @@ def _code(run: RunSummary) -> str:
 def _settings(run: RunSummary) -> str:
     """The schedule and what else was set, as the training arguments have them."""
     rows = {"schedule": run.schedule} | run.settings
-    lines = (f"| `drt_{name}` | `{_cell(value)}` |" for name, value in rows.items())
-    return "\n".join(["| setting | value |", "|---|---|", *lines])
-
-
-def _cell(value: Any) -> str:
-    return (value if isinstance(value, str) else json.dumps(value)).replace("|", "\\|")
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in rows.items()}
+    return markdown_table(("setting", "value"), [(f"`drt_{name}`", f"`{text}`") for name, text in texts.items()])
 
 
 def _table(phases: tuple[PhaseSummary, ...]) -> str:
-    header = "| phase | form | update steps | rank | trainable parameters | FLOPs / dense | seconds | effective rank |"
+    columns = (
+        "phase", "form", "update steps", "rank", "trainable parameters", "FLOPs / dense", "seconds", "effective rank",
+    )  # fmt: skip
     rows = [
-        f"| {index} | {p.kind} | {p.start} to {p.end} | {_ranks(p.ranks)} | {_number(p.trainable, ',')} "
-        f"| {p.flops:.2f} | {_number(p.seconds, ',.0f')} | {_number(p.effective_rank, '.1f')} |"
+        (
+            str(index), p.kind, f"{p.start} to {p.end}", _ranks(p.ranks), _number(p.trainable, ","), f"{p.flops:.2f}",
+            _number(p.seconds, ",.0f"), _number(p.effective_rank, ".1f"),
+        )
         for index, p in enumerate(phases)
-    ]
-    return "\n".join([header, "|---|---|---|---|---|---|---|---|", *rows])
+    ]  # fmt: skip
+    return markdown_table(columns, rows)
 
 
 def _ranks(ranks: tuple[int, int] | None) -> str:

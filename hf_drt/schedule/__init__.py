@@ -4,7 +4,7 @@ from hf_drt.schedule.boundary import Boundary, Run, lr_drops
 from hf_drt.schedule.budget_step import least_budget
 from hf_drt.schedule.counts import whole_number
 from hf_drt.schedule.plan import Phase, Plan, form_text
-from hf_drt.schedule.presets import PRESETS, Follows, Preset, preset_rows, preset_table, register
+from hf_drt.schedule.presets import PRESETS, Follows, Preset, preset_rows, register
 from hf_drt.schedule.schedule import Entry, Schedule
 from hf_drt.schedule.timeline import BLOCKS, LETTERS, draw_timeline, timeline
 from hf_drt.schedule.trigger import Check, Trigger
@@ -30,7 +30,6 @@ __all__ = [
     "least_budget",
     "lr_drops",
     "preset_rows",
-    "preset_table",
     "register",
     "timeline",
     "whole_number",

@@ -15,7 +15,6 @@ from hf_drt.schedule.boundary import number_text
 from hf_drt.schedule.decay import SHAPES
 from hf_drt.schedule.plan import form_text
 from hf_drt.schedule.trigger import Trigger
-from hf_drt.tables import markdown_table
 
 _CALL = re.compile(r"(\w+)\s*(?:\((.*)\))?")
 
@@ -142,12 +141,6 @@ def preset_rows() -> list[tuple[str, str, str]]:
         (preset.call, preset.help, ", ".join(f"{name} {value}" for name, value in preset.settings.items()) or "-")
         for preset in PRESETS.values()
     ]
-
-
-def preset_table() -> str:
-    """:func:`preset_rows` as a table in Markdown, for documentation."""
-    rows = [(f"`{call}`", text, brings) for call, text, brings in preset_rows()]
-    return markdown_table(("preset", "what it does", "settings that it brings"), rows)
 
 
 def _paper(final: str) -> str:

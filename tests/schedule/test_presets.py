@@ -9,7 +9,7 @@ from transformers import HfArgumentParser
 
 from hf_drt import Dense, DRTConfig, DRTTrainer, DRTTrainingArguments, DynamicRank, run
 from hf_drt.planning.idle_settings import settings_given
-from hf_drt.schedule import PRESETS, Follows, Preset, Schedule, preset_rows, preset_table, register
+from hf_drt.schedule import PRESETS, Follows, Preset, Schedule, preset_rows, register
 
 
 def build(share: float) -> str:
@@ -58,9 +58,7 @@ def test_it_is_in_the_table_of_the_documentation():
     assert preset_rows()[-1] == (
         "toy(share=0.25)", TOY.help, "adapter_alpha 3, 5 by decomposition, rank 4, dense_query_key True, seed 11"
     )  # fmt: skip
-    lines = preset_table().splitlines()
-    assert lines[-1].startswith(f"| `toy(share=0.25)` | {TOY.help} | adapter_alpha 3, 5 by decomposition, rank 4,")
-    assert len(lines) == 2 + len(PRESETS)
+    assert len(preset_rows()) == len(PRESETS)
 
 
 def test_a_run_has_its_settings(tmp_path):

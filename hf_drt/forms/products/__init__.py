@@ -7,6 +7,7 @@ from hf_drt.forms.products.product import KernelProduct, Product, Source, TwoFac
 from hf_drt.forms.products.svd import Svd
 from hf_drt.forms.products.tucker import Tucker
 from hf_drt.registry import PRODUCTS
+from hf_drt.tables import markdown_table
 
 __all__ = ["Cp", "KernelProduct", "Product", "Source", "Svd", "Tucker", "TwoFactors", "product_table", "tensor_names"]
 
@@ -16,9 +17,8 @@ for _product in (Svd(), Tucker(), Cp()):
 
 def product_table() -> str:
     """All products as a table in Markdown, as the documentation has it."""
-    head = ["| | what it is | weights | found by |", "|---|---|---|---|"]
-    rows = [f"| `{p.name}` | {p.help} | {p.weights} | {p.found_by} |" for p in PRODUCTS.values()]
-    return "\n".join(head + rows)
+    rows = [(f"`{p.name}`", p.help, p.weights, p.found_by) for p in PRODUCTS.values()]
+    return markdown_table(("", "what it is", "weights", "found by"), rows)
 
 
 def tensor_names() -> frozenset[str]:
