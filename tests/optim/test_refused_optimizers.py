@@ -31,7 +31,7 @@ def test_an_optimizer_whose_state_is_unknown_is_refused_by_its_full_name(make, n
     message = (
         rf"the optimizer (\w+\.)*{name} cannot follow a change of form: .*Allowed are torch\.optim\.Adam, "
         r"torch\.optim\.AdamW, torch\.optim\.NAdam, torch\.optim\.RAdam, torch\.optim\.RMSprop, torch\.optim\.SGD, "
-        r"transformers\.optimization\.Adafactor \(optim=adamw_torch, adamw_torch_fused, sgd, adafactor or rmsprop\), "
+        r"transformers\.optimization\.Adafactor \(optim=adamw_torch, adamw_torch_fused, sgd, rmsprop or adafactor\), "
         r"and no classes derived from them or named like them\."
     )
     with pytest.raises(ValueError, match=message):
