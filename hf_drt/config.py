@@ -14,6 +14,7 @@ from hf_drt.schedule import PRESETS, Preset, Schedule
 Start = Literal["auto", "scratch", "pretrained"]
 AdapterInit = Literal["zero", "principal"]
 Moments = Literal["project", "reset"]
+MatrixOptimizer = Literal["none", "muon"]
 
 
 class _Help(Mapping[str, Any]):
@@ -129,6 +130,18 @@ class DRTConfig:
     rewarmup_start: float = _option(0.1, "Share of the scheduled LR at which the re-warm-up starts, in [0, 1].")
     factored_lr_scale: float = _option(1.0, "Multiplier on the scheduled LR of factors U and V, above 0.")
     adapter_lr_scale: float = _option(1.0, "Multiplier on the scheduled LR of lora_A and lora_B, above 0.")
+    matrix_optimizer: MatrixOptimizer = _option(
+        "none",
+        "Optimizer of the selected layers' weights in every form, in place of the run's own: 'muon' moves dense "
+        "weights as torch.optim.Muon does, and factors and adapters by a rule that bounds the change of their product "
+        "alike; 'none' leaves them to the run's own.",
+    )
+    matrix_lr: float = _option(
+        0.02,
+        "Peak learning rate of matrix_optimizer, above 0, for every form and rank; scheduled as the run's own. Times "
+        "sqrt(max(1, out/in)) it is the spectral norm that an update adds to W.",
+    )
+    matrix_momentum: float = _option(0.95, "Momentum of matrix_optimizer, in [0, 1).")
     frobenius_decay: bool = _option(
         False,
         "Decay the product: apply the optimizer's weight_decay to factored layers as the gradient of "
@@ -165,7 +178,12 @@ class DRTConfig:
         object.__setattr__(self, "rank_pattern", _parse_rank_pattern(self.rank_pattern))
 
     def _check_choices(self) -> None:
-        for name, choices in (("start", Start), ("adapter_init", AdapterInit), ("moments", Moments)):
+        for name, choices in (
+            ("start", Start),
+            ("adapter_init", AdapterInit),
+            ("moments", Moments),
+            ("matrix_optimizer", MatrixOptimizer),
+        ):
             _require(getattr(self, name) in get_args(choices), self, name, f"one of {', '.join(get_args(choices))}")
         for name, default, registry in (("export", "dense", EXPORTERS), ("decomposition", "svd", PRODUCTS)):
             if getattr(self, name) != default:  # which is known without a look
@@ -186,9 +204,11 @@ class DRTConfig:
             _require(_is_number(self.budget) and 0 < self.budget <= 1, self, "budget", "in (0, 1]", hint)
 
     def _check_rates(self) -> None:
-        for name in ("adapter_alpha", "factored_lr_scale", "adapter_lr_scale"):
+        for name in ("adapter_alpha", "factored_lr_scale", "adapter_lr_scale", "matrix_lr"):
             _require(_is_number(getattr(self, name)) and getattr(self, name) > 0, self, name, "a number above 0")
         _require(_is_number(self.rewarmup_start) and 0 <= self.rewarmup_start <= 1, self, "rewarmup_start", "in [0, 1]")
+        momentum = self.matrix_momentum
+        _require(_is_number(momentum) and 0 <= momentum < 1, self, "matrix_momentum", "in [0, 1)")
         for name in ("rewarmup_steps", "log_rank_steps"):
             value = getattr(self, name)
             _require(_is_int(value) and value >= 0, self, name, "a whole number of at least 0", "The unit is steps.")

@@ -1,6 +1,7 @@
-"""Matrices only: the SVD and its cheap ways, spectra and ranks, Tucker and CP."""
+"""Matrices only: the SVD and its cheap ways, spectra and ranks, polar factors, Tucker and CP."""
 
 from hf_drt.linalg.cp import cp, cp_limit, equal_norms, khatri_rao
+from hf_drt.linalg.polar import polar, polar_map
 from hf_drt.linalg.spectral import (
     LinAlgError,
     effective_rank,
@@ -28,6 +29,8 @@ __all__ = [
     "full_precision",
     "gram_singular_values",
     "khatri_rao",
+    "polar",
+    "polar_map",
     "retained_energy",
     "singular_values",
     "stable_rank",

@@ -2,8 +2,8 @@
 
 from hf_drt.optim import known  # noqa: F401 (fills the registry)
 from hf_drt.optim.carry import carry_groups, carry_moments, put_states, remembered, take_states, unwrap
-from hf_drt.optim.groups import add_form_groups, form_group_options
-from hf_drt.optim.install import install, staged
+from hf_drt.optim.groups import GROUP_SETTINGS, add_form_groups, form_group_options
+from hf_drt.optim.install import install, refuse_sharded, staged
 from hf_drt.optim.outline import stand_ins
 from hf_drt.optim.owners import Owner, optimizer_made_in, owners
 from hf_drt.optim.rates import check_rate, own_rate
@@ -21,6 +21,7 @@ from hf_drt.optim.registry import (
 from hf_drt.optim.step import StepRules, frobenius_decay_, rewarmup_factor
 
 __all__ = [
+    "GROUP_SETTINGS",
     "OPTIMIZERS",
     "MomentKeys",
     "OptimizerRule",
@@ -42,6 +43,7 @@ __all__ = [
     "owners",
     "put_states",
     "qualified_name",
+    "refuse_sharded",
     "remembered",
     "rewarmup_factor",
     "rule_of",

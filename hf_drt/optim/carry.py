@@ -9,9 +9,10 @@ from hf_drt.engines import Engine, Single
 from hf_drt.forms import trainable_weights
 from hf_drt.optim.groups import spliced_groups
 from hf_drt.optim.index import model_order
+from hf_drt.optim.matrices import MATRIX, MOMENTUM
 from hf_drt.optim.moments import project
 from hf_drt.optim.owners import Group, owners, set_owners
-from hf_drt.optim.registry import State, rule_of
+from hf_drt.optim.registry import MomentKeys, OptimizerRule, State, rule_of
 from hf_drt.targets import Swap
 
 
@@ -116,7 +117,8 @@ def take_states(
     if policy == "reset":
         return [{} for _ in trainable_weights(new)]
     states = [{key: engine.full(value) for key, value in state.items()} for state in states]
-    return project(whole, new, states, rule_of(optimizer).moments)
+    keys = rule_of(optimizer).moments
+    return project(whole, new, states, MomentKeys((*keys.first, MOMENTUM), keys.second))
 
 
 def put_states(optimizer: torch.optim.Optimizer, new: nn.Module, states: list[State], engine: Engine) -> None:
@@ -126,8 +128,16 @@ def put_states(optimizer: torch.optim.Optimizer, new: nn.Module, states: list[St
     rule = rule_of(optimizer)
     for weight, state in zip(trainable_weights(new), states, strict=True):
         carried = {key: engine.like(value, weight) for key, value in state.items()}
-        if begun := rule.new_state(optimizer, weight) | carried:
+        if begun := _new_state(optimizer, rule, weight) | carried:
             optimizer.state[weight] = begun
+
+
+def _new_state(optimizer: torch.optim.Optimizer, rule: OptimizerRule, weight: nn.Parameter) -> State:
+    """What the optimizer does not make by itself of a weight that it trains; the matrix optimizer's are not its own."""
+    begun = rule.new_state(optimizer, weight)
+    if not begun or any(weight is p for group in optimizer.param_groups if MATRIX in group for p in group["params"]):
+        return {}
+    return begun
 
 
 def remembered(optimizer: torch.optim.Optimizer) -> Callable[[], None]:

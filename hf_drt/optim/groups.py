@@ -3,9 +3,9 @@
 An optimizer's state dict is keyed by position, so the order of ``param_groups`` has to be the one that a fresh
 optimizer over the changed model would have, or a checkpoint cannot be resumed.
 
-Forms with a learning-rate multiplier or with Frobenius decay live in *form groups*: a copy of their parent group's
-options, appended when the optimizer is made and possibly empty, so that the number of groups, which a learning-rate
-scheduler fixes at its start, never changes.
+Forms with a learning rate or multiplier of their own, or with Frobenius decay, live in *form groups*: a copy of their
+parent group's options, appended when the optimizer is made and possibly empty, so that the number of groups, which a
+learning-rate scheduler fixes at its start, never changes.
 """
 
 from bisect import bisect_right
@@ -18,19 +18,28 @@ from torch import nn
 
 from hf_drt.config import DRTConfig
 from hf_drt.forms import form_of, layer_of, trainable_weights
-from hf_drt.optim.index import GroupIndex, model_order
+from hf_drt.optim.index import KINDS, GroupIndex, model_order
+from hf_drt.optim.matrices import MATRIX
 from hf_drt.optim.owners import FORM, PARENT, Group, Owner, form_groups, mark, number_of
 
 LR_SCALE, FROBENIUS = "drt_lr_scale", "drt_frobenius_decay"
+# The settings that need form groups, for messages.
+GROUP_SETTINGS = "factored_lr_scale, adapter_lr_scale, frobenius_decay and matrix_optimizer"
+# What a form group has of the settings, and a scheduler leaves as it is.
+_FIXED = (LR_SCALE, MATRIX)
 
 
 def form_group_options(config: DRTConfig) -> dict[str, dict[str, Any]]:
     """Options by form, of those forms that need a group of their own."""
     options: dict[str, dict[str, Any]] = {}
+    if config.matrix_optimizer != "none":
+        matrices = {"lr": config.matrix_lr, MATRIX: config.matrix_momentum}
+        options = {form: dict(matrices) for form in KINDS.values()}
     if config.factored_lr_scale != 1 or config.frobenius_decay:
-        options["factored"] = {LR_SCALE: config.factored_lr_scale, FROBENIUS: config.frobenius_decay}
+        scaled = {LR_SCALE: config.factored_lr_scale, FROBENIUS: config.frobenius_decay}
+        options["factored"] = options.get("factored", {}) | scaled
     if config.adapter_lr_scale != 1:
-        options["adapter"] = {LR_SCALE: config.adapter_lr_scale}
+        options["adapter"] = options.get("adapter", {}) | {LR_SCALE: config.adapter_lr_scale}
     return options
 
 
@@ -51,8 +60,8 @@ def add_form_groups(optimizer: torch.optim.Optimizer, owner: Owner, config: DRTC
         return lambda: None
     if not present and any("initial_lr" in group for group in optimizer.param_groups):
         raise ValueError(
-            "factored_lr_scale, adapter_lr_scale and frobenius_decay add parameter groups, but a learning-rate "
-            "scheduler that counts them has been made already. Call drt.install(optimizer) before making the scheduler."
+            f"{GROUP_SETTINGS} add parameter groups, but a learning-rate scheduler that counts them has been made "
+            "already. Call drt.install(optimizer) before making the scheduler."
         )
     targets = {name: layer_of(model, name) for name in owner.names}
     index = GroupIndex(optimizer)
@@ -98,15 +107,20 @@ def _check_present(
     present: list[Group], parents: set[int], options: dict[str, dict], weights: list[nn.Parameter]
 ) -> None:
     """Whether the form groups that are there are those that an owner needs, and hold no other layers."""
-    found = {(g[PARENT], g[FORM], g[LR_SCALE], g.get(FROBENIUS, False) is not False) for g in present}
-    needed = {(p, form, o[LR_SCALE], o.get(FROBENIUS, False)) for p in parents for form, o in options.items()}
+    found = {(g[PARENT], g[FORM], *_fixed(g)) for g in present}
+    needed = {(parent, form, *_fixed(group)) for parent in parents for form, group in options.items()}
     own = {id(weight) for weight in weights}
     if found != needed or not all(id(p) in own for group in present for p in group["params"]):
         raise ValueError(
-            "the optimizer has parameter groups of an earlier DynamicRank of this model, with other layers or another "
-            "factored_lr_scale, adapter_lr_scale or frobenius_decay; these decide the groups, which cannot change. "
+            "the optimizer has parameter groups of an earlier DynamicRank of this model, with other layers or other "
+            f"values of {GROUP_SETTINGS}; these decide the groups, which cannot change. "
             "Make a new optimizer, or keep the settings."
         )
+
+
+def _fixed(group: dict[str, Any]) -> tuple[Any, ...]:
+    """A form group's settings; the decay itself is the optimizer's."""
+    return *(group.get(key) for key in _FIXED), group.get(FROBENIUS, False) is not False
 
 
 def spliced_groups(

@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from hf_drt.forms import Adapter, Factored, Form, trainable_weights
+from hf_drt.forms import Adapter, Dense, Factored, Form, trainable_weights
 from hf_drt.optim.owners import FORM, PARENT, number_of_group
 
-KINDS: dict[type, str] = {Factored: "factored", Adapter: "adapter"}
+KINDS: dict[type, str] = {Factored: "factored", Adapter: "adapter", Dense: "dense"}
 
 
 class GroupIndex:

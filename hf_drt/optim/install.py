@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from hf_drt.config import DRTConfig
+from hf_drt.engines import engine_of
 from hf_drt.forms import trainable_weights
 from hf_drt.optim.groups import add_form_groups
 from hf_drt.optim.index import GroupIndex
@@ -26,8 +27,24 @@ def staged(
             another model that a rule must not touch. Nothing has changed then.
     """
     rule_of(optimizer)
+    model = owner.model()
+    if model is not None and engine_of(model).sharded:
+        refuse_sharded(config)
     check_rate(optimizer, config, owner.parameters())
     return entry(optimizer, owner), add_form_groups(optimizer, owner, config)
+
+
+def refuse_sharded(config: DRTConfig) -> None:
+    """What a sharded model cannot have.
+
+    Raises:
+        ValueError: The matrix optimizer is set.
+    """
+    if config.matrix_optimizer != "none":
+        raise ValueError(
+            f"matrix_optimizer={config.matrix_optimizer} needs whole matrices, and FSDP shards them. Train with DDP "
+            "(leave fsdp out of the training arguments), or set matrix_optimizer to 'none'."
+        )
 
 
 def install(optimizer: torch.optim.Optimizer, owner: Owner, config: DRTConfig, targets: dict[str, nn.Module]) -> None:

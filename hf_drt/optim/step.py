@@ -1,4 +1,5 @@
-"""What happens around one optimizer step: LR re-warm-up, LR multipliers per form, Frobenius decay.
+"""What happens around one optimizer step: LR re-warm-up, LR multipliers per form, Frobenius decay, and the step of the
+matrix optimizer.
 
 The scheduled learning rates are scaled just before ``optimizer.step()`` and restored just after it, so that a
 scheduler of any kind, and the checkpoint, see only their own numbers.
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from hf_drt.optim.groups import FROBENIUS, LR_SCALE
+from hf_drt.optim.matrices import MatrixStep
+from hf_drt.optim.matrix_state import kept_apart
 from hf_drt.optim.owners import rewarmup_factors
 
 
@@ -51,7 +54,9 @@ class StepRules:
         self._installed[optimizer] = self
         self._factors = factors
         self._scheduled: list = []
+        self._matrices = MatrixStep()
         self._handles = [
+            *kept_apart(optimizer),
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
@@ -59,6 +64,8 @@ class StepRules:
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         factors = self._factors(optimizer)
         self._restore(optimizer)  # where the step before has raised, and left its scaled rates behind
+        # The first of the arguments is the optimizer itself.
+        self._matrices.before(optimizer, kwargs.get("closure", args[1] if len(args) > 1 else None))
         self._scheduled = [group["lr"] for group in optimizer.param_groups]
         for group, factor in zip(optimizer.param_groups, factors, strict=True):
             if (scale := factor * group.get(LR_SCALE, 1.0)) != 1:  # a rate that nothing scales may be None
@@ -67,6 +74,7 @@ class StepRules:
                 _decay_products(group["params"], float(group["lr"]) * group[FROBENIUS])
 
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        self._matrices.after(optimizer)
         self._restore(optimizer)
 
     def _restore(self, optimizer: torch.optim.Optimizer) -> None:

@@ -72,11 +72,11 @@ def check_phase(phase: Phase, forms: dict[str, Form], targets: Shapes, config: D
         config: The settings that the forms come from.
 
     Raises:
-        ValueError: All layers would stay dense, or the Frobenius decay has no product of two factors to act on.
+        ValueError: All layers would stay dense, or a setting has no product of two factors to act on.
     """
     if phase.kind == "dense":
         return
-    _check_frobenius_decay(forms, config)
+    _check_products(forms, config)
     dense = [name for name, form in forms.items() if form == Dense()]
     kept = dict.fromkeys(name for name in dense if stays_dense(phase.kind, name, config))
     if len(dense) == len(targets):
@@ -93,13 +93,16 @@ def check_phase(phase: Phase, forms: dict[str, Form], targets: Shapes, config: D
         )  # fmt: skip
 
 
-def _check_frobenius_decay(forms: dict[str, Form], config: DRTConfig) -> None:
+def _check_products(forms: dict[str, Form], config: DRTConfig) -> None:
     low_rank = (form for form in forms.values() if not isinstance(form, Dense))
-    if config.frobenius_decay and not all(form.product.two_matrices for form in low_rank):
-        raise ValueError(
-            f"frobenius_decay is the decay of a product U V, and decomposition='{config.decomposition}' "
-            "is of other tensors. Use decomposition='svd', or leave frobenius_decay out."
-        )
+    if all(form.product.two_matrices for form in low_rank):
+        return
+    for name, does in (("frobenius_decay", "is the decay of"), ("matrix_optimizer", "is of")):
+        if getattr(config, name) not in (False, "none"):
+            raise ValueError(
+                f"{name} {does} a product U V, and decomposition='{config.decomposition}' is of other tensors. Use "
+                f"decomposition='svd', or leave {name} out."
+            )
 
 
 def _all_dense(phase: Phase, kept: dict[str, None], targets: Shapes, config: DRTConfig) -> str:

@@ -233,6 +233,18 @@ def _needs_trainer(usage: Usage) -> str | None:
     return "DRTTrainer uses it; a training loop of your own evaluates, saves and logs by itself."
 
 
+def _needs_matrix_optimizer(usage: Usage) -> str | None:
+    if usage.config.matrix_optimizer != "none":
+        return None
+    return "the run's own optimizer trains all weights. Set matrix_optimizer, e.g. to 'muon'."
+
+
+def _frobenius_decay(usage: Usage) -> str | None:
+    if usage.config.matrix_optimizer == "none":
+        return None
+    return f"matrix_optimizer={usage.config.matrix_optimizer} decays the product anyway. Give one of the two."
+
+
 def _log_rank_per_layer(usage: Usage) -> str | None:
     return None if usage.config.log_rank_steps else "effective ranks are not logged. Set log_rank_steps."
 
@@ -262,7 +274,10 @@ IDLE: dict[str, Reason] = {
     "rewarmup_start": _rewarmup_start,
     "factored_lr_scale": _needs_phase("factored"),
     "adapter_lr_scale": _needs_phase("adapter"),
-    "frobenius_decay": _needs_phase("factored"),
+    "matrix_optimizer": _always,  # dense weights too
+    "matrix_lr": _needs_matrix_optimizer,
+    "matrix_momentum": _needs_matrix_optimizer,
+    "frobenius_decay": _first(_needs_phase("factored"), _frobenius_decay),
     "log_rank_steps": _needs_trainer,
     "log_rank_per_layer": _first(_needs_trainer, _log_rank_per_layer),
     "evaluate_at_switch": _first(_needs_trainer, _needs_switch),

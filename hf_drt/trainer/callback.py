@@ -9,7 +9,7 @@ from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
-from hf_drt.optim import form_group_options
+from hf_drt.optim import GROUP_SETTINGS, form_group_options
 from hf_drt.planning import LayersOf, resolved_plan
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Run
@@ -33,7 +33,8 @@ class DRTCallback(DriverEvents):
 
     It cannot resume (``drt_state.json`` is written all the same, so that DRTTrainer can), load the best model at the
     end, measure the function-preservation error, or use form groups (``factored_lr_scale``, ``adapter_lr_scale``,
-    ``frobenius_decay``); it says so when asked to. :class:`hf_drt.DRTTrainer` can, and has no place for it.
+    ``frobenius_decay``, ``matrix_optimizer``); it says so when asked to. :class:`hf_drt.DRTTrainer` can, and has no
+    place for it.
 
     Args:
         config: Settings, or just the schedule's text.
@@ -110,8 +111,7 @@ class DRTCallback(DriverEvents):
             )
         if form_group_options(self.config):
             raise ValueError(
-                "factored_lr_scale, adapter_lr_scale and frobenius_decay need parameter groups from before the "
-                "scheduler is made. Use DRTTrainer."
+                f"{GROUP_SETTINGS} need parameter groups from before the scheduler is made. Use DRTTrainer."
             )
         if not EXPORTERS[self.config.export].by_plain_trainer or self.config.tag_phases:
             raise ValueError(

@@ -37,7 +37,7 @@ from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.engines import engine_of
 from hf_drt.export import check_export
-from hf_drt.optim import form_group_options
+from hf_drt.optim import GROUP_SETTINGS, form_group_options
 from hf_drt.planning import LayersOf, refuse_without_schedule, resolution
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Run
@@ -237,8 +237,8 @@ class DRTTrainerMixin(PublishingMixin):
         before, config = self._drt_settings, self._drt_config()
         if self.optimizer is not None and form_group_options(config) != form_group_options(before or config):
             raise ValueError(
-                "factored_lr_scale, adapter_lr_scale and frobenius_decay decide the optimizer's groups, and cannot "
-                "change between two train() calls with one optimizer. Make a new trainer."
+                f"{GROUP_SETTINGS} decide the optimizer's groups, and cannot change between two "
+                "train() calls with one optimizer. Make a new trainer."
             )
         self._drt_settings = config
         epoch = updates_per_epoch(train_dataloader, self.args.gradient_accumulation_steps)

@@ -13,7 +13,16 @@ from transformers.trainer_utils import HubStrategy
 
 from hf_drt.config import DRTConfig
 from hf_drt.forms import layer_of
-from hf_drt.optim import OPTIMIZERS, check_rate, form_group_options, own_rate, qualified_name, unwrap
+from hf_drt.optim import (
+    GROUP_SETTINGS,
+    OPTIMIZERS,
+    check_rate,
+    form_group_options,
+    own_rate,
+    qualified_name,
+    refuse_sharded,
+    unwrap,
+)
 from hf_drt.planning import TargetLayers, Usage, idle_settings, lowrank_kind, refuse_idle, schedule_of, usage_of
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Schedule
@@ -44,10 +53,12 @@ def refuse_unsupported(trainer: Any, config: DRTConfig) -> None:
         )
     if config.evaluate_at_switch and trainer.eval_dataset is None:
         raise ValueError("evaluate_at_switch needs an eval_dataset, got None. Pass one, or turn it off.")
+    if trainer.is_fsdp_enabled:
+        refuse_sharded(config)
     if form_group_options(config) and trainer.lr_scheduler is not None:
         raise ValueError(
-            "factored_lr_scale, adapter_lr_scale and frobenius_decay add parameter groups, but a scheduler was passed "
-            "that already counts them. Pass optimizers=(optimizer, None), or override create_scheduler."
+            f"{GROUP_SETTINGS} add parameter groups, but a scheduler was passed that already counts "
+            "them. Pass optimizers=(optimizer, None), or override create_scheduler."
         )
 
 

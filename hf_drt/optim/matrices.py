@@ -1,0 +1,151 @@
+"""The matrix optimizer: the weights of the target layers are updated beside the optimizer, whatever their form.
+
+A dense W moves as under :class:`torch.optim.Muon`, bit for bit; factors and adapters by :mod:`hf_drt.optim.pair_rule`.
+One rate holds for all, since in every form it bounds the spectral norm of the change of W: that of a layer is
+``lr sqrt(max(1, out / in))``. Momentum is Nesterov's, ``B <- beta B + (1 - beta) G`` of each weight's own gradient;
+decay is decoupled and acts on W, or on the product ``s L R``, which a factor ``1 - lr lambda`` shrinks in every form.
+
+The weights stay in the optimizer's groups, and their momentum in its state, so that schedulers, checkpoints and a
+change of form see one optimizer. Its own step does not see their gradients.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_drt.forms import LowRankLinear, layer_of, layout_of, trainable_weights
+from hf_drt.linalg import full_precision, polar, working_dtype
+from hf_drt.optim.owners import Group, owners
+from hf_drt.optim.pair_rule import pair_update
+
+# Marks a group of such weights, and is their momentum's beta; the entry of the state that holds the momentum.
+MATRIX, MOMENTUM = "drt_matrix_momentum", "drt_momentum"
+
+
+@dataclass(frozen=True)
+class _Update:
+    """One layer's part in a step: its trainable weights, their gradients (None of a frozen one) and their group."""
+
+    layer: nn.Module
+    weights: tuple[nn.Parameter, ...]
+    gradients: list[Tensor | None]
+    group: Group
+
+
+class MatrixStep:
+    """What the optimizer's step does not do: :meth:`before` it takes the gradients aside, :meth:`after` it updates."""
+
+    def __init__(self) -> None:
+        self._updates: list[_Update] = []
+
+    def before(self, optimizer: torch.optim.Optimizer, closure: Any = None) -> None:
+        """Take the gradients of the matrices aside.
+
+        Raises:
+            ValueError: The gradients will be computed in the step only.
+        """
+        # What a step that has raised has left here belongs to gradients that are gone.
+        self._updates = list(_updates(optimizer))
+        if self._updates and closure is not None:
+            raise ValueError(
+                "matrix_optimizer takes the gradients before optimizer.step(), and step(closure) computes them in it. "
+                "Call the closure first, then step() without it."
+            )
+        for update in self._updates:
+            for weight in update.weights:
+                weight.grad = None
+
+    @torch.no_grad()
+    @full_precision()
+    def after(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give the gradients back, and update the weights."""
+        updates, self._updates = self._updates, []
+        for update in updates:
+            for weight, gradient in zip(update.weights, update.gradients, strict=True):
+                weight.grad = gradient
+        scale, overflow = _left_to_step(optimizer)
+        if not overflow:
+            for update in updates:
+                _apply(optimizer, update, scale)
+
+
+def _updates(optimizer: torch.optim.Optimizer) -> Iterator[_Update]:
+    groups = {id(p): group for group in optimizer.param_groups if MATRIX in group for p in group["params"]}
+    for owner in owners(optimizer) if groups else ():
+        model = owner.model()
+        for layer in (layer_of(model, name) for name in owner.names) if model is not None else ():
+            weights = trainable_weights(layer)
+            gradients = [weight.grad for weight in weights]
+            if id(weights[0]) in groups and any(gradient is not None for gradient in gradients):
+                yield _Update(layer, weights, gradients, groups[id(weights[0])])
+
+
+def _left_to_step(optimizer: torch.optim.Optimizer) -> tuple[Tensor | None, bool]:
+    """The loss scale that the gradients still have, and whether they have overflowed, where a GradScaler leaves both to
+    a fused step."""
+    overflow = getattr(optimizer, "found_inf", None)
+    return getattr(optimizer, "grad_scale", None), overflow is not None and bool(overflow.item())
+
+
+def _apply(optimizer: torch.optim.Optimizer, update: _Update, scale: Tensor | None) -> None:
+    layer, group = update.layer, update.group
+    lr, decay = float(group["lr"]), float(group["lr"]) * group["weight_decay"]
+    directions = [
+        _direction(optimizer, weight, gradient, scale, group[MATRIX])
+        for weight, gradient in zip(update.weights, update.gradients, strict=True)
+    ]
+    if isinstance(layer, LowRankLinear):
+        steps, amount, keep = _pair_steps(layer, directions, lr), 1.0, sqrt(1 - decay)
+    else:
+        layout = layout_of(layer)
+        W = layout.matrix(directions[0])
+        steps, amount, keep = [layout.stored(polar(W))], _rate(*W.shape[-2:], lr), 1 - decay
+    for weight, gradient, step in zip(update.weights, update.gradients, steps, strict=True):
+        if gradient is not None:
+            _take(weight, step, amount, keep)
+
+
+def _direction(
+    optimizer: torch.optim.Optimizer, weight: Tensor, gradient: Tensor | None, scale: Tensor | None, beta: float
+) -> Tensor:
+    """Nesterov's, in float32 or better; the buffer has the weight's dtype, as a checkpoint keeps it. Zero of a frozen
+    weight."""
+    dtype = working_dtype(weight.dtype)
+    if gradient is None:
+        return torch.zeros_like(weight, dtype=dtype)
+    gradient = gradient.to(dtype) if scale is None else gradient.to(dtype) / scale
+    state = optimizer.state[weight]
+    if MOMENTUM not in state:
+        state[MOMENTUM] = torch.zeros_like(weight)
+    buffer = state[MOMENTUM]
+    average = buffer.to(dtype).lerp_(gradient, 1 - beta)
+    if average is not buffer:
+        buffer.copy_(average)
+    return gradient.lerp(average, beta)
+
+
+def _pair_steps(layer: LowRankLinear, directions: list[Tensor], lr: float) -> list[Tensor]:
+    """The steps of a layer's two factors, in the order of its trainable weights."""
+    L, R, scale = layer.pair()
+    left_first = trainable_weights(layer)[0] is L
+    M_L, M_R = directions if left_first else directions[::-1]
+    dtype = M_L.dtype
+    steps = pair_update(L.to(dtype), R.to(dtype), M_L, M_R, _rate(L.shape[-2], R.shape[-1], lr) / scale)
+    return list(steps if left_first else steps[::-1])
+
+
+def _rate(d_out: int, d_in: int, lr: float) -> float:
+    """Of a layer, as torch.optim.Muon adjusts it by default."""
+    return lr * sqrt(max(1, d_out / d_in))
+
+
+def _take(weight: Tensor, step: Tensor, amount: float, keep: float) -> None:
+    """``weight <- keep weight - amount step``, computed in float32 or better and rounded once."""
+    work = weight.to(working_dtype(weight.dtype))
+    work.mul_(keep).add_(step, alpha=-amount)
+    if work is not weight:
+        weight.copy_(work)
