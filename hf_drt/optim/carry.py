@@ -17,9 +17,9 @@ from hf_drt.targets import Swap
 
 
 def unwrap(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The torch optimizer inside a wrapper such as Accelerate's, whose ``optimizer`` attribute holds it."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
+    """The torch optimizer inside Accelerate's wrapper. Others that hold one may keep state of their own beside it."""
+    while type(optimizer).__module__ == "accelerate.optimizer":
+        optimizer = optimizer.optimizer  # type: ignore[reportAttributeAccessIssue]
     return optimizer
 
 
