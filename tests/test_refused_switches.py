@@ -48,8 +48,8 @@ NOT_IN_OPTIMIZER = rf"the weights of {Q} are not in the optimizer\. Make it afte
     ("make", "message"),
     [
         (
-            lambda model: torch.optim.Adagrad(model.parameters()),
-            r"the optimizer torch\.optim\.adagrad\.Adagrad cannot follow a change of form",
+            lambda model: torch.optim.LBFGS(model.parameters()),
+            r"the optimizer torch\.optim\.lbfgs\.LBFGS cannot follow a change of form",
         ),
         (lambda model: torch.optim.AdamW(model.lm_head.parameters()), NOT_IN_OPTIMIZER),
         (
@@ -57,7 +57,7 @@ NOT_IN_OPTIMIZER = rf"the weights of {Q} are not in the optimizer\. Make it afte
             NOT_IN_OPTIMIZER,
         ),
     ],
-    ids=["adagrad", "other weights", "one factor missing"],
+    ids=["closure", "other weights", "one factor missing"],
 )
 def test_an_optimizer_that_cannot_follow_is_refused_and_the_model_stays(make, message, step):
     model = tiny.llama()

@@ -10,6 +10,7 @@ from hf_drt.engines import engine_of
 from hf_drt.forms import trainable_weights
 from hf_drt.optim.groups import add_form_groups
 from hf_drt.optim.index import GroupIndex
+from hf_drt.optim.own import check_own
 from hf_drt.optim.owners import Owner, entry, owners
 from hf_drt.optim.rates import check_rate
 from hf_drt.optim.registry import rule_of
@@ -30,6 +31,7 @@ def staged(
     model = owner.model()
     if model is not None and engine_of(model).sharded:
         refuse_sharded(config)
+    check_own(optimizer, config)
     check_rate(optimizer, config, owner.parameters())
     return entry(optimizer, owner), add_form_groups(optimizer, owner, config)
 

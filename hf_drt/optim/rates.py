@@ -21,6 +21,11 @@ def own_rate(optimizer: torch.optim.Optimizer, mine: set[int] | None = None) -> 
     return rule.own_rate if any(map(rule.own_rate.when, groups)) else None
 
 
+def scaling(config: DRTConfig) -> str:
+    """The settings that scale the learning rate, as they are given; empty if none is."""
+    return ", ".join(f"{key}={value}" for key, off in _OFF.items() if (value := getattr(config, key)) != off)
+
+
 def check_rate(optimizer: torch.optim.Optimizer, config: DRTConfig, mine: set[int] | None = None) -> None:
     """Whether the settings that scale the learning rate can act.
 
@@ -30,7 +35,7 @@ def check_rate(optimizer: torch.optim.Optimizer, config: DRTConfig, mine: set[in
     Raises:
         ValueError: They cannot.
     """
-    found = ", ".join(f"{key}={value}" for key, off in _OFF.items() if (value := getattr(config, key)) != off)
+    found = scaling(config)
     if found and (rate := own_rate(optimizer, mine)) is not None:
         name = type(optimizer).__name__
         raise ValueError(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_drt.optim.trial import UnfitError, tried
 from hf_drt.registry import Registry
 
 State = dict[str, Any]
@@ -74,7 +75,8 @@ class OptimizerRule:
         refused: Why it cannot follow a change of form, and what can; empty where it can.
         new_state: Gives a new weight the state that the optimizer does not make by itself at the weight's first step,
             as where its constructor does.
-        state_shape: Shape of a state's entry, by its name and the parameter's shape; of scalars it is not asked.
+        state_shape: Shape of a state's entry, by its name and the parameter's shape, None where it is not known; of
+            scalars it is not asked.
         own_rate: Where its groups' ``lr`` may be of no effect.
     """
 
@@ -83,7 +85,7 @@ class OptimizerRule:
     optim: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refused: str = ""
     new_state: Callable[[torch.optim.Optimizer, nn.Parameter], State] = _nothing
-    state_shape: Callable[[str, Shape], Shape] = _same_shape
+    state_shape: Callable[[str, Shape], Shape | None] = _same_shape
     own_rate: OwnRate | None = None
 
     def carried(self) -> str:
@@ -93,7 +95,8 @@ class OptimizerRule:
         return f"{' and '.join(found)} moments" if found else "nothing: its state starts anew"
 
 
-# By qualified name and not by isinstance: a third party's subclass may keep state that these rules do not know.
+# By qualified name and not by isinstance: a third party's subclass may keep state that these rules do not know. Like
+# any class without a rule it is tried (:mod:`hf_drt.optim.trial`).
 OPTIMIZERS: Registry[OptimizerRule] = Registry("optimizer", "hf_drt.optim")
 
 
@@ -103,20 +106,39 @@ def qualified_name(cls: type) -> str:
 
 
 def rule_of(optimizer: torch.optim.Optimizer) -> OptimizerRule:
-    """The rule of an optimizer that may follow a change of form.
+    """The rule of an optimizer that may follow a change of form: the registered one of its class, else what a trial on
+    a copy has found, which is made at the first call for this optimizer.
 
     Raises:
-        ValueError: There is none, or it says why not.
+        ValueError: The rule says why not, or the trial has failed.
     """
     name = qualified_name(type(optimizer))
     rule = OPTIMIZERS.get(name)
-    if rule is not None and not rule.refused:
-        return rule
-    reason = rule.refused if rule is not None else "its state per parameter is unknown here."
+    if rule is None:
+        return _tried_rule(optimizer, name)
+    if rule.refused:
+        raise _refusal(name, rule.refused)
+    return rule
+
+
+def _tried_rule(optimizer: torch.optim.Optimizer, name: str) -> OptimizerRule:
+    try:
+        found = tried(optimizer)
+    except UnfitError as error:
+        raise _refusal(
+            name,
+            f"it has no rule, and in a trial on small parameters {error} Let it keep what it knows of a parameter in "
+            "self.state[parameter], made at the parameter's first step, or register what it needs: "
+            f"hf_drt.optim.OPTIMIZERS.add('{name}', OptimizerRule(...)).",
+        ) from error
+    return OptimizerRule("a class of one's own", state_shape=lambda key, shape: shape if key in found.shaped else None)
+
+
+def _refusal(name: str, reason: str) -> ValueError:
     allowed = sorted(public_name(known) for known, other in OPTIMIZERS.items() if not other.refused)
-    raise ValueError(
+    return ValueError(
         f"the optimizer {name} cannot follow a change of form: {reason} Allowed are {', '.join(allowed)} "
-        f"(optim={_any_of(list(optim_names()))}), and no classes derived from them or named like them."
+        f"(optim={_any_of(list(optim_names()))}), and classes without a rule that pass a trial."
     )
 
 

@@ -156,7 +156,8 @@ def check_optimizer(folder: str | Path, optimizer: torch.optim.Optimizer) -> Non
             )
         for index, parameter in zip(group["params"], other["params"], strict=True):
             for key, value in stored["state"].get(index, {}).items():
-                if torch.is_tensor(value) and value.ndim and value.shape != rule.state_shape(key, parameter.shape):
+                expected = rule.state_shape(key, parameter.shape)
+                if torch.is_tensor(value) and value.ndim and expected not in (None, value.shape):
                     raise CheckpointError(
                         f"{path} holds {key} of shape {tuple(value.shape)} for a parameter of shape "
                         f"{tuple(parameter.shape)}: it belongs to another phase or model. {_OTHER}"

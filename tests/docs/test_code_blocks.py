@@ -18,6 +18,8 @@ import yaml
 from pages import ROOT, Block, all_blocks, chains
 from stand_ins import STAND_INS
 
+from hf_drt.optim import OPTIMIZERS
+
 NOT_RUN = {
     "report.md": "chromium --headless --no-sandbox --hide-scrollbars --window-size=1060,1190 --screenshot=report.png "
     "report.html",
@@ -41,13 +43,16 @@ def named(blocks: list) -> dict:
 def here(tmp_path, monkeypatch):
     """An empty folder to be in, with what the block says is there; HF_HUB_OFFLINE is on."""
     monkeypatch.chdir(tmp_path)
+    known = set(OPTIMIZERS)
 
     def provide(block: Block):
         for name in block.having("with"):
             STAND_INS[name](tmp_path, monkeypatch)
         return tmp_path
 
-    return provide
+    yield provide
+    for name in set(OPTIMIZERS) - known:  # that a page has registered
+        OPTIMIZERS.remove(name)
 
 
 @pytest.mark.parametrize("chain", **named(chains()))

@@ -1,0 +1,38 @@
+"""Settings that a class without a rule cannot serve, as its trial has shown."""
+
+import torch
+
+from hf_drt.config import DRTConfig
+from hf_drt.optim.groups import GROUP_SETTINGS, form_group_options
+from hf_drt.optim.rates import scaling
+from hf_drt.optim.registry import OPTIMIZERS, qualified_name
+from hf_drt.optim.trial import tried
+
+
+def check_own(optimizer: torch.optim.Optimizer, config: DRTConfig) -> None:
+    """Whether an optimizer without a rule, which :func:`hf_drt.optim.rule_of` has let pass, can serve the settings.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    name = qualified_name(type(optimizer))
+    if name in OPTIMIZERS:
+        return
+    found = tried(optimizer)
+    if config.moments == "project" and config.matrix_optimizer == "none":
+        raise ValueError(
+            f"moments='project' has no effect with the optimizer {name}: no rule says what of its state "
+            f"({', '.join(found.kept) or 'none'}) are moments. Set moments='reset', by which the state of new weights "
+            f"begins anew; or register them: hf_drt.optim.OPTIMIZERS.add('{name}', OptimizerRule('what it is', "
+            "MomentKeys(first=(...), second=(...))))."
+        )
+    if form_group_options(config) and found.apart:
+        raise ValueError(
+            f"{GROUP_SETTINGS} need parameter groups that are added to the optimizer, but in a trial of {name} on "
+            f"small parameters {found.apart} Leave them out."
+        )
+    if (scales := scaling(config)) and not found.reads_rate:
+        raise ValueError(
+            f"{scales}: this needs the learning rate of the optimizer's groups, but in a trial of {name} on small "
+            "parameters lr made no difference after the first steps. Leave the setting out."
+        )
