@@ -16,6 +16,8 @@ from hf_drt.optim.registry import (
     optim_names,
     optimizer_rows,
     qualified_name,
+    refuse_optim,
+    refused_rows,
     rule_of,
 )
 from hf_drt.optim.step import StepRules, frobenius_decay_, rewarmup_factor
@@ -43,7 +45,9 @@ __all__ = [
     "owners",
     "put_states",
     "qualified_name",
+    "refuse_optim",
     "refuse_sharded",
+    "refused_rows",
     "remembered",
     "rewarmup_factor",
     "rule_of",

@@ -35,11 +35,12 @@ def carry_groups(optimizer: torch.optim.Optimizer, model: nn.Module, swaps: list
         ValueError: The optimizer is not supported, or lacks a weight. Nothing has changed then.
     """
     optimizer = unwrap(optimizer)
-    rule_of(optimizer)
+    rule = rule_of(optimizer)
     lists = spliced_groups(optimizer, model, [(swap.name, swap.old, swap.new) for swap in swaps])
     places = model_order(model)
     ordered = [_in_model_order(group["params"], places) for group in optimizer.param_groups]
     rename = _renamed(optimizer.param_groups, model)
+    replaced = [(list(trainable_weights(swap.old)), list(trainable_weights(swap.new))) for swap in swaps]
 
     def commit() -> None:
         places = model_order(model)
@@ -48,6 +49,7 @@ def carry_groups(optimizer: torch.optim.Optimizer, model: nn.Module, swaps: list
                 _sort_own(params, places)
             group["params"] = params
         rename()
+        rule.handed_on(optimizer, replaced)
 
     return commit
 
@@ -117,7 +119,7 @@ def take_states(
     if policy == "reset":
         return [{} for _ in trainable_weights(new)]
     states = [{key: engine.full(value) for key, value in state.items()} for state in states]
-    keys = rule_of(optimizer).moments
+    keys = rule_of(optimizer).moments_of(optimizer)
     return project(whole, new, states, MomentKeys((*keys.first, MOMENTUM), keys.second))
 
 

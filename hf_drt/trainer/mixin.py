@@ -56,6 +56,7 @@ from hf_drt.trainer.push import Publisher
 from hf_drt.trainer.rates import RunRates
 from hf_drt.trainer.refusals import (
     refuse_experts,
+    refuse_optim_of,
     refuse_own_rate_of,
     refuse_unsupported,
     refuse_unused,
@@ -134,6 +135,7 @@ class DRTTrainerMixin(PublishingMixin):
         self._drt_refuse_callbacks()
         if config.schedule is None:
             return
+        refuse_optim_of(self)
         refuse_own_rate_of(self, config)
         refuse_unsupported(self, config)
         warn_of_another_engine(self)

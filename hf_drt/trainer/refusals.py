@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import PreTrainedModel
 from transformers.trainer_utils import HubStrategy
+from transformers.training_args import OptimizerNames
 
 from hf_drt.config import DRTConfig
 from hf_drt.forms import layer_of
@@ -20,6 +21,7 @@ from hf_drt.optim import (
     form_group_options,
     own_rate,
     qualified_name,
+    refuse_optim,
     refuse_sharded,
     unwrap,
 )
@@ -185,6 +187,16 @@ def refuse_own_rate(optimizer: torch.optim.Optimizer, config: DRTConfig, schedul
         )
 
 
+def refuse_optim_of(trainer: Any) -> None:
+    """Raise where the optimizer that the arguments name cannot follow a change of form.
+
+    Raises:
+        ValueError: With the reason. One that is unknown is looked at when it is made.
+    """
+    if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
+        refuse_optim(OptimizerNames(trainer.args.optim).value)
+
+
 def refuse_own_rate_of(trainer: Any, config: DRTConfig) -> None:
     """:func:`refuse_own_rate`, of the optimizer that the trainer has or is told to make."""
     optimizer = trainer.optimizer if trainer.optimizer is not None else _sample(trainer)
@@ -193,14 +205,14 @@ def refuse_own_rate_of(trainer: Any, config: DRTConfig) -> None:
 
 
 def _sample(trainer: Any) -> torch.optim.Optimizer | None:
-    """An optimizer of the kind that ``optimizer_cls_and_kwargs`` asks for, over one number."""
+    """An optimizer of the kind that ``optimizer_cls_and_kwargs`` asks for, over a matrix of one number."""
     if trainer.optimizer_cls_and_kwargs is None:
         return None
     kind, settings = trainer.optimizer_cls_and_kwargs
     if not isinstance(kind, type) or qualified_name(kind) not in OPTIMIZERS:
         return None
     settings = {key: value for key, value in settings.items() if key not in ("params", "model", "optimizer_dict")}
-    return kind([torch.nn.Parameter(torch.zeros(1))], **settings)
+    return kind([torch.nn.Parameter(torch.zeros(1, 1))], **settings)
 
 
 _DISTRIBUTED = "Use FSDP2 (--fsdp with fsdp_config={'version': 2}), or DistributedDataParallel (torchrun alone)."
