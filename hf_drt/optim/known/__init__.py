@@ -1,6 +1,7 @@
 """What is known of each optimizer, by the package that it comes from, with what the Trainer passes it."""
 
 from hf_drt.optim.known import (  # noqa: F401 (fill the registry)
+    of_accelerators,
     of_bitsandbytes,
     of_optimi,
     of_torch,

@@ -44,7 +44,7 @@ OPTIMIZERS.add(
     ),
 )
 OPTIMIZERS.add(
-    "torch.optim._muon.Muon",
+    "torch.optim.Muon",
     OptimizerRule(
         "torch's Muon, for matrices alone; adjust_lr_fn='match_rms_adamw' gives U and V one rate",
         _MOMENTUM,
@@ -52,7 +52,7 @@ OPTIMIZERS.add(
     ),
 )
 OPTIMIZERS.add(
-    "torch.optim._adafactor.Adafactor",
+    "torch.optim.Adafactor",
     OptimizerRule(
         "torch's Adafactor, whose row and column statistics start anew", state_shape=_adafactor_shape, tested=_TESTED
     ),
