@@ -3,8 +3,8 @@
 In 8 bits the state of a weight of 4,096 elements or more is kept in codes, each block of 256 with a scale of its own,
 and begins anew at a switch. In 32 bits it follows.
 
-GlobalOptimManager knows weights by identity and by place in the groups, as the Trainer's word that embeddings have 32
-bits; its places are of the groups as they were, and the optimizer looks there first.
+GlobalOptimManager has settings of single weights, such as the Trainer's word that embeddings have 32 bits. It knows
+them by identity, and by place in the groups of any optimizer of the process: places that a switch gives to others.
 """
 
 from collections.abc import Iterable, Mapping

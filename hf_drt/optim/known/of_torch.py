@@ -12,9 +12,7 @@ def _adafactor_shape(key: str, shape: Shape) -> Shape:
     return {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, *shape[-1:])}.get(key, shape)
 
 
-OPTIMIZERS.add(
-    "torch.optim.adam.Adam", OptimizerRule("torch's Adam, with or without amsgrad", _ADAM, tested=_TESTED)
-)
+OPTIMIZERS.add("torch.optim.adam.Adam", OptimizerRule("torch's Adam, with or without amsgrad", _ADAM, tested=_TESTED))
 OPTIMIZERS.add(
     "torch.optim.adamw.AdamW",
     OptimizerRule(
@@ -48,6 +46,7 @@ OPTIMIZERS.add(
     OptimizerRule(
         "torch's Muon, for matrices alone; adjust_lr_fn='match_rms_adamw' gives U and V one rate",
         _MOMENTUM,
+        matrices=True,
         tested=_TESTED,
     ),
 )
