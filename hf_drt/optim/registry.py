@@ -202,8 +202,13 @@ def public_name(name: str) -> str:
 
 
 def optim_names() -> dict[str, str]:
-    """Values of ``optim`` whose optimizers may follow, each with the class's name here."""
-    return {optim: name for name, rule in OPTIMIZERS.items() if not rule.refused for optim in rule.optim}
+    """Values of ``optim`` whose optimizers may follow, each with the class's name here; of several classes with one
+    rule the Trainer makes the first."""
+    found: dict[str, str] = {}
+    for name, rule in OPTIMIZERS.items():
+        for optim in () if rule.refused else rule.optim:
+            found.setdefault(optim, name)
+    return found
 
 
 def maker(optim: str) -> tuple[OptimizerRule, Callable[[list[nn.Parameter]], torch.optim.Optimizer]]:

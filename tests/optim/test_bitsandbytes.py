@@ -1,4 +1,4 @@
-"""bitsandbytes: what is kept in 32 bits follows a switch, codes begin anew, and its managers learn of the new weights."""
+"""bitsandbytes: what is kept in 32 bits follows a switch, codes begin anew, and its managers learn of new weights."""
 
 import copy
 
@@ -87,6 +87,16 @@ def test_in_32_bits_moments_follow_by_the_chain_rule(make, first):
         torch.testing.assert_close(optimizer.state[weight]["state1"], image)
         assert optimizer.state[weight]["step"] == 2
     step(model, optimizer, 2)
+
+
+@pytest.mark.parametrize("name", ["AdEMAMix32bit", "PagedAdEMAMix32bit"])
+def test_a_class_whose_own_step_fails_is_refused(name):
+    optimizer = getattr(bnb, name)([nn.Parameter(torch.zeros(4, 4))])
+    with pytest.raises(ValueError, match=r"it has room for one of its two averages, .* Use AdEMAMix\(optim_bits=32\)"):
+        rule_of(optimizer)
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(4, 4)
+    with pytest.raises(RuntimeError):
+        optimizer.step()
 
 
 def test_a_fast_and_a_slow_average_follow_each_by_itself():

@@ -19,6 +19,7 @@ _BLOCK, _CODES = 256, 256
 _FIRST, _SECOND = MomentKeys(("state1",)), MomentKeys(second=("state1",))
 _BOTH = MomentKeys(("state1",), ("state2",))
 _8, _32 = {"optim_bits": 8}, {"optim_bits": 32}
+_TESTED = "bitsandbytes 0.50.2"
 
 
 def _in_32_bits(optimizer: Any) -> bool:
@@ -65,7 +66,7 @@ def _add(
         optim or {},
         keeps=_in_32_bits,
         anew="state in 8 bits",
-        tested="bitsandbytes 0.50.2",
+        tested=_TESTED,
         state_shape=partial(_shape, averages=averages),
         handed_on=_handed_on,
     )
@@ -121,3 +122,13 @@ _add("sgd", _variants("SGD"), "bitsandbytes' SGD with momentum", _FIRST)
 _add("adagrad", _variants("Adagrad"), "bitsandbytes' Adagrad", _SECOND)
 _add("lamb", _variants("LAMB"), "bitsandbytes' LAMB", _BOTH)
 _add("lars", _variants("LARS"), "bitsandbytes' LARS", _FIRST)
+
+for _name in ("AdEMAMix32bit", "PagedAdEMAMix32bit"):
+    OPTIMIZERS.add(
+        f"bitsandbytes.optim.ademamix.{_name}",
+        OptimizerRule(
+            "bitsandbytes' AdEMAMix in 32 bits",
+            refused="it has room for one of its two averages, and its first step fails. Use AdEMAMix(optim_bits=32).",
+            tested=_TESTED,
+        ),
+    )
