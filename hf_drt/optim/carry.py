@@ -7,6 +7,7 @@ from torch import nn
 
 from hf_drt.engines import Engine, Single
 from hf_drt.forms import trainable_weights
+from hf_drt.optim.counts import OwnCounts, begun_counts
 from hf_drt.optim.groups import spliced_groups
 from hf_drt.optim.index import model_order
 from hf_drt.optim.matrices import MATRIX, MOMENTUM
@@ -130,13 +131,14 @@ def put_states(optimizer: torch.optim.Optimizer, new: nn.Module, states: list[St
     rule = rule_of(optimizer)
     for weight, state in zip(trainable_weights(new), states, strict=True):
         carried = {key: engine.like(value, weight) for key, value in state.items()}
-        if begun := _new_state(optimizer, rule, weight) | carried:
+        if begun := _new_state(optimizer, rule, weight, carried) | carried:
             optimizer.state[weight] = begun
+    OwnCounts.install(optimizer)
 
 
-def _new_state(optimizer: torch.optim.Optimizer, rule: OptimizerRule, weight: nn.Parameter) -> State:
+def _new_state(optimizer: torch.optim.Optimizer, rule: OptimizerRule, weight: nn.Parameter, carried: State) -> State:
     """What the optimizer does not make by itself of a weight that it trains; the matrix optimizer's are not its own."""
-    begun = rule.new_state(optimizer, weight)
+    begun = rule.new_state(optimizer, weight) | begun_counts(optimizer, weight, carried)
     if not begun or any(weight is p for group in optimizer.param_groups if MATRIX in group for p in group["params"]):
         return {}
     return begun

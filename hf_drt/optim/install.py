@@ -8,6 +8,7 @@ from torch import nn
 from hf_drt.config import DRTConfig
 from hf_drt.engines import engine_of
 from hf_drt.forms import layer_of, layout_of, trainable_weights, weight_shape
+from hf_drt.optim.counts import OwnCounts
 from hf_drt.optim.groups import add_form_groups
 from hf_drt.optim.index import GroupIndex
 from hf_drt.optim.own import check_own
@@ -73,6 +74,7 @@ def install(optimizer: torch.optim.Optimizer, owner: Owner, config: DRTConfig, t
     for name, module in targets.items():
         if any(weight.requires_grad for weight in trainable_weights(module)):
             index.home(name, module)
+    OwnCounts.install(optimizer)
     StepRules.clear(optimizer)  # first: a step that has raised leaves its scaled rates behind
     enter()
     add_groups()

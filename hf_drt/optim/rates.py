@@ -1,9 +1,9 @@
-"""Is a group's ``lr`` the rate that the optimizer applies? Rules that scale it would do nothing."""
+"""Is a group's ``lr`` the rate that the optimizer applies, and in ``step()``? Rules that scale it would do nothing."""
 
 import torch
 
 from hf_drt.config import DRTConfig
-from hf_drt.optim.registry import OPTIMIZERS, OwnRate, qualified_name
+from hf_drt.optim.registry import OPTIMIZERS, OptimizerRule, OwnRate, qualified_name
 
 _OFF = {"rewarmup_steps": 0, "factored_lr_scale": 1, "adapter_lr_scale": 1, "frobenius_decay": False}
 
@@ -36,10 +36,29 @@ def check_rate(optimizer: torch.optim.Optimizer, config: DRTConfig, mine: set[in
         ValueError: They cannot.
     """
     found = scaling(config)
+    name = type(optimizer).__name__
+    if (rule := OPTIMIZERS.get(qualified_name(type(optimizer)))) is not None:
+        check_step(rule, name, config)
     if found and (rate := own_rate(optimizer, mine)) is not None:
-        name = type(optimizer).__name__
         raise ValueError(
             f"{found}: this needs the learning rate of the optimizer's groups, but {name} with {rate.option} "
             f"computes its own and does not read it. Use {name}(params, {rate.instead}), or AdamW; or leave the "
             "setting out."
+        )
+
+
+def check_step(rule: OptimizerRule, called: str, config: DRTConfig) -> None:
+    """Whether the settings that act around ``optimizer.step()`` can.
+
+    Args:
+        rule: Of the optimizer.
+        called: What it is called in the message.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    if rule.without_step and (found := scaling(config)):
+        raise ValueError(
+            f"{found}: this acts around optimizer.step(), but {called} cannot be reached there: it updates the weights "
+            f"{rule.without_step}. Leave the setting out, or take the nearest that can, optim='{rule.nearest}'."
         )

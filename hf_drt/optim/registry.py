@@ -77,6 +77,10 @@ def _nobody(optimizer: torch.optim.Optimizer, changes: list[Replaced]) -> None:
     pass
 
 
+def _as_it_is(group: Group) -> Group:
+    return {}
+
+
 @dataclass(frozen=True, eq=False)
 class OptimizerRule:
     """What a change of form has to know of one class of optimizers.
@@ -100,6 +104,15 @@ class OptimizerRule:
         handed_on: Tells those who know weights beside groups and state, such as a manager of the library, which
             weights take whose place; called once the groups hold the new ones.
         compiled: Whether its step is compiled into few kernels, which keep what they make on the way out of memory.
+        counts: Options of a group in which it counts the group's steps, with their values before the first. Weights
+            that begin later than their group have counts of their own (:mod:`hf_drt.optim.counts`).
+        late: Gives, of a group, options of such weights that go by the run's steps and not by theirs.
+        averages: Whether weights in training are not those that it makes: ``eval()`` puts these in their place, and
+            ``train()`` takes them back (:mod:`hf_drt.optim.averages`).
+        without_step: Where it updates weights if not in ``step()``, around which rules could act.
+        picks_layers: Whether it is made over layers that the Trainer picks among a model's dense ones.
+        unsaved: What is in its checkpoints that nobody can load; empty where they can be resumed.
+        nearest: The value of ``optim`` to take where this one cannot be used.
     """
 
     help: str
@@ -116,6 +129,22 @@ class OptimizerRule:
     own_rate: OwnRate | None = None
     handed_on: Callable[[torch.optim.Optimizer, list[Replaced]], None] = _nobody
     compiled: bool = False
+    counts: Mapping[str, Any] = field(default_factory=dict)
+    late: Callable[[Group], Group] = _as_it_is
+    averages: bool = False
+    without_step: str = ""
+    picks_layers: bool = False
+    unsaved: str = ""
+    nearest: str = "adamw_torch"
+
+    def instead(self) -> str:
+        """What to take in its place, as an error has it."""
+        return f"The nearest that can is optim='{self.nearest}'."
+
+    @property
+    def estimated(self) -> bool:
+        """Whether what it takes is seen by a step of its own over any weight."""
+        return not (self.refused or self.without_step or self.picks_layers)
 
     def carried(self) -> str:
         """What of its state 'project' takes along, for a table."""
@@ -183,7 +212,7 @@ def refuse_optim(optim: str) -> None:
     """
     for rule in OPTIMIZERS.values():
         if optim in rule.optim and rule.refused:
-            raise ValueError(f"optim='{optim}' cannot follow a change of form: {rule.refused}")
+            raise ValueError(f"optim='{optim}' cannot follow a change of form: {rule.refused} {rule.instead()}")
 
 
 def _nearest(name: str, allowed: Collection[str]) -> str:
@@ -211,14 +240,30 @@ def optim_names() -> dict[str, str]:
     return found
 
 
+def rule_of_name(optim: str) -> OptimizerRule | None:
+    """The rule of a value of ``optim``, be it refused or not; None where nothing is known of it."""
+    return next((rule for rule in OPTIMIZERS.values() if optim in rule.optim), None)
+
+
+def estimated_names() -> dict[str, str]:
+    """Those of :func:`optim_names` whose memory can be estimated."""
+    return {optim: name for optim, name in optim_names().items() if OPTIMIZERS[name].estimated}
+
+
 def maker(optim: str) -> tuple[OptimizerRule, Callable[[list[nn.Parameter]], torch.optim.Optimizer]]:
     """The rule of a value of ``optim``, and what makes such an optimizer over parameters.
 
     Raises:
-        ValueError: No optimizer of this name may follow, or its package is not installed.
+        ValueError: No optimizer of this name may follow, its memory is not seen by a step of its own, or its package is
+            not installed.
     """
     refuse_optim(optim)
-    names = optim_names()
+    names = estimated_names()
+    if optim in optim_names() and optim not in names:
+        raise ValueError(
+            f"the memory of '{optim}' cannot be estimated: it goes by the backward pass, or by the layers that it is made "
+            "for. Measure it in a short run, or estimate that of another optimizer."
+        )
     if optim not in names:
         raise ValueError(f"'{optim}' is not an optimizer of known state. {_nearest(optim, names)}")
     rule = OPTIMIZERS[names[optim]]
@@ -231,7 +276,10 @@ def maker(optim: str) -> tuple[OptimizerRule, Callable[[list[nn.Parameter]], tor
         ) from None
 
     def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return cls(parameters, **rule.optim[optim])
+        optimizer = cls(parameters, **rule.optim[optim])
+        if rule.averages:
+            optimizer.train()
+        return optimizer
 
     return rule, make
 

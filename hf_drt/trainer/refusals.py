@@ -10,7 +10,6 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import PreTrainedModel
 from transformers.trainer_utils import HubStrategy
-from transformers.training_args import OptimizerNames
 
 from hf_drt.config import DRTConfig
 from hf_drt.forms import layer_of
@@ -21,7 +20,6 @@ from hf_drt.optim import (
     form_group_options,
     own_rate,
     qualified_name,
-    refuse_optim,
     refuse_sharded,
     unwrap,
 )
@@ -185,16 +183,6 @@ def refuse_own_rate(optimizer: torch.optim.Optimizer, config: DRTConfig, schedul
             f"computes its own rate during the run. Use {name}(params, {rate.instead}) with a scheduler, or give the "
             "boundary in % or steps."
         )
-
-
-def refuse_optim_of(trainer: Any) -> None:
-    """Raise where the optimizer that the arguments name cannot follow a change of form.
-
-    Raises:
-        ValueError: With the reason. One that is unknown is looked at when it is made.
-    """
-    if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
-        refuse_optim(OptimizerNames(trainer.args.optim).value)
 
 
 def refuse_own_rate_of(trainer: Any, config: DRTConfig) -> None:

@@ -56,9 +56,14 @@ class Refused:
     arguments: Mapping = field(default_factory=dict)
 
 
+# The state of GaLore's and APOLLO's is an object that no checkpoint gives back; without saving they train.
+SAVED_PROJECTIONS = {"save_strategy": "steps", "optim_target_modules": ["mlp"], "optim_args": "rank=8"}
+PROJECTOR = r"cannot be resumed: a checkpoint \(save_strategy=steps\) would hold a projector"
+
 EXPECTED: dict[str, Trains | Refused] = {
     "adafactor": Trains(),
     "adagrad": Trains(),
+    "adalomo": Refused("its averages stand outside of its state .* The nearest that can is optim='adafactor'"),
     "adamw_8bit": Trains(),
     "adamw_anyprecision": Refused("it needs torchdistx"),
     "adamw_bnb_8bit": Trains(),
@@ -70,8 +75,18 @@ EXPECTED: dict[str, Trains | Refused] = {
     "adamw_torch_xla": Refused("it needs torch_xla"),
     "ademamix": Trains(),
     "ademamix_8bit": Trains({"optim_args": "t_alpha=9,t_beta3=9"}),
+    "apollo_adamw": Refused(PROJECTOR, SAVED_PROJECTIONS),
+    "apollo_adamw_layerwise": Refused("a hook of its gradient"),
+    "galore_adafactor": Refused(PROJECTOR + ".* optim='adafactor'", SAVED_PROJECTIONS),
+    "galore_adafactor_layerwise": Refused("a hook of its gradient"),
+    "galore_adamw": Refused(PROJECTOR, SAVED_PROJECTIONS),
+    "galore_adamw_8bit": Refused("on a CUDA device alone .* optim='adamw_8bit'"),
+    "galore_adamw_8bit_layerwise": Refused("a hook of its gradient"),
+    "galore_adamw_layerwise": Refused("a hook of its gradient, which a new weight would not have"),
+    "grokadamw": Refused("its moments stand in its parameter group"),
     "lion_32bit": Trains(),
     "lion_8bit": Trains(),
+    "lomo": Trains(rules={}),
     "paged_adamw_32bit": Trains(),
     "paged_adamw_8bit": Trains(),
     "paged_ademamix_32bit": Trains(),
@@ -82,6 +97,9 @@ EXPECTED: dict[str, Trains | Refused] = {
     "rmsprop_bnb": Trains(),
     "rmsprop_bnb_32bit": Trains(),
     "rmsprop_bnb_8bit": Trains(),
+    "schedule_free_adamw": Trains(),
+    "schedule_free_radam": Trains(),
+    "schedule_free_sgd": Trains(),
     "sgd": Trains({"optim_args": "momentum=0.9"}),
     "stable_adamw": Trains(),
 }

@@ -202,7 +202,9 @@ def test_an_optimizer_may_be_known_and_refused_with_its_reason(toy):
 @pytest.mark.parametrize("name", optim_names())
 def test_the_trainer_makes_what_the_registry_says(name, tmp_path):
     args = T.TrainingArguments(output_dir=tmp_path, optim=name, use_cpu=True, report_to=[])
-    kind, settings = T.Trainer.get_optimizer_cls_and_kwargs(args)
+    if OPTIMIZERS[optim_names()[name]].picks_layers:
+        args.optim_target_modules = ["mlp"]
+    kind, settings = T.Trainer.get_optimizer_cls_and_kwargs(args, tiny.llama())
     assert qualified_name(kind) == optim_names()[name]
     own = OPTIMIZERS[qualified_name(kind)].optim[name]
     assert {key: settings[key] for key in own if key != "lr"} == {key: own[key] for key in own if key != "lr"}

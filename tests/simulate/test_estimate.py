@@ -9,7 +9,7 @@ import transformers as T
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_drt import Adapter, Dense, DRTConfig, DynamicRank, Factored, Plan, Run, Schedule, find_targets
-from hf_drt.optim import optim_names
+from hf_drt.optim import estimated_names, optim_names
 from hf_drt.simulate import (
     Layer,
     SimulationError,
@@ -103,13 +103,14 @@ def test_parts_of_the_memory():
     assert cost.activations > 4 * ROWS * LENGTH * V  # the logits alone
 
 
-@pytest.mark.parametrize("name", optim_names())
+@pytest.mark.parametrize("name", estimated_names())
 def test_optimizer_state_is_that_of_the_real_optimizer(name):
     """Matrices of 4,096 elements and more may be kept in few bits, in codes whose table is the same for all."""
     model = tiny.llama(hidden_size=128)
     args = T.TrainingArguments(output_dir="unused", optim=name, use_cpu=True, report_to=[])
     cls, options = T.Trainer.get_optimizer_cls_and_kwargs(args)
     optimizer = cls(model.parameters(), **options)
+    getattr(optimizer, "train", lambda: None)()
     model(**tiny.batch(rows=2)).loss.backward()
     with torch.compiler.set_stance("force_eager"):
         optimizer.step()
@@ -146,6 +147,12 @@ def test_frozen_parameters_have_no_state():
     model.model.embed_tokens.weight.requires_grad_(False)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert optimizer_bytes("adamw_torch", model.parameters())[0] == pytest.approx(8 * trained, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", sorted(optim_names().keys() - estimated_names().keys()))
+def test_an_optimizer_whose_own_step_does_not_show_its_memory_is_refused(name):
+    with pytest.raises(ValueError, match=f"the memory of '{name}' cannot be estimated, .* Estimate with one of adamw"):
+        optimizer_bytes(name, [])
 
 
 def test_unknown_optimizer():
