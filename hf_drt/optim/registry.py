@@ -261,8 +261,8 @@ def maker(optim: str) -> tuple[OptimizerRule, Callable[[list[nn.Parameter]], tor
     names = estimated_names()
     if optim in optim_names() and optim not in names:
         raise ValueError(
-            f"the memory of '{optim}' cannot be estimated: it goes by the backward pass, or by the layers that it is made "
-            "for. Measure it in a short run, or estimate that of another optimizer."
+            f"the memory of '{optim}' cannot be estimated: it goes by the backward pass, or by the layers that the "
+            "optimizer is made for. Measure it in a short run, or estimate that of another one."
         )
     if optim not in names:
         raise ValueError(f"'{optim}' is not an optimizer of known state. {_nearest(optim, names)}")

@@ -17,6 +17,7 @@ OPTIMIZERS.add(
     "lomo_optim.lomo.Lomo",
     OptimizerRule(
         "LOMO, SGD within the backward pass; it has no state",
+        tested="lomo-optim 0.1.1",
         optim={"lomo": {}},
         new_state=_hooked,
         without_step="within the backward pass, from where no rule can scale its learning rate",
@@ -27,6 +28,7 @@ OPTIMIZERS.add(
     "lomo_optim.adalomo.AdaLomo",
     OptimizerRule(
         "AdaLomo",
+        tested="lomo-optim 0.1.1",
         optim={"adalomo": {}},
         refused="its averages stand outside of its state, by names of parameters that its constructor has seen: a new "
         "weight has none, and a checkpoint holds none.",

@@ -19,6 +19,7 @@ OPTIMIZERS.add(
     "galore_torch.adamw.AdamW",
     OptimizerRule(
         "GaLore's AdamW, without saving; factors have its projections too, and begin anew",
+        tested="galore-torch 1.0",
         optim={"galore_adamw": {}},
         picks_layers=True,
         unsaved=_UNSAVED,
@@ -28,6 +29,7 @@ OPTIMIZERS.add(
     "galore_torch.adafactor.Adafactor",
     OptimizerRule(
         "GaLore's Adafactor, without saving; factors have its projections too, and begin anew",
+        tested="galore-torch 1.0",
         optim={"galore_adafactor": {}},
         picks_layers=True,
         unsaved=_UNSAVED,
@@ -43,6 +45,7 @@ OPTIMIZERS.add(
     "galore_torch.adamw8bit.AdamW8bit",
     OptimizerRule(
         "GaLore's AdamW in 8 bits",
+        tested="galore-torch 1.0",
         optim={"galore_adamw_8bit": {}},
         refused="it makes its state on a CUDA device alone, where it has not been seen to follow, and its checkpoints "
         f"hold {_UNSAVED}.",
@@ -53,6 +56,7 @@ OPTIMIZERS.add(
     "apollo_torch.apollo.AdamW",
     OptimizerRule(
         "APOLLO's AdamW, without saving; factors have its projections too, and begin anew",
+        tested="apollo-torch 1.0.3",
         optim={"apollo_adamw": {}},
         new_state=_seed,
         picks_layers=True,
@@ -63,6 +67,7 @@ OPTIMIZERS.add(
     "transformers.trainer_pt_utils.LayerWiseDummyOptimizer",
     OptimizerRule(
         "GaLore and APOLLO layer by layer",
+        tested="transformers 5.24",
         optim={
             "galore_adamw_layerwise": {},
             "galore_adamw_8bit_layerwise": {},

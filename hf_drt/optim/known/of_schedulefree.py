@@ -15,6 +15,7 @@ OPTIMIZERS.add(
     "schedulefree.adamw_schedulefree.AdamWScheduleFree",
     OptimizerRule(
         "schedule-free AdamW: layers change form at their average, which begins anew with the rest",
+        tested="schedulefree 1.4.1",
         optim={"schedule_free_adamw": {}},
         counts=_COUNTS,
         late=_warm_up_of_the_run,
@@ -25,6 +26,7 @@ OPTIMIZERS.add(
     "schedulefree.radam_schedulefree.RAdamScheduleFree",
     OptimizerRule(
         "schedule-free RAdam: as schedule-free AdamW; new weights rest for its first five steps",
+        tested="schedulefree 1.4.1",
         optim={"schedule_free_radam": {}},
         counts=_COUNTS,
         averages=True,
@@ -34,6 +36,7 @@ OPTIMIZERS.add(
     "schedulefree.sgd_schedulefree.SGDScheduleFree",
     OptimizerRule(
         "schedule-free SGD: as schedule-free AdamW",
+        tested="schedulefree 1.4.1",
         optim={"schedule_free_sgd": {}},
         counts=_COUNTS,
         late=_warm_up_of_the_run,
