@@ -25,7 +25,7 @@ OPTIMIZERS.add(
 OPTIMIZERS.add(
     "schedulefree.radam_schedulefree.RAdamScheduleFree",
     OptimizerRule(
-        "schedule-free RAdam: as schedule-free AdamW; new weights rest for its first five steps",
+        "schedule-free RAdam: as schedule-free AdamW; new weights rest for its first four steps",
         tested="schedulefree 1.4.1",
         optim={"schedule_free_radam": {}},
         counts=_COUNTS,
