@@ -4,7 +4,10 @@ from typing import Any
 
 from torch import nn
 
+from hf_drt.forms import accept
 from hf_drt.optim.registry import OPTIMIZERS, OptimizerRule, State
+
+accept(gradient_hooks=("lomo_optim.",))
 
 
 def _hooked(optimizer: Any, weight: nn.Parameter) -> State:
