@@ -4,7 +4,7 @@ from hf_drt.optim.registry import OPTIMIZERS, OptimizerRule
 
 
 def _add(name: str, optim: str, what: str, needed: str) -> None:
-    reason = f"it needs {needed}, with which a change of form has not been tried. Use optim=adamw_torch."
+    reason = f"it needs {needed}, with which a change of form has not been tried."
     OPTIMIZERS.add(name, OptimizerRule(what, optim={optim: {}}, refused=reason))
 
 
