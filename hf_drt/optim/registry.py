@@ -112,7 +112,8 @@ class OptimizerRule:
         without_step: Where it updates weights if not in ``step()``, around which rules could act.
         picks_layers: Whether it is made over layers that the Trainer picks among a model's dense ones.
         unsaved: What is in its checkpoints that nobody can load; empty where they can be resumed.
-        nearest: The value of ``optim`` to take where this one cannot be used.
+        nearest: The value of ``optim`` to take where this one cannot be used; empty where the reason says what.
+        imported: The name that its class is imported by, where that is not its own behind its package's.
     """
 
     help: str
@@ -135,11 +136,12 @@ class OptimizerRule:
     without_step: str = ""
     picks_layers: bool = False
     unsaved: str = ""
-    nearest: str = "adamw_torch"
+    nearest: str = ""
+    imported: str = ""
 
     def instead(self) -> str:
-        """What to take in its place, as an error has it."""
-        return f"The nearest that can is optim='{self.nearest}'."
+        """What to take in its place, as it stands behind a reason."""
+        return f" The nearest that can is optim='{self.nearest}'." if self.nearest else ""
 
     @property
     def estimated(self) -> bool:
@@ -212,7 +214,7 @@ def refuse_optim(optim: str) -> None:
     """
     for rule in OPTIMIZERS.values():
         if optim in rule.optim and rule.refused:
-            raise ValueError(f"optim='{optim}' cannot follow a change of form: {rule.refused} {rule.instead()}")
+            raise ValueError(f"optim='{optim}' cannot follow a change of form: {rule.refused}{rule.instead()}")
 
 
 def _nearest(name: str, allowed: Collection[str]) -> str:
@@ -225,6 +227,9 @@ def _nearest(name: str, allowed: Collection[str]) -> str:
 def public_name(name: str) -> str:
     """The name that a class is imported by: torch.optim.AdamW for torch.optim.adamw.AdamW. The module that a library
     has for a class is named after it."""
+    rule = OPTIMIZERS.get(name)
+    if rule is not None and rule.imported:
+        return rule.imported
     package, _, cls = name.rpartition(".")
     parent, _, module = package.rpartition(".")
     return f"{parent}.{cls}" if parent and module.replace("_", "") in cls.lower() else name
@@ -297,7 +302,7 @@ def refused_rows() -> Iterator[tuple[str, str, str, str]]:
     with."""
     for names, rule in _by_rule():
         if rule.refused:
-            yield names, ", ".join(rule.optim), rule.refused, rule.tested
+            yield names, ", ".join(rule.optim), rule.refused + rule.instead(), rule.tested
 
 
 def _by_rule() -> Iterator[tuple[str, OptimizerRule]]:

@@ -22,7 +22,7 @@ def refuse_optimizer(trainer: Any, config: DRTConfig) -> None:
     if rule is None:
         return
     if rule.refused:
-        raise ValueError(f"{called} cannot follow a change of form: {rule.refused} {rule.instead()}")
+        raise ValueError(f"{called} cannot follow a change of form: {rule.refused}{rule.instead()}")
     _refuse_unsaved(rule, called, trainer.args, config)
     check_step(rule, called, config)
 
@@ -54,7 +54,7 @@ def _refuse_unsaved(rule: OptimizerRule, called: str, args: Any, config: DRTConf
     if rule.unsaved and saves and not args.save_only_model:
         raise ValueError(
             f"{called} cannot be resumed: a checkpoint ({saves}) would hold {rule.unsaved}. Set save_strategy=no or "
-            f"save_only_model=True. {rule.instead()}"
+            f"save_only_model=True.{rule.instead()}"
         )
 
 

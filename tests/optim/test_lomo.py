@@ -9,10 +9,13 @@ from lomo_optim import Lomo
 from hf_drt import DRTCallback, DRTConfig, DynamicRank
 
 PLAN = "factored:4@0 dense@3 adapter:4@6"
-RULES = ({"rewarmup_steps": 2}, {"factored_lr_scale": 2.0}, {"adapter_lr_scale": 2.0}, {"frobenius_decay": True})
+RULES = (
+    {"rewarmup_steps": 2}, {"factored_lr_scale": 2.0}, {"adapter_lr_scale": 2.0}, {"frobenius_decay": True},
+    {"matrix_optimizer": "muon"},
+)  # fmt: skip
 REFUSED = (
     r"{}=\S+: this acts around optimizer\.step\(\), but {} cannot be reached there: it updates the weights within the "
-    r"backward pass, .* Leave the setting out, or take the nearest that can, optim='sgd'\."
+    r"backward pass\. Leave the setting out, or take the nearest that can, optim='sgd'\."
 )
 rules = pytest.mark.parametrize("rule", RULES, ids=lambda rule: next(iter(rule)))
 

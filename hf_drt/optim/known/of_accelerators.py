@@ -5,7 +5,7 @@ from hf_drt.optim.registry import OPTIMIZERS, OptimizerRule
 
 def _add(name: str, optim: str, what: str, needed: str) -> None:
     reason = f"it needs {needed}, with which a change of form has not been tried."
-    OPTIMIZERS.add(name, OptimizerRule(what, optim={optim: {}}, refused=reason))
+    OPTIMIZERS.add(name, OptimizerRule(what, optim={optim: {}}, refused=reason, nearest="adamw_torch"))
 
 
 _add("torch_xla.amp.syncfree.adamw.AdamW", "adamw_torch_xla", "torch_xla's AdamW", "torch_xla")

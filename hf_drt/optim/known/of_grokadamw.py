@@ -10,5 +10,6 @@ OPTIMIZERS.add(
         optim={"grokadamw": {}},
         refused="its moments stand in its parameter group by weight: they do not come back from a checkpoint, even "
         "without a change of form, and how it averages goes by a weight's place in the group, which new weights shift.",
+        nearest="adamw_torch",
     ),
 )

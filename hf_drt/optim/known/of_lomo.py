@@ -23,7 +23,7 @@ OPTIMIZERS.add(
         tested="lomo-optim 0.1.1",
         optim={"lomo": {}},
         new_state=_hooked,
-        without_step="within the backward pass, from where no rule can scale its learning rate",
+        without_step="within the backward pass",
         nearest="sgd",
     ),
 )

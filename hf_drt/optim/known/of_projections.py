@@ -21,6 +21,8 @@ OPTIMIZERS.add(
         "GaLore's AdamW, without saving; factors have its projections too, and begin anew",
         tested="galore-torch 1.0",
         optim={"galore_adamw": {}},
+        imported="galore_torch.GaLoreAdamW",
+        nearest="adamw_torch",
         picks_layers=True,
         unsaved=_UNSAVED,
     ),
@@ -31,6 +33,7 @@ OPTIMIZERS.add(
         "GaLore's Adafactor, without saving; factors have its projections too, and begin anew",
         tested="galore-torch 1.0",
         optim={"galore_adafactor": {}},
+        imported="galore_torch.GaLoreAdafactor",
         picks_layers=True,
         unsaved=_UNSAVED,
         own_rate=OwnRate(
@@ -47,6 +50,7 @@ OPTIMIZERS.add(
         "GaLore's AdamW in 8 bits",
         tested="galore-torch 1.0",
         optim={"galore_adamw_8bit": {}},
+        imported="galore_torch.GaLoreAdamW8bit",
         refused="it makes its state on a CUDA device alone, where it has not been seen to follow, and its checkpoints "
         f"hold {_UNSAVED}.",
         nearest="adamw_8bit",
@@ -58,6 +62,8 @@ OPTIMIZERS.add(
         "APOLLO's AdamW, without saving; factors have its projections too, and begin anew",
         tested="apollo-torch 1.0.3",
         optim={"apollo_adamw": {}},
+        imported="apollo_torch.APOLLOAdamW",
+        nearest="adamw_torch",
         new_state=_seed,
         picks_layers=True,
         unsaved=_UNSAVED,
