@@ -7,10 +7,11 @@ new optimizer: z and the average begin anew.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_drt.forms import trainable_weights
 from hf_drt.optim.carry import unwrap
@@ -30,16 +31,33 @@ def at_averages(optimizer: torch.optim.Optimizer | None, layers: Iterable[nn.Mod
         yield
         return
     weights = [weight for layer in layers for weight in trainable_weights(layer)]
-    kept = [weight.detach().clone() for weight in weights]
+    put_back = _copied(weights)
     _evaluate(optimizer, weights)
+    del weights
     try:
         yield
     except BaseException:
-        with torch.no_grad():
-            for weight, value in zip(weights, kept, strict=True):
-                if weight.shape == value.shape:  # not one that was freed halfway
-                    weight.copy_(value)
+        put_back()
         raise
+
+
+def _copied(weights: list[nn.Parameter]) -> Callable[[], None]:
+    """The returned function gives the weights that there still are their present values. It keeps none alive: a copy
+    goes with its weight."""
+    kept: dict[int, Tensor] = {}
+    held = []
+    for index, weight in enumerate(weights):
+        kept[index] = weight.detach().clone()
+        held.append(weakref.ref(weight, lambda _, index=index: kept.pop(index, None)))
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for index, reference in enumerate(held):
+            weight = reference()
+            if weight is not None and weight.shape == kept[index].shape:  # not one that was emptied halfway
+                weight.copy_(kept[index])
+
+    return put_back
 
 
 def _evaluate(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter]) -> None:

@@ -51,6 +51,7 @@ def carry_groups(optimizer: torch.optim.Optimizer, model: nn.Module, swaps: list
             group["params"] = params
         rename()
         rule.handed_on(optimizer, replaced)
+        replaced.clear()  # each old layer is to be free once its turn is over
 
     return commit
 
