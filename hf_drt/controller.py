@@ -25,7 +25,16 @@ from hf_drt.forms import (
     weight_shape,
 )
 from hf_drt.linalg import effective_rank, factored_singular_values, gram_singular_values
-from hf_drt.optim import Owner, form_group_options, install, optimizer_made_in, rewarmup_factor, staged, unwrap
+from hf_drt.optim import (
+    Owner,
+    at_averages,
+    form_group_options,
+    install,
+    optimizer_made_in,
+    rewarmup_factor,
+    staged,
+    unwrap,
+)
 from hf_drt.planning import PlanCost, ResolvedPlan, budget_of, check_arguments, check_resolved, resolved_for
 from hf_drt.schedule import Plan, Trigger, Windows, whole_number
 from hf_drt.targets import Swap, is_layer, replace
@@ -231,12 +240,13 @@ class DynamicRank:
         started = time.perf_counter()
         index = self.plan.index_at(step)
         enter = self._staged(optimizer)
-        function = FunctionError(probe if self.match(step) else None)
         parameters = _trainable_parameters(self.model)
         forms = self._changes(index)
-        outcome = change_forms(
-            self.model, forms, optimizer, self.config.moments, lambda name: self._generator(index, name)
-        )
+        with at_averages(optimizer, (self._layer(name) for name in forms)):
+            function = FunctionError(probe if self.match(step) else None)
+            outcome = change_forms(
+                self.model, forms, optimizer, self.config.moments, lambda name: self._generator(index, name)
+            )
         enter()
         declare(self.model)
         if outcome.merge_error > 0.1:

@@ -19,7 +19,7 @@ from hf_drt.cli.app import COMMANDS
 from hf_drt.config import DRTConfig
 from hf_drt.engines import ENGINES
 from hf_drt.forms import product_table
-from hf_drt.optim import optimizer_rows
+from hf_drt.optim import optimizer_rows, refused_rows
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import PRESETS, Schedule, preset_rows
 from hf_drt.tables import markdown_table
@@ -37,6 +37,11 @@ def table(head: Iterable[str], rows: Rows) -> str:
 def code(value: object) -> str:
     """As code."""
     return f"`{value}`"
+
+
+def codes(listed: str) -> str:
+    """A list of names, each as code."""
+    return ", ".join(map(code, filter(None, listed.split(", "))))
 
 
 def sentence(documentation: str | None) -> str:
@@ -78,8 +83,18 @@ def preset_text(name: str) -> str:
 
 def optimizers() -> str:
     """Every optimizer that follows a change of form, and what of its state does."""
-    head = ("optimizer", "`optim=` of the Trainer", "what it is", "what `drt_moments=project` carries over")
-    return table(head, ((code(name), *others) for name, *others in optimizer_rows()))
+    head = (
+        "optimizer", "`optim=` of the Trainer", "what it is", "what `drt_moments=project` carries over",
+        "what begins anew even so", "tested with",
+    )  # fmt: skip
+    rows = sorted(optimizer_rows(), key=lambda row: not row[0].startswith(("torch.", "transformers.")))
+    return table(head, ((codes(names), codes(optim), *others) for names, optim, *others in rows))
+
+
+def refused_optimizers() -> str:
+    """Every optimizer that is known and cannot follow, and why."""
+    head = ("optimizer", "`optim=` of the Trainer", "why not, and what can", "seen with")
+    return table(head, ((codes(names), codes(optim), *others) for names, optim, *others in refused_rows()))
 
 
 def engines() -> str:
@@ -116,6 +131,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "settings": settings,
     "presets": presets,
     "optimizers": optimizers,
+    "refused optimizers": refused_optimizers,
     "engines": engines,
     "exports": exports,
     "decompositions": decompositions,

@@ -21,9 +21,11 @@ _PLAIN = {
     "transformers.models.falcon.modeling_falcon.FalconLinear",  # x @ W.T + b, written out
 }
 _OURS = "hf_drt.forms."
-# Engines add what they make of parameters, and the hooks by which they keep a layer's state dict: see accept().
+# Engines add what they make of parameters, and the hooks by which they keep a layer's state dict; optimizers add those
+# by which they update a weight in the backward pass: see accept().
 _TENSORS = {"torch.nn.parameter.Parameter", "torch._subclasses.fake_tensor.FakeTensor"}
 _STATE_HOOKS: set[str] = set()
+_GRADIENT_HOOKS: set[str] = set()
 _HOOKS = {
     "_forward_hooks": "forward",
     "_forward_pre_hooks": "forward pre",
@@ -43,15 +45,17 @@ _HARMLESS = {
 }  # fmt: skip
 
 
-def accept(tensors: Iterable[str] = (), hooks: Iterable[str] = ()) -> None:
-    """What an engine does to every layer that it trains is no behaviour of the layer's own.
+def accept(tensors: Iterable[str] = (), hooks: Iterable[str] = (), gradient_hooks: Iterable[str] = ()) -> None:
+    """What an engine or an optimizer does to every layer that it trains is no behaviour of the layer's own.
 
     Args:
         tensors: Qualified names of the classes of its parameters.
         hooks: Beginnings of the names of modules whose state-dict hooks the engine sets anew on a new layer.
+        gradient_hooks: The same of hooks on the gradients of weights, which the optimizer sets anew.
     """
     _TENSORS.update(tensors)
     _STATE_HOOKS.update(hooks)
+    _GRADIENT_HOOKS.update(gradient_hooks)
 
 
 def own_behaviour(module: nn.Module) -> str | None:
@@ -116,19 +120,20 @@ def _more_members(module: nn.Module) -> str | None:
 def _hooked(module: nn.Module) -> str | None:
     for attribute, kind in _HOOKS.items():
         hooks = (getattr(module, attribute, None) or {}).values()
-        if any("state" not in kind or not _of_engine(hook) for hook in hooks):
+        if any("state" not in kind or not _is_of(hook, _STATE_HOOKS) for hook in hooks):
             return f"hooked ({kind})"
     weights = (weight for name, weight in module._parameters.items() if name != "bias" and weight is not None)
     return "hooked weight" if any(map(_has_hooks, weights)) else None
 
 
-def _of_engine(hook: object) -> bool:
-    return (getattr(hook, "__module__", None) or "").startswith(tuple(_STATE_HOOKS))
+def _is_of(hook: object, modules: set[str]) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith(tuple(modules))
 
 
 def _has_hooks(weight: Tensor) -> bool:
     """Hooks on gradients; a parameter that stays the same object, as the bias does, keeps its own."""
-    return any(getattr(weight, hooks, None) for hooks in _TENSOR_HOOKS)
+    hooks = (hook for kind in _TENSOR_HOOKS for hook in (getattr(weight, kind, None) or {}).values())
+    return not all(_is_of(hook, _GRADIENT_HOOKS) for hook in hooks)
 
 
 def _own_attribute(module: nn.Module) -> str | None:

@@ -7,6 +7,7 @@ from torch import nn
 
 from hf_drt.engines import Engine, Single
 from hf_drt.forms import trainable_weights
+from hf_drt.optim.counts import OwnCounts, begun_counts
 from hf_drt.optim.groups import spliced_groups
 from hf_drt.optim.index import model_order
 from hf_drt.optim.matrices import MATRIX, MOMENTUM
@@ -35,11 +36,12 @@ def carry_groups(optimizer: torch.optim.Optimizer, model: nn.Module, swaps: list
         ValueError: The optimizer is not supported, or lacks a weight. Nothing has changed then.
     """
     optimizer = unwrap(optimizer)
-    rule_of(optimizer)
+    rule = rule_of(optimizer)
     lists = spliced_groups(optimizer, model, [(swap.name, swap.old, swap.new) for swap in swaps])
     places = model_order(model)
     ordered = [_in_model_order(group["params"], places) for group in optimizer.param_groups]
     rename = _renamed(optimizer.param_groups, model)
+    replaced = [(list(trainable_weights(swap.old)), list(trainable_weights(swap.new))) for swap in swaps]
 
     def commit() -> None:
         places = model_order(model)
@@ -48,6 +50,8 @@ def carry_groups(optimizer: torch.optim.Optimizer, model: nn.Module, swaps: list
                 _sort_own(params, places)
             group["params"] = params
         rename()
+        rule.handed_on(optimizer, replaced)
+        replaced.clear()  # each old layer is to be free once its turn is over
 
     return commit
 
@@ -117,7 +121,7 @@ def take_states(
     if policy == "reset":
         return [{} for _ in trainable_weights(new)]
     states = [{key: engine.full(value) for key, value in state.items()} for state in states]
-    keys = rule_of(optimizer).moments
+    keys = rule_of(optimizer).moments_of(optimizer)
     return project(whole, new, states, MomentKeys((*keys.first, MOMENTUM), keys.second))
 
 
@@ -128,13 +132,14 @@ def put_states(optimizer: torch.optim.Optimizer, new: nn.Module, states: list[St
     rule = rule_of(optimizer)
     for weight, state in zip(trainable_weights(new), states, strict=True):
         carried = {key: engine.like(value, weight) for key, value in state.items()}
-        if begun := _new_state(optimizer, rule, weight) | carried:
+        if begun := _new_state(optimizer, rule, weight, carried) | carried:
             optimizer.state[weight] = begun
+    OwnCounts.install(optimizer)
 
 
-def _new_state(optimizer: torch.optim.Optimizer, rule: OptimizerRule, weight: nn.Parameter) -> State:
+def _new_state(optimizer: torch.optim.Optimizer, rule: OptimizerRule, weight: nn.Parameter, carried: State) -> State:
     """What the optimizer does not make by itself of a weight that it trains; the matrix optimizer's are not its own."""
-    begun = rule.new_state(optimizer, weight)
+    begun = rule.new_state(optimizer, weight) | begun_counts(optimizer, weight, carried)
     if not begun or any(weight is p for group in optimizer.param_groups if MATRIX in group for p in group["params"]):
         return {}
     return begun

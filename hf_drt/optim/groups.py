@@ -97,10 +97,15 @@ def _append(optimizer: torch.optim.Optimizer, parents: list[int], options: dict[
     for parent in parents:
         group = optimizer.param_groups[parent]
         for form, extra in options.items():
-            copied = {key: value for key, value in group.items() if key != "params"}
+            copied = {key: _own(value) for key, value in group.items() if key != "params"}
             if extra.get(FROBENIUS):
                 extra = extra | {FROBENIUS: copied.get("weight_decay", 0.0), "weight_decay": 0.0}
             optimizer.add_param_group(copied | extra | marked | {"params": [], FORM: form, PARENT: parent})
+
+
+def _own(option: Any) -> Any:
+    """A rate or count of steps that is a tensor is changed in place, and each group needs its own."""
+    return option.clone() if torch.is_tensor(option) else option
 
 
 def _check_present(

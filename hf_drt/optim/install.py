@@ -7,7 +7,8 @@ from torch import nn
 
 from hf_drt.config import DRTConfig
 from hf_drt.engines import engine_of
-from hf_drt.forms import trainable_weights
+from hf_drt.forms import layer_of, layout_of, trainable_weights, weight_shape
+from hf_drt.optim.counts import OwnCounts
 from hf_drt.optim.groups import add_form_groups
 from hf_drt.optim.index import GroupIndex
 from hf_drt.optim.own import check_own
@@ -24,10 +25,11 @@ def staged(
     second gives it its form groups.
 
     Raises:
-        ValueError: The optimizer is not supported, lacks a weight, has no room for the rules, or shares a group with
-            another model that a rule must not touch. Nothing has changed then.
+        ValueError: The optimizer is not supported, or not for a layer's weights; lacks a weight, has no room for the
+            rules, or shares a group with another model that a rule must not touch. Nothing has changed then.
     """
-    rule_of(optimizer)
+    if rule_of(optimizer).matrices:
+        _check_matrices(type(optimizer).__name__, owner)
     model = owner.model()
     if model is not None and engine_of(model).sharded:
         refuse_sharded(config)
@@ -49,6 +51,22 @@ def refuse_sharded(config: DRTConfig) -> None:
         )
 
 
+def _check_matrices(optimizer: str, owner: Owner) -> None:
+    """Factors of a kernel are matrices, but not the kernel: what takes matrices alone would fail at its first step.
+
+    Raises:
+        ValueError: A layer's dense weight is no matrix.
+    """
+    model = owner.model()
+    for name, module in {} if model is None else {name: layer_of(model, name) for name in owner.names}.items():
+        shape = layout_of(module).shape(*weight_shape(module))
+        if len(shape) != 2:
+            raise ValueError(
+                f"{optimizer} takes matrices alone, but the dense weight of {name} has shape {shape}. Leave the layer "
+                "out of dynamic-rank training with exclude=, or use AdamW."
+            )
+
+
 def install(optimizer: torch.optim.Optimizer, owner: Owner, config: DRTConfig, targets: dict[str, nn.Module]) -> None:
     """Put the rules in force. Raises as :func:`staged`, before anything has changed."""
     enter, add_groups = staged(optimizer, owner, config)
@@ -56,6 +74,7 @@ def install(optimizer: torch.optim.Optimizer, owner: Owner, config: DRTConfig, t
     for name, module in targets.items():
         if any(weight.requires_grad for weight in trainable_weights(module)):
             index.home(name, module)
+    OwnCounts.install(optimizer)
     StepRules.clear(optimizer)  # first: a step that has raised leaves its scaled rates behind
     enter()
     add_groups()

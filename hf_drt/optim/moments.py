@@ -22,7 +22,8 @@ from hf_drt.optim.registry import MomentKeys, State
 def project(old: nn.Module, new: nn.Module, states: list[State], keys: MomentKeys) -> list[State]:
     """State of the new layer's trainable weights from that of the old one's, both in ``trainable_weights`` order.
 
-    Entries that are no moments (the step count) are taken over as they are. Where a moment's image is zero
+    Entries that are no moments (the step count) are taken over as they are, but for those of the old weight's shape.
+    Moments that are kept in codes stay behind. Where a moment's image is zero
     everywhere, as for lora_A while lora_B = 0, the state is left empty: a zero second moment next to a high step count
     would make the first updates too large.
     """
@@ -36,21 +37,30 @@ def project(old: nn.Module, new: nn.Module, states: list[State], keys: MomentKey
 def _project(old: nn.Module, new: nn.Module, states: list[State], keys: MomentKeys) -> list[State]:
     forms = (form_of(module) for module in (old, new))
     by_matrix = all(isinstance(form, Dense) or form.product.two_matrices for form in forms)
-    if not by_matrix or not all(states) or not (keys.first or keys.second):
+    if not by_matrix or not all(states) or not (keys.first or keys.second) or _coded(states, keys):
         return [{} for _ in trainable_weights(new)]
-    new_parts = trainable_weights(new)
-    images: list[State] = [{k: _copy(v) for k, v in states[0].items() if not _is_moment(k, keys)} for _ in new_parts]
+    new_parts, shape = trainable_weights(new), trainable_weights(old)[0].shape
+    others = {k: v for k, v in states[0].items() if not _is_moment(k, keys) and not _is_like(v, shape)}
+    images: list[State] = [{k: _copy(v) for k, v in others.items()} for _ in new_parts]
     for key in (*keys.first, *keys.second):
         moments = [moment for state in states if (moment := state.get(key)) is not None]
         if len(moments) < len(states):
             continue
         second = key in keys.second
-        dense = _lift(old, [m.to(working_dtype(m.dtype)) for m in moments], second)
-        for image, like, part in zip(images, new_parts, _lower(new, dense, second), strict=True):
+        parts = _carried(old, new, [m.to(working_dtype(m.dtype)) for m in moments], second)
+        for image, like, part in zip(images, new_parts, parts, strict=True):
             image[key] = part.to(dtype=moments[0].dtype, device=like.device).contiguous()
     for image in images:
         _bound_second(image, keys)
     return [image if _has_moments(image, keys) else {} for image in images]
+
+
+def _carried(old: nn.Module, new: nn.Module, moments: list[Tensor], second: bool) -> list[Tensor]:
+    """One kind of moment of the new weights; of several in one entry, as a fast and a slow average, each by itself."""
+    if moments[0].ndim == trainable_weights(old)[0].ndim:
+        return _lower(new, _lift(old, moments, second), second)
+    each = (_carried(old, new, list(own), second) for own in zip(*moments, strict=True))
+    return [torch.stack(parts) for parts in zip(*each, strict=True)]
 
 
 def _bound_second(image: State, keys: MomentKeys) -> None:
@@ -59,11 +69,23 @@ def _bound_second(image: State, keys: MomentKeys) -> None:
     for first in keys.first:
         for second in keys.second:
             if first in image and second in image:
-                image[second] = torch.maximum(image[second], image[first].square())
+                squares = image[first].square().reshape(-1, *image[second].shape)  # of several averages
+                image[second] = torch.maximum(image[second], squares.amax(0))
 
 
 def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
+
+
+def _coded(states: list[State], keys: MomentKeys) -> bool:
+    """Whether a moment is kept in codes, as in 8 bits, and is no number that could be mapped."""
+    held = (v for state in states for key, v in state.items() if _is_moment(key, keys) and isinstance(v, Tensor))
+    return not all(v.is_floating_point() for v in held)
+
+
+def _is_like(value: Any, shape: torch.Size) -> bool:
+    """Whether an entry belongs to the numbers of a weight of this shape one by one."""
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape == shape
 
 
 def _is_moment(key: str, keys: MomentKeys) -> bool:

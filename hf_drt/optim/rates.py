@@ -1,11 +1,17 @@
-"""Is a group's ``lr`` the rate that the optimizer applies? Rules that scale it would do nothing."""
+"""Is a group's ``lr`` the rate that the optimizer applies, and in ``step()``? Rules that scale it would do nothing."""
+
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from hf_drt.config import DRTConfig
-from hf_drt.optim.registry import OPTIMIZERS, OwnRate, qualified_name
+from hf_drt.optim.registry import OPTIMIZERS, OptimizerRule, OwnRate, qualified_name
 
-_OFF = {"rewarmup_steps": 0, "factored_lr_scale": 1, "adapter_lr_scale": 1, "frobenius_decay": False}
+_OFF: dict[str, Any] = {
+    "rewarmup_steps": 0, "factored_lr_scale": 1, "adapter_lr_scale": 1, "frobenius_decay": False,
+    "matrix_optimizer": "none",
+}  # fmt: skip
 
 
 def own_rate(optimizer: torch.optim.Optimizer, mine: set[int] | None = None) -> OwnRate | None:
@@ -36,10 +42,37 @@ def check_rate(optimizer: torch.optim.Optimizer, config: DRTConfig, mine: set[in
         ValueError: They cannot.
     """
     found = scaling(config)
+    name = type(optimizer).__name__
+    if (rule := OPTIMIZERS.get(qualified_name(type(optimizer)))) is not None:
+        check_step(rule, name, config)
     if found and (rate := own_rate(optimizer, mine)) is not None:
-        name = type(optimizer).__name__
         raise ValueError(
             f"{found}: this needs the learning rate of the optimizer's groups, but {name} with {rate.option} "
             f"computes its own and does not read it. Use {name}(params, {rate.instead}), or AdamW; or leave the "
             "setting out."
+        )
+
+
+def check_step(rule: OptimizerRule, called: str, config: DRTConfig) -> None:
+    """Whether what acts around ``optimizer.step()`` can: settings, and the averaging of gradients over processes.
+
+    Args:
+        rule: Of the optimizer.
+        called: What it is called in the message.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    if not rule.without_step:
+        return
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            f"{called} cannot train on several processes, as it does not in transformers alone: it updates the weights "
+            f"{rule.without_step}, before gradients are averaged, so that each process would train a model of its own. "
+            f"Start one process, or take the nearest that can, optim='{rule.nearest}'."
+        )
+    if found := scaling(config):
+        raise ValueError(
+            f"{found}: this acts around optimizer.step(), but {called} cannot be reached there: it updates the weights "
+            f"{rule.without_step}. Leave the setting out, or take the nearest that can, optim='{rule.nearest}'."
         )

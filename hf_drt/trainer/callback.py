@@ -18,6 +18,7 @@ from hf_drt.trainer.driver import PhaseDriver
 from hf_drt.trainer.events import DriverEvents
 from hf_drt.trainer.loop import Log, PlainLoop
 from hf_drt.trainer.lr import existing_curve, is_fused
+from hf_drt.trainer.optimizers import refuse_unsaved
 from hf_drt.trainer.refusals import refuse_anchors_with_scaler, refuse_lone_process, refuse_own_rate, refuse_unused
 
 logger = logging.getLogger(__name__)
@@ -146,6 +147,7 @@ class DRTCallback(DriverEvents):
             raise ValueError(_LIMITS)
         model, scheduler = kwargs["model"], kwargs["lr_scheduler"]
         self._check(args, model)  # on_init_end is too early for a callback that is added later
+        refuse_unsaved(kwargs["optimizer"], args, self.config)
         refuse_own_rate(kwargs["optimizer"], self.config, self.schedule)
         epoch = updates_per_epoch(kwargs["train_dataloader"], args.gradient_accumulation_steps)
         optimizer = kwargs["optimizer"]

@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,13 +156,22 @@ def check_optimizer(folder: str | Path, optimizer: torch.optim.Optimizer) -> Non
                 f"{path} is of another optimizer: its groups lack {', '.join(lacking)}. Resume with the same optim."
             )
         for index, parameter in zip(group["params"], other["params"], strict=True):
-            for key, value in stored["state"].get(index, {}).items():
+            for key, value in _entries(stored["state"].get(index, {})):
                 expected = rule.state_shape(key, parameter.shape)
                 if torch.is_tensor(value) and value.ndim and expected not in (None, value.shape):
                     raise CheckpointError(
                         f"{path} holds {key} of shape {tuple(value.shape)} for a parameter of shape "
                         f"{tuple(parameter.shape)}: it belongs to another phase or model. {_OTHER}"
                     )
+
+
+def _entries(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Those of one parameter's state, also where a library has put some of them into a dictionary inside."""
+    for key, value in state.items():
+        if isinstance(value, dict):
+            yield from _entries(value)
+        else:
+            yield key, value
 
 
 def _check_trainer_files(folder: Path, state: dict[str, Any]) -> None:

@@ -50,6 +50,7 @@ from hf_drt.trainer.events import TrainerEvents
 from hf_drt.trainer.jit import save_at_step_end
 from hf_drt.trainer.loop import TrainerLoop
 from hf_drt.trainer.meter import PhaseMeter
+from hf_drt.trainer.optimizers import refuse_optimizer
 from hf_drt.trainer.outermost import call_with, wrap_overrides
 from hf_drt.trainer.publishing import PublishingMixin
 from hf_drt.trainer.push import Publisher
@@ -134,6 +135,7 @@ class DRTTrainerMixin(PublishingMixin):
         self._drt_refuse_callbacks()
         if config.schedule is None:
             return
+        refuse_optimizer(self, config)
         refuse_own_rate_of(self, config)
         refuse_unsupported(self, config)
         warn_of_another_engine(self)

@@ -101,7 +101,7 @@ class RunRates:
         trainer = self._trainer
         if trainer.optimizer is not None:
             refuse_anchors_with_scaler(resolution.schedule, trainer.accelerator.scaler, is_fused(trainer.optimizer))
-        elif not _makes_its_optimizer(trainer):
+        elif not makes_its_optimizer(trainer):
             fused = trainer.args.optim == OptimizerNames.ADAMW_TORCH_FUSED
             refuse_anchors_with_scaler(resolution.schedule, trainer.accelerator.scaler, fused)
 
@@ -113,7 +113,7 @@ class RunRates:
                 self._groups = group_options(optimizer)
             return StandIn(self._groups, optimizer.defaults)
         self._groups = None
-        if _makes_its_optimizer(self._trainer):
+        if makes_its_optimizer(self._trainer):
             return None
         rate = {"lr": self._trainer.args.learning_rate}
         return StandIn([rate, rate], rate | {"betas": (0.9, 0.999)})  # with and without weight decay
@@ -141,7 +141,7 @@ class RunRates:
         return twin(self._passed[1])
 
 
-def _makes_its_optimizer(trainer: Any) -> bool:
+def makes_its_optimizer(trainer: Any) -> bool:
     """Whether the optimizer is made by other settings than the Trainer's arguments, and may have any rate."""
     if trainer.optimizer_cls_and_kwargs is not None:
         return True

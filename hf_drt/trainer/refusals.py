@@ -193,14 +193,14 @@ def refuse_own_rate_of(trainer: Any, config: DRTConfig) -> None:
 
 
 def _sample(trainer: Any) -> torch.optim.Optimizer | None:
-    """An optimizer of the kind that ``optimizer_cls_and_kwargs`` asks for, over one number."""
+    """An optimizer of the kind that ``optimizer_cls_and_kwargs`` asks for, over a matrix of one number."""
     if trainer.optimizer_cls_and_kwargs is None:
         return None
     kind, settings = trainer.optimizer_cls_and_kwargs
     if not isinstance(kind, type) or qualified_name(kind) not in OPTIMIZERS:
         return None
     settings = {key: value for key, value in settings.items() if key not in ("params", "model", "optimizer_dict")}
-    return kind([torch.nn.Parameter(torch.zeros(1))], **settings)
+    return kind([torch.nn.Parameter(torch.zeros(1, 1))], **settings)
 
 
 _DISTRIBUTED = "Use FSDP2 (--fsdp with fsdp_config={'version': 2}), or DistributedDataParallel (torchrun alone)."

@@ -14,6 +14,7 @@ from typing import Any
 from hf_drt.checkpoint import MADE_IN
 from hf_drt.controller import DynamicRank
 from hf_drt.trainer.checkpoint import check_optimizer
+from hf_drt.trainer.optimizers import picks_layers
 from hf_drt.transition import Transition
 
 _PARAMETERS = ("params", "model", "optimizer_dict")  # what Trainer takes in place of its own parameter groups
@@ -22,11 +23,11 @@ _PARAMETERS = ("params", "model", "optimizer_dict")  # what Trainer takes in pla
 def begin(trainer: Any, controller: DynamicRank) -> Transition:
     """Bring the model into the phase of the present step, with the optimizer if there is one.
 
-    One that finds its parameters in ``optimizer_cls_and_kwargs`` is made before the first phase, whose new weights then
-    take the place of those.
+    One that finds its parameters in ``optimizer_cls_and_kwargs``, or is made for dense layers, is made before the first
+    phase, whose new weights then take the place of those.
     """
     with _parameters_put_back(trainer):
-        made = trainer.optimizer is None and _brings_parameters(trainer)
+        made = trainer.optimizer is None and (_brings_parameters(trainer) or picks_layers(trainer))
         if made:
             trainer.create_optimizer()
         transition = controller.apply(trainer.state.global_step, trainer.optimizer)

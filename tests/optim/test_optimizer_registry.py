@@ -15,9 +15,11 @@ from hf_drt.optim import (
     MomentKeys,
     OptimizerRule,
     OwnRate,
+    maker,
     optim_names,
     optimizer_rows,
     qualified_name,
+    refused_rows,
     rule_of,
 )
 from hf_drt.simulate import optimizer_bytes
@@ -138,11 +140,17 @@ def test_rules_on_its_rate_are_refused_where_it_has_its_own(toy):
 
 
 def test_errors_and_tables_name_it(toy):
-    with pytest.raises(ValueError, match=r"Allowed are .*Momentum.* \(optim=.* or toy_momentum\)"):
-        rule_of(torch.optim.LBFGS([nn.Parameter(torch.zeros(2))]))
-    assert (NAME, "toy_momentum", "a toy with momentum", "first moments") in optimizer_rows()
-    with pytest.raises(ValueError, match=r"'lion' is not an optimizer of known state; allowed are .*toy_momentum"):
-        optimizer_bytes("lion", [])
+    class Momentum(torch.optim.SGD):
+        """Near it by name, and no optimizer that could be tried."""
+
+        def step(self, closure):
+            return super().step(closure)
+
+    with pytest.raises(ValueError, match=r"Of the \d+ that can, .*test_optimizer_registry\.Momentum.* nearest by name"):
+        rule_of(Momentum([nn.Parameter(torch.zeros(2))]))
+    assert (NAME, "toy_momentum", "a toy with momentum", "first moments", "", "") in optimizer_rows()
+    with pytest.raises(ValueError, match=r"'momentum' is not an optimizer of known state\. .*toy_momentum"):
+        optimizer_bytes("momentum", [])
 
 
 def test_its_bytes_are_those_of_a_real_step(toy):
@@ -174,7 +182,7 @@ def test_the_command_line_takes_and_names_it(toy, tmp_path):
     taken = CliRunner().invoke(app, [*plan, "--optimizer", "toy_momentum"])
     assert taken.exit_code == 0, taken.output
     assert "toy_momentum" in taken.output
-    refused = CliRunner().invoke(app, [*plan, "--optimizer", "lion"])
+    refused = CliRunner().invoke(app, [*plan, "--optimizer", "momentum"])
     assert refused.exit_code == 2
     assert "toy_momentum" in refused.output
 
@@ -185,13 +193,18 @@ def test_an_optimizer_may_be_known_and_refused_with_its_reason(toy):
     with pytest.raises(ValueError, match=r"Momentum cannot follow a change of form: it keeps W\. Take another toy\."):
         rule_of(Momentum([nn.Parameter(torch.zeros(2))]))
     assert "toy" not in optim_names()
+    assert (NAME, "toy", "it keeps W. Take another toy.", "") in refused_rows()
+    with pytest.raises(ValueError, match=r"optim='toy' cannot follow a change of form: it keeps W\. Take ano"):
+        maker("toy")
     assert NAME not in {row[0] for row in optimizer_rows()}
 
 
 @pytest.mark.parametrize("name", optim_names())
 def test_the_trainer_makes_what_the_registry_says(name, tmp_path):
     args = T.TrainingArguments(output_dir=tmp_path, optim=name, use_cpu=True, report_to=[])
-    kind, settings = T.Trainer.get_optimizer_cls_and_kwargs(args)
+    if OPTIMIZERS[optim_names()[name]].picks_layers:
+        args.optim_target_modules = ["mlp"]
+    kind, settings = T.Trainer.get_optimizer_cls_and_kwargs(args, tiny.llama())
     assert qualified_name(kind) == optim_names()[name]
     own = OPTIMIZERS[qualified_name(kind)].optim[name]
     assert {key: settings[key] for key in own if key != "lr"} == {key: own[key] for key in own if key != "lr"}
@@ -201,3 +214,20 @@ def test_the_trainer_makes_what_the_registry_says(name, tmp_path):
 def test_moments_that_are_not_named_by_a_tuple_of_texts_are_refused(names):
     with pytest.raises(TypeError, match=r"moments are named by a tuple of texts, as in first=\('momentum',\), got"):
         MomentKeys(first=names)
+
+
+def test_a_name_whose_package_is_not_installed_says_what_to_install():
+    OPTIMIZERS.add("toys.of.Momentum", OptimizerRule("a toy", optim={"toy": {}}))
+    try:
+        with pytest.raises(ValueError, match=r"optim='toy' is toys\.of\.Momentum, but toys is not installed: pip"):
+            maker("toy")
+    finally:
+        OPTIMIZERS.remove("toys.of.Momentum")
+
+
+def test_a_class_of_several_with_one_rule_stands_in_one_row():
+    rows = [row for row in optimizer_rows() if row[0].startswith("bitsandbytes.optim.Lion")]
+    assert [row[0] for row in rows] == [
+        "bitsandbytes.optim.Lion, Lion8bit, Lion32bit, PagedLion, PagedLion8bit, PagedLion32bit"
+    ]
+    assert rows[0][3:] == ("first moments", "state in 8 bits", "bitsandbytes 0.50.2")

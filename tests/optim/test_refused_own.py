@@ -42,8 +42,8 @@ def message(cls) -> str:
         rf"the optimizer toys\.{cls.__name__} cannot follow a change of form: it has no rule, and in a trial on small "
         rf"parameters .*{FAULTS[cls]}.* Let it keep what it knows of a parameter in self\.state\[parameter\], made at "
         rf"the parameter's first step, or register what it needs: hf_drt\.optim\.OPTIMIZERS\.add\("
-        rf"'toys\.{cls.__name__}', OptimizerRule\(\.\.\.\)\)\. Allowed are torch\.optim\.Adam.* and classes without a "
-        r"rule that pass a trial\."
+        rf"'toys\.{cls.__name__}', OptimizerRule\(\.\.\.\)\)\. Of the \d+ that can, .* So can classes without a rule "
+        r"that pass a trial\."
     )
 
 

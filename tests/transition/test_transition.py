@@ -5,6 +5,7 @@ import weakref
 import pytest
 import tiny
 import torch
+from schedulefree import AdamWScheduleFree
 
 from hf_drt import DRTConfig, DynamicRank
 from hf_drt.forms import Adapter, Conversion, Dense, Factored, convert, prepare, trainable_weights
@@ -13,17 +14,20 @@ from hf_drt.transition import HalfwayError
 
 @pytest.mark.parametrize("moments", ["reset", "project"])
 @pytest.mark.parametrize("first", ["factored", "adapter"])
-def test_each_old_layer_is_free_before_the_next_weight_is_formed(monkeypatch, first, moments):
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, AdamWScheduleFree])
+def test_each_old_layer_is_free_before_the_next_weight_is_formed(monkeypatch, kind, first, moments):
     model = tiny.llama()
     drt = DynamicRank(model, DRTConfig(schedule=f"{first}@0 dense@1", rank_multiple=4, moments=moments), 2)
     drt.apply(0)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+    optimizer = kind((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+    getattr(optimizer, "train", lambda: None)()
     model(**tiny.batch()).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     layers = [trainable_weights(model.get_submodule(name)) for name in drt.targets]
     kept = [
-        [weakref.ref(p) for p in pair] + [weakref.ref(optimizer.state[p]["exp_avg"]) for p in pair] for pair in layers
+        [weakref.ref(p) for p in pair] + [weakref.ref(optimizer.state[p]["exp_avg_sq"]) for p in pair]
+        for pair in layers
     ]
     del layers
     alive, commit = [], Conversion.commit

@@ -13,6 +13,7 @@ OPTIMIZERS.add(
     OptimizerRule(
         "transformers' Adafactor, whose row and column statistics start anew",
         optim={"adafactor": {"lr": 1e-3, "scale_parameter": False, "relative_step": False}},
+        tested="transformers 5.24",
         state_shape=_adafactor_shape,
         own_rate=OwnRate(
             lambda group: bool(group.get("relative_step")),
