@@ -42,6 +42,8 @@ def print_estimate(
         f"{run.trainable:.3f} of the whole model's on average; peak {mib(run.peak)} MiB, "
         f"{run.peak / run.dense.peak:.3f} of dense"
     )
+    if resolved.config.matrix_optimizer != "none":
+        typer.echo(_update_line(run))
     if times is not None:
         total, steps, switches = _length(run, times)
         typer.echo(
@@ -55,6 +57,12 @@ def print_estimate(
     if layers:
         typer.echo("")
         print_table(*_layer_table(run))
+
+
+def _update_line(run: RunEstimate) -> str:
+    """What the matrix optimizer adds to the FLOPs of every phase."""
+    shares = [f"{p.update_flops / p.step.flops:.1%} in phase {i} ({p.kind})" for i, p in enumerate(run.phases)]
+    return f"matrix_optimizer adds to an update step's FLOPs, which do not contain it: {', '.join(shares)}"
 
 
 def _phase_table(run: RunEstimate, times: tuple[PhaseTime, ...] | None) -> tuple[list[str], list[list[str]]]:
@@ -115,8 +123,9 @@ def as_json(
         return {key: value for key, value in vars(step).items() if key != "rows"}
 
     phases: list[dict[str, Any]] = [
-        {"form": p.kind, "start": p.start, "end": p.end, "ranks": p.ranks, **cost(p.step)} for p in run.phases
-    ]
+        {"form": p.kind, "start": p.start, "end": p.end, "ranks": p.ranks, "update_flops": p.update_flops, **cost(p.step)}
+        for p in run.phases
+    ]  # fmt: skip
     for phase, time in zip(phases, times or (), strict=False):
         phase |= {
             "seconds_per_step": time.seconds, "cpu_seconds_per_step": time.cpu_seconds,

@@ -34,7 +34,7 @@ def polar_map(Y: Tensor) -> Tensor:
 
     All five steps act on the r x r Gram matrix alone, with which they commute: ``Y_k = Y P_k`` and
     ``A_{k+1} = Q_k A_k Q_k`` where ``Q_k = a + b A_k + c A_k^2``. So Y is met once here and once in the product, not
-    fifteen times: ``2 m r^2 + 19 r^3`` multiply-adds in all, where :func:`polar` needs ``10 m r^2 + 5 r^3``.
+    fifteen times: ``2 m r^2 + 17 r^3`` multiply-adds in all, where :func:`polar` needs ``10 m r^2 + 5 r^3``.
     """
     gram = Y.mT @ Y
     norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=_LEAST_NORM**4).sqrt()[..., None, None]

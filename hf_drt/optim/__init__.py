@@ -5,6 +5,7 @@ from hf_drt.optim.averages import at_averages
 from hf_drt.optim.carry import carry_groups, carry_moments, put_states, remembered, take_states, unwrap
 from hf_drt.optim.groups import GROUP_SETTINGS, add_form_groups, form_group_options
 from hf_drt.optim.install import install, refuse_sharded, staged
+from hf_drt.optim.matrices import MATRIX, update_layer
 from hf_drt.optim.outline import stand_ins
 from hf_drt.optim.owners import Owner, optimizer_made_in, owners
 from hf_drt.optim.rates import check_rate, check_step, own_rate
@@ -28,6 +29,7 @@ from hf_drt.optim.step import StepRules, frobenius_decay_, rewarmup_factor
 
 __all__ = [
     "GROUP_SETTINGS",
+    "MATRIX",
     "OPTIMIZERS",
     "MomentKeys",
     "OptimizerRule",
@@ -64,4 +66,5 @@ __all__ = [
     "stand_ins",
     "take_states",
     "unwrap",
+    "update_layer",
 ]

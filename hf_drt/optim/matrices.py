@@ -59,8 +59,6 @@ class MatrixStep:
             for weight in update.weights:
                 weight.grad = None
 
-    @torch.no_grad()
-    @full_precision()
     def after(self, optimizer: torch.optim.Optimizer) -> None:
         """Give the gradients back, and update the weights."""
         updates, self._updates = self._updates, []
@@ -70,7 +68,7 @@ class MatrixStep:
         scale, overflow = _left_to_step(optimizer)
         if not overflow:
             for update in updates:
-                _apply(optimizer, update, scale)
+                update_layer(optimizer, update.layer, update.gradients, update.group, scale)
 
 
 def _updates(optimizer: torch.optim.Optimizer) -> Iterator[_Update]:
@@ -91,12 +89,29 @@ def _left_to_step(optimizer: torch.optim.Optimizer) -> tuple[Tensor | None, bool
     return getattr(optimizer, "grad_scale", None), overflow is not None and bool(overflow.item())
 
 
-def _apply(optimizer: torch.optim.Optimizer, update: _Update, scale: Tensor | None) -> None:
-    layer, group = update.layer, update.group
+@torch.no_grad()
+@full_precision()
+def update_layer(
+    optimizer: torch.optim.Optimizer,
+    layer: nn.Module,
+    gradients: list[Tensor | None],
+    group: Group,
+    scale: Tensor | None = None,
+) -> None:
+    """Update one layer by the gradients of its trainable weights.
+
+    Args:
+        optimizer: Its state takes the momentum.
+        layer: In any form.
+        gradients: In the order of :func:`hf_drt.forms.trainable_weights`; None of a frozen weight.
+        group: Learning rate, weight decay and, as MATRIX, the momentum's beta.
+        scale: Of the loss, where the gradients still have it.
+    """
+    weights = trainable_weights(layer)
     lr, decay = float(group["lr"]), float(group["lr"]) * group["weight_decay"]
     directions = [
         _direction(optimizer, weight, gradient, scale, group[MATRIX])
-        for weight, gradient in zip(update.weights, update.gradients, strict=True)
+        for weight, gradient in zip(weights, gradients, strict=True)
     ]
     if isinstance(layer, LowRankLinear):
         steps, amount, keep = _pair_steps(layer, directions, lr), 1.0, sqrt(1 - decay)
@@ -104,7 +119,7 @@ def _apply(optimizer: torch.optim.Optimizer, update: _Update, scale: Tensor | No
         layout = layout_of(layer)
         W = layout.matrix(directions[0])
         steps, amount, keep = [layout.stored(polar(W))], _rate(*W.shape[-2:], lr), 1 - decay
-    for weight, gradient, step in zip(update.weights, update.gradients, steps, strict=True):
+    for weight, gradient, step in zip(weights, gradients, steps, strict=True):
         if gradient is not None:
             _take(weight, step, amount, keep)
 

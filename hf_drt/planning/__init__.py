@@ -16,6 +16,7 @@ from hf_drt.planning.ranks import (
 )
 from hf_drt.planning.resolve import Resolution, budget_of, resolution, resolved_for, resolved_plan, schedule_of
 from hf_drt.planning.resolved import ResolvedPlan
+from hf_drt.planning.update_cost import update_multiply_adds, update_tokens
 
 __all__ = [
     "LayersOf",
@@ -44,5 +45,7 @@ __all__ = [
     "resolved_plan",
     "schedule_of",
     "stays_dense",
+    "update_multiply_adds",
+    "update_tokens",
     "usage_of",
 ]

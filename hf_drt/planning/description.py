@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from hf_drt.forms import Dense
 from hf_drt.planning.ranks import stays_dense
 from hf_drt.planning.resolved import ResolvedPlan
+from hf_drt.planning.update_cost import update_tokens
 from hf_drt.schedule import LETTERS, Entry, Phase, Schedule, form_text, timeline
 
 
@@ -38,7 +39,22 @@ def facts(resolved: ResolvedPlan) -> list[str]:
         f"cost, of the target layers alone: {cost.flops:.3f} of their dense training FLOPs, {cost.parameters:.3f} of "
         "their trainable parameters"
     )
-    return lines
+    return [*lines, *_update_cost(resolved)]
+
+
+def _update_cost(resolved: ResolvedPlan) -> Iterator[str]:
+    """What the matrix optimizer takes; its share depends on the tokens of an update, which are not known here."""
+    targets, name = resolved.targets, resolved.config.matrix_optimizer
+    tokens = {
+        phase.kind if phase.kind == "dense" else form_text(phase.kind, phase.rank): update_tokens(
+            list(targets.shapes.values()), list(forms.values()), list(targets.copies.values())
+        )
+        for phase, forms in zip(resolved.plan.phases, resolved.forms_by_phase, strict=True)
+        if name != "none"
+    }
+    if tokens:
+        parts = ", ".join(f"{count:,.0f} / T ({form})" for form, count in tokens.items())
+        yield f"matrix_optimizer: {name}, an update of T tokens costs, of the target layers' training: {parts}"
 
 
 def _schedule(resolved: ResolvedPlan) -> Schedule | None:

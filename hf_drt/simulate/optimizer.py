@@ -1,6 +1,6 @@
 """What an optimizer takes, in bytes: its own step is run on tensors without data, once for each shape."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,34 +9,69 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_drt.optim import maker
+from hf_drt.forms import form_of, layout_of, trainable_weights
+from hf_drt.optim import MATRIX, maker, update_layer
 from hf_drt.simulate.counter import StepCounter
+from hf_drt.simulate.fakes import without_data
 
 
-def optimizer_bytes(optimizer: str, parameters: Iterable[torch.Tensor]) -> tuple[int, int]:
+def optimizer_bytes(
+    optimizer: str, parameters: Iterable[torch.Tensor], matrices: Iterable[nn.Module] = ()
+) -> tuple[int, int]:
     """Bytes of the optimizer's state of all trainable parameters, and of the largest temporary of its step.
 
-    Parameters are updated one after the other, as torch does on a CPU. Of a step that is compiled into few kernels the
-    temporaries are not known, and count as none.
+    Parameters are updated one after the other, as torch does on a CPU, and so are the matrix optimizer's layers. Of a
+    step that is compiled into few kernels the temporaries are not known, and count as none.
 
     Args:
         optimizer: A value of ``optim`` in TrainingArguments, of :func:`hf_drt.optim.optim_names`.
         parameters: Of the model, with data or without.
+        matrices: Layers, in any form, whose weights the matrix optimizer trains in place of the other.
 
     Raises:
         ValueError: The optimizer is not one that may follow a change of form, or its package is not installed.
     """
     rule, make = maker(optimizer)
     state = scratch = 0
-    counts = Counter((tuple(p.shape), p.dtype) for p in parameters if p.requires_grad)
+    layers = list(matrices)
+    apart = {id(weight) for layer in layers for weight in trainable_weights(layer)}
+    counts = Counter((tuple(p.shape), p.dtype) for p in parameters if p.requires_grad and id(p) not in apart)
     with torch.compiler.set_stance("force_eager"):
         _prime(make)
         for (shape, dtype), count in counts.items():
             with FakeTensorMode(), _ScalarsAnswered():
                 weight, gradient = _weight(shape, dtype)
-                kept, temporary = _step_bytes(make([weight]), weight, gradient)
+                own = make([weight])
+                kept, temporary = _step_bytes(own, own.step, weight, gradient)
             state, scratch = state + count * kept, max(scratch, temporary)
-    return state, 0 if rule.compiled else scratch
+    scratch = 0 if rule.compiled else scratch
+    for alike in _alike(layers):
+        with FakeTensorMode():
+            kept, temporary = _matrix_bytes(alike[0])
+        state, scratch = state + len(alike) * kept, max(scratch, temporary)
+    return state, scratch
+
+
+def _alike(layers: Iterable[nn.Module]) -> Iterable[list[nn.Module]]:
+    """Layers whose updates take the same memory, together."""
+    found: dict[tuple, list[nn.Module]] = defaultdict(list)
+    for layer in layers:
+        weights = trainable_weights(layer)
+        key = tuple((tuple(w.shape), w.dtype, w.requires_grad) for w in weights)
+        if any(w.requires_grad for w in weights):
+            found[form_of(layer), layout_of(layer), key].append(layer)
+    return found.values()
+
+
+def _matrix_bytes(layer: nn.Module) -> tuple[int, int]:
+    """As :func:`_step_bytes`, of the matrix optimizer's update of a layer."""
+    with without_data(layer):
+        weights = trainable_weights(layer)
+        gradients = [torch.empty_like(weight) if weight.requires_grad else None for weight in weights]
+        optimizer = torch.optim.SGD(weights, lr=1.0)  # holds the state, and takes no step
+        group = {"lr": 1.0, "weight_decay": 0.0, MATRIX: 0.5}
+        given = [*weights, *(gradient for gradient in gradients if gradient is not None)]
+        return _step_bytes(optimizer, lambda: update_layer(optimizer, layer, gradients, group), *given)
 
 
 def _weight(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[nn.Parameter, torch.Tensor]:
@@ -62,7 +97,7 @@ class _ScalarsAnswered(TorchDispatchMode):
             return 1.0 if args[0].is_floating_point() else 1
 
 
-def _step_bytes(optimizer: torch.optim.Optimizer, *given: torch.Tensor) -> tuple[int, int]:
+def _step_bytes(optimizer: torch.optim.Optimizer, step: Callable[[], object], *given: torch.Tensor) -> tuple[int, int]:
     """What is alive after a step and was not before, and the most that a second one needs beyond that."""
     counter = StepCounter()
     for tensor in given:
@@ -70,11 +105,11 @@ def _step_bytes(optimizer: torch.optim.Optimizer, *given: torch.Tensor) -> tuple
     before = counter.now
     _count_state(optimizer, counter)
     with counter:
-        optimizer.step()
+        step()
     kept = counter.now - before
     counter.peak = counter.now
     with counter:
-        optimizer.step()
+        step()
     return kept, counter.peak - before - kept
 
 

@@ -8,7 +8,7 @@ import torch
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.forms import Adapter, Dense, Factored, Form, LayerShape, flops_of, form_of, layer_of
-from hf_drt.planning import break_even_of, stays_dense
+from hf_drt.planning import break_even_of, stays_dense, update_multiply_adds
 from hf_drt.simulate.batch import BatchSpec
 from hf_drt.simulate.step import StepCost, simulate_step
 from hf_drt.transition import empty_forms
@@ -23,6 +23,7 @@ class PhaseEstimate:
         start, end: Update steps ``[start, end)``.
         ranks: Smallest and largest rank of a target layer; None where all are dense.
         step: Cost of each of its update steps.
+        update_flops: FLOPs of each update of the matrix optimizer, which ``step`` does not count; 0 without one.
     """
 
     kind: str
@@ -30,6 +31,7 @@ class PhaseEstimate:
     end: int
     ranks: tuple[int, int] | None
     step: StepCost
+    update_flops: int = 0
 
     @property
     def steps(self) -> int:
@@ -65,7 +67,7 @@ class RunEstimate:
 
     Attributes:
         phases: In order.
-        dense: An update step of dense training, to compare with.
+        dense: An update step of dense training with the same optimizers, to compare with.
         layers: The target layers.
         switch_extra: Bytes that a switch may need beyond the larger of its two phases: one layer's weight, gradient and
             optimizer state, at most.
@@ -125,14 +127,16 @@ def estimate_run(
     """
     costs: dict[tuple[Form, ...], StepCost] = {}
     names = list(controller.targets)
+    matrices = names if controller.config.matrix_optimizer != "none" else ()
 
     def cost(forms: dict[str, Form]) -> StepCost:
         key = tuple(forms.values())
         if key not in costs:
             _put(controller, forms)
             costs[key] = simulate_step(
-                controller.model, batch, optimizer=optimizer, accumulation=accumulation, autocast=autocast, watch=names
-            )
+                controller.model, batch, optimizer=optimizer, accumulation=accumulation, autocast=autocast, watch=names,
+                matrices=matrices,
+            )  # fmt: skip
             tick()
         return costs[key]
 
@@ -164,7 +168,18 @@ def _phase(controller: DynamicRank, index: int, forms: dict[str, Form], step: St
     plan = controller.plan
     ranks = [form.rank for form in forms.values() if not isinstance(form, Dense)]
     span = (min(ranks), max(ranks)) if ranks else None
-    return PhaseEstimate(plan.phases[index].kind, plan.phases[index].start, plan.end_of(index), span, step)
+    update = _update_flops(controller, forms)
+    return PhaseEstimate(plan.phases[index].kind, plan.phases[index].start, plan.end_of(index), span, step, update)
+
+
+def _update_flops(controller: DynamicRank, forms: dict[str, Form]) -> int:
+    """Of the matrix optimizer."""
+    if controller.config.matrix_optimizer == "none":
+        return 0
+    return 2 * sum(
+        controller.copies[name][0] * update_multiply_adds(forms[name], shape)
+        for name, shape in controller.targets.items()
+    )
 
 
 def _switch_extra(controller: DynamicRank, dense: StepCost) -> int:
@@ -172,7 +187,9 @@ def _switch_extra(controller: DynamicRank, dense: StepCost) -> int:
     sizes = (controller.copies[name][0] * d_out * d_in for name, (d_out, d_in) in controller.targets.items())
     largest = max(sizes)
     item = max(p.element_size() for p in controller.model.parameters())
-    return largest * (max(4, item) + item + dense.optimizer * item // max(1, dense.gradients))
+    matrices = controller.config.matrix_optimizer != "none"
+    state = item if matrices else dense.optimizer * item // max(1, dense.gradients)
+    return largest * (max(4, item) + item + state)
 
 
 def _warnings(

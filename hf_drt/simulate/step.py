@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from hf_drt.forms import StackWeight, layer_of, place_of, stack_count, weight_shape
 from hf_drt.simulate.batch import BatchSpec
 from hf_drt.simulate.counter import StepCounter
+from hf_drt.simulate.fakes import without_data
 from hf_drt.simulate.optimizer import optimizer_bytes
 
 
@@ -31,7 +32,7 @@ class StepCost:
 
     Attributes:
         flops: Floating-point operations of the forward and backward passes, two per multiply-add: products of matrices,
-            attention and convolutions of the whole model. Element-wise operations and the optimizer are not counted.
+            attention and convolutions of the whole model. Element-wise operations and optimizers are not counted.
         parameters: Of the model, those without gradients included; ``trainable`` those with.
         weights: Parameters and buffers.
         gradients, optimizer: Gradients of all trainable parameters, and the optimizer's state.
@@ -60,6 +61,7 @@ def simulate_step(
     accumulation: int = 1,
     autocast: torch.dtype | None = None,
     watch: Sequence[str] = (),
+    matrices: Sequence[str] = (),
 ) -> StepCost:
     """Count one update step.
 
@@ -70,15 +72,16 @@ def simulate_step(
         accumulation: Forward and backward passes per update step.
         autocast: Mixed precision.
         watch: Names of linear layers whose :attr:`StepCost.rows` are asked for.
+        matrices: Names of the layers whose weights the matrix optimizer trains in place of ``optimizer``.
 
     Raises:
         SimulationError: The forward pass depends on values, or a kernel has no rule for shapes.
         ValueError: As :func:`.optimizer_bytes`.
     """
-    state, scratch = optimizer_bytes(optimizer, model.parameters())
+    state, scratch = optimizer_bytes(optimizer, model.parameters(), [layer_of(model, name) for name in matrices])
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(_without_data(model))
+        stack.enter_context(without_data(model))
         stack.enter_context(_GroupedByShape())
         rows = stack.enter_context(_watched(model, watch))
         counter = _with_parameters(model)
@@ -129,34 +132,6 @@ def _with_parameters(model: nn.Module) -> StepCounter:
     for tensor in (*model.parameters(), *model.buffers()):
         counter.add(tensor)
     return counter
-
-
-@contextlib.contextmanager
-def _without_data(model: nn.Module) -> Iterator[None]:
-    """Inside, every parameter and buffer is a fake tensor on the CPU; ties between modules stay."""
-    places = [
-        (holder, key, tensor)
-        for module in model.modules()
-        for holder in (module._parameters, module._buffers)
-        for key, tensor in holder.items()
-        if tensor is not None
-    ]
-    fakes = {id(tensor): _fake(tensor) for _, _, tensor in places}
-    training = [(module, module.training) for module in model.modules()]
-    for holder, key, tensor in places:
-        holder[key] = fakes[id(tensor)]
-    try:
-        yield
-    finally:
-        for holder, key, tensor in places:
-            holder[key] = tensor
-        for module, mode in training:
-            module.training = mode
-
-
-def _fake(tensor: Tensor) -> Tensor:
-    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-    return nn.Parameter(fake, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
 @contextlib.contextmanager
