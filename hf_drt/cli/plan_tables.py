@@ -123,7 +123,8 @@ def as_json(
         return {key: value for key, value in vars(step).items() if key != "rows"}
 
     phases: list[dict[str, Any]] = [
-        {"form": p.kind, "start": p.start, "end": p.end, "ranks": p.ranks, "update_flops": p.update_flops, **cost(p.step)}
+        {"form": p.kind, "start": p.start, "end": p.end, "ranks": p.ranks, **cost(p.step),
+         "update_flops": p.update_flops}
         for p in run.phases
     ]  # fmt: skip
     for phase, time in zip(phases, times or (), strict=False):

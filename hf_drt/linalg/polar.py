@@ -25,7 +25,8 @@ def polar(X: Tensor) -> Tensor:
     Y = Y / torch.linalg.matrix_norm(Y, keepdim=True).clamp(min=_LEAST_NORM)
     for _ in range(STEPS):
         gram = Y @ Y.mT
-        Y = _sum(Y, _sum(gram, gram, gram, B, C), Y, A, 1.0)
+        gram = _sum(gram, gram, gram, B, C)
+        Y = _sum(Y, gram, Y, A, 1.0)
     return Y.mT if tall else Y
 
 

@@ -109,19 +109,31 @@ def update_layer(
     """
     weights = trainable_weights(layer)
     lr, decay = float(group["lr"]), float(group["lr"]) * group["weight_decay"]
-    directions = [
-        _direction(optimizer, weight, gradient, scale, group[MATRIX])
-        for weight, gradient in zip(weights, gradients, strict=True)
-    ]
-    if isinstance(layer, LowRankLinear):
-        steps, amount, keep = _pair_steps(layer, directions, lr), 1.0, sqrt(1 - decay)
-    else:
-        layout = layout_of(layer)
-        W = layout.matrix(directions[0])
-        steps, amount, keep = [layout.stored(polar(W))], _rate(*W.shape[-2:], lr), 1 - decay
-    for weight, gradient, step in zip(weights, gradients, steps, strict=True):
+    steps = _steps(optimizer, layer, gradients, lr, group[MATRIX], scale)
+    keep = sqrt(1 - decay) if isinstance(layer, LowRankLinear) else 1 - decay
+    for weight, gradient, (step, amount) in zip(weights, gradients, steps, strict=True):
         if gradient is not None:
             _take(weight, step, amount, keep)
+
+
+def _steps(
+    optimizer: torch.optim.Optimizer,
+    layer: nn.Module,
+    gradients: list[Tensor | None],
+    lr: float,
+    beta: float,
+    scale: Tensor | None,
+) -> list[tuple[Tensor, float]]:
+    """What is taken from each of a layer's trainable weights, and how many times. The momenta are gone by then."""
+    directions = [
+        _direction(optimizer, weight, gradient, scale, beta)
+        for weight, gradient in zip(trainable_weights(layer), gradients, strict=True)
+    ]
+    if isinstance(layer, LowRankLinear):
+        return [(step, 1.0) for step in _pair_steps(layer, directions, lr)]
+    layout = layout_of(layer)
+    W = layout.matrix(directions[0])
+    return [(layout.stored(polar(W)), _rate(*W.shape[-2:], lr))]
 
 
 def _direction(

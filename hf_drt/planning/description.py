@@ -54,7 +54,7 @@ def _update_cost(resolved: ResolvedPlan) -> Iterator[str]:
     }
     if tokens:
         parts = ", ".join(f"{count:,.0f} / T ({form})" for form, count in tokens.items())
-        yield f"matrix_optimizer: {name}, an update of T tokens costs, of the target layers' training: {parts}"
+        yield f"matrix_optimizer: {name}, whose update of T tokens costs {parts} of the target layers' training"
 
 
 def _schedule(resolved: ResolvedPlan) -> Schedule | None:

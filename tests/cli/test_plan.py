@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from hf_drt import DRTConfig, DynamicRank
 from hf_drt.cli.options import with_settings
 from hf_drt.cli.plan import _LEFT_OUT
+from hf_drt.planning import update_tokens
 from hf_drt.schedule import PRESETS
 from hf_drt.simulate import batch_spec, estimate_run
 from hf_drt.targets import selection
@@ -306,3 +307,27 @@ def test_what_is_no_model(hf_drt, configured, tmp_path, monkeypatch):
     assert guessed.out.replace(note, "") == named.out
     (folder / "config.json").write_text("{")
     assert "config.json cannot be read" in hf_drt("plan", folder).err
+
+
+def test_the_matrix_optimizer_and_its_share_of_a_step(hf_drt, configured):
+    wanted = ("plan", configured(), *SMALL, "--schedule", "factored@0 dense@40%", "--matrix-optimizer", "muon")
+    data, out = json.loads(hf_drt(*wanted, "--json").out), hf_drt(*wanted).out
+    with torch.device("meta"):
+        model = tiny.llama()
+    config = DRTConfig(schedule="factored@0 dense@40%", rank_multiple=4, matrix_optimizer="muon")
+    drt = DynamicRank(model, config, max_steps=1000)
+    run = estimate_run(drt, batch_spec(model, 2, 8), optimizer="adamw_torch_fused")
+    factored, dense = (phase.update_flops / phase.step.flops for phase in run.phases)
+    assert [phase["update_flops"] for phase in data["phases"]] == [phase.update_flops for phase in run.phases]
+    assert [phase["optimizer"] for phase in data["phases"]] == [phase.step.optimizer for phase in run.phases]
+    assert (
+        "matrix_optimizer adds to an update step's FLOPs, which do not contain it: "
+        f"{factored:.1%} in phase 0 (factored), {dense:.1%} in phase 1 (dense)"
+    ) in out
+    shapes = list(drt.targets.values())
+    tokens = [update_tokens(shapes, list(drt.forms(index).values())) for index in (0, 1)]
+    assert (
+        f"matrix_optimizer: muon, whose update of T tokens costs {tokens[0]:,.0f} / T (factored), {tokens[1]:,.0f} / T "
+        "(dense) of the target layers' training"
+    ) in out.splitlines()
+    assert not any(line.startswith("matrix_optimizer") for line in hf_drt(*wanted[:-2]).out.splitlines())
