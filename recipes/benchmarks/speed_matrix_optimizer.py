@@ -5,8 +5,8 @@
 What it shows: a stack of Llama blocks whose factors, and whose dense weights, are trained once by AdamW and once by
 `matrix_optimizer="muon"`, on the same tokens: as many as --tokens-per-rank times the rank, rounded up to whole samples.
 The four take turns in one process. Seconds are CPU seconds on one thread, medians over the rounds; the optimizer's part
-is measured inside the same steps. "predicted" is the share of the optimizer's multiply-adds in those of all linear
-layers of the blocks together with it, as `hf-drt plan` counts them. State is that of the target layers.
+is measured inside the same steps. "predicted" is its part by multiply-adds, of the target layers alone: without head,
+attention and element-wise operations. State is that of the target layers.
 """
 
 import statistics
@@ -64,7 +64,7 @@ def made(chosen, schedule: str, **config: object) -> Run:
 
 
 def pair(make: Callable[..., Run]) -> dict[str, Run]:
-    return {"AdamW": make(), "matrix": make(matrix_optimizer="muon")}
+    return {"AdamW": make(), "muon": make(matrix_optimizer="muon")}
 
 
 def take_turns(runs: Iterable[Run], ids: Tensor, rounds: int, warmup: int = 1) -> None:
@@ -74,11 +74,11 @@ def take_turns(runs: Iterable[Run], ids: Tensor, rounds: int, warmup: int = 1) -
 
 
 def row(weights: str, tokens: int, runs: dict[str, Run]) -> list[str]:
-    (adamw, adamw_update), (matrix, update) = (runs[name].medians() for name in ("AdamW", "matrix"))
-    states = [runs[name].state() for name in ("AdamW", "matrix")]
+    (adamw, adamw_update), (muon, update) = (runs[name].medians() for name in ("AdamW", "muon"))
+    states = [runs[name].state() for name in ("AdamW", "muon")]
     return [
-        weights, f"{tokens:,}", f"{adamw:.2f}", f"{matrix:.2f}", f"{matrix / adamw:.3f}", f"{adamw_update / adamw:.1%}",
-        f"{update / matrix:.1%}", f"{runs['matrix'].predicted(tokens):.1%}",
+        weights, f"{tokens:,}", f"{adamw:.2f}", f"{muon:.2f}", f"{muon / adamw:.3f}", f"{adamw_update / adamw:.1%}",
+        f"{update / muon:.1%}", f"{runs['muon'].predicted(tokens):.1%}",
         *(f"{state / MIB:.1f}" for state in states), f"{states[1] / states[0]:.2f}",
     ]  # fmt: skip
 
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
             ids, tokens = kit.tokens(chosen, batch), batch * chosen.length
             found = {}
             if chosen.only != "dense":
-                found[f"factors, rank {rank}"] = pair(
+                found[f"factors {rank}"] = pair(
                     lambda rank=rank, **more: made(chosen, "factored@0", rank=rank, **more)
                 )
             if chosen.only != "factored":
@@ -105,9 +105,9 @@ def main(arguments: list[str] | None = None) -> None:
             take_turns([run for runs in found.values() for run in runs.values()], ids, chosen.rounds)
             rows += [row(name, tokens, runs) for name, runs in found.items()]
     title = f"Update step, {chosen.layers} blocks of width {chosen.hidden}, one thread"
-    header = ["weights", "tokens", "AdamW s", "matrix s", "over AdamW", "AdamW's share", "matrix's share", "predicted",
-              "AdamW MiB", "matrix MiB", "ratio"]  # fmt: skip
-    kit.show(title, header, rows, width=140)
+    header = ["weights", "tokens", "AdamW s", "muon s", "over AdamW", "AdamW in step", "muon in step", "predicted",
+              "AdamW MiB", "muon MiB", "ratio"]  # fmt: skip
+    kit.show(title, header, rows, width=150)
 
 
 if __name__ == "__main__":

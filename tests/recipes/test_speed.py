@@ -12,6 +12,7 @@ import speed_forms
 import speed_kit
 import speed_layers
 import speed_many_layers
+import speed_matrix_optimizer
 import speed_svd
 import speed_switches
 import torch
@@ -120,3 +121,17 @@ def test_many_layers_compares_with_another_checkout(capsys):
     speed_many_layers.main(["--blocks", "1", "--compare", "1", "--against", str(root)])
     table = rows(capsys.readouterr().out)
     assert [row[0] for row in table] == list(speed_many_layers.COMPARED)
+
+
+def test_matrix_optimizer_has_a_row_for_factors_and_dense_weights(capsys):
+    speed_matrix_optimizer.main([*SMALL, "--ranks", "4", "--tokens-per-rank", "10"])
+    factors, dense = rows(capsys.readouterr().out)
+    assert [factors[:2], dense[:2]] == [["factors 4", "48"], ["dense", "48"]]  # 40 tokens are three samples of 16
+    sides = 4 * 64 + 3 * 80
+    update = 4 * sides * 4**2 + 7 * (36 * 4**3 + 5 * 4**3 // 3)
+    assert factors[7] == f"{update / (update + 48 * 3 * 4 * sides):.1%}"
+    square, wide = 5 * 3 * 32**3, 5 * (2 * 32**2 * 48 + 32**3)
+    update = 4 * square + 3 * wide
+    assert dense[7] == f"{update / (update + 48 * 3 * (4 * 32**2 + 3 * 32 * 48)):.1%}"
+    assert [factors[10], dense[10]] == ["0.50", "0.50"]
+    assert all(0 < float(cell.rstrip("%")) for row in (factors, dense) for cell in row[5:7])
