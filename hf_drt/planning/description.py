@@ -45,16 +45,15 @@ def facts(resolved: ResolvedPlan) -> list[str]:
 def _update_cost(resolved: ResolvedPlan) -> Iterator[str]:
     """What the matrix optimizer takes; its share depends on the tokens of an update, which are not known here."""
     targets, name = resolved.targets, resolved.config.matrix_optimizer
+    if name == "none":
+        return
+    shapes, copies = list(targets.shapes.values()), list(targets.copies.values())
     tokens = {
-        phase.kind if phase.kind == "dense" else form_text(phase.kind, phase.rank): update_tokens(
-            list(targets.shapes.values()), list(forms.values()), list(targets.copies.values())
-        )
+        form_text(phase.kind, phase.rank): update_tokens(shapes, list(forms.values()), copies)
         for phase, forms in zip(resolved.plan.phases, resolved.forms_by_phase, strict=True)
-        if name != "none"
     }
-    if tokens:
-        parts = ", ".join(f"{count:,.0f} / T ({form})" for form, count in tokens.items())
-        yield f"matrix_optimizer: {name}, whose update of T tokens costs {parts} of the target layers' training"
+    parts = ", ".join(f"{count:,.0f} / T ({form})" for form, count in tokens.items())
+    yield f"matrix_optimizer: {name}, whose update of T tokens costs {parts} of the target layers' training"
 
 
 def _schedule(resolved: ResolvedPlan) -> Schedule | None:

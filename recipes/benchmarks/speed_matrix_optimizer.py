@@ -97,9 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
             ids, tokens = kit.tokens(chosen, batch), batch * chosen.length
             found = {}
             if chosen.only != "dense":
-                found[f"factors {rank}"] = pair(
-                    lambda rank=rank, **more: made(chosen, "factored@0", rank=rank, **more)
-                )
+                found[f"factors {rank}"] = pair(lambda rank=rank, **more: made(chosen, "factored@0", rank=rank, **more))
             if chosen.only != "factored":
                 found["dense"] = pair(lambda **more: made(chosen, "dense@0", **more))
             take_turns([run for runs in found.values() for run in runs.values()], ids, chosen.rounds)
