@@ -5,7 +5,10 @@ import torch
 from hf_drt.config import DRTConfig
 from hf_drt.optim.registry import OPTIMIZERS, OwnRate, qualified_name
 
-_OFF = {"rewarmup_steps": 0, "factored_lr_scale": 1, "adapter_lr_scale": 1, "frobenius_decay": False}
+_OFF = {
+    "rewarmup_steps": 0, "factored_lr_scale": 1, "adapter_lr_scale": 1, "left_lr_scale": 1, "right_lr_scale": 1,
+    "frobenius_decay": False,
+}  # fmt: skip
 
 
 def own_rate(optimizer: torch.optim.Optimizer, mine: set[int] | None = None) -> OwnRate | None:
