@@ -118,7 +118,7 @@ def _append(optimizer: torch.optim.Optimizer, parents: list[int], options: Optio
             if extra.get(FROBENIUS):
                 extra = extra | {FROBENIUS: copied.get("weight_decay", 0.0), "weight_decay": 0.0}
             place = {FORM: form, PARENT: parent} if side is None else {FORM: form, SIDE: side, PARENT: parent}
-            optimizer.add_param_group(copied | extra | marked | place | {"params": []})
+            optimizer.add_param_group(copied | extra | marked | {"params": [], **place})
 
 
 def _check_present(present: list[Group], parents: set[int], options: Options, weights: list[nn.Parameter]) -> None:
