@@ -212,6 +212,18 @@ def test_a_side_at_the_scheduled_rate_stays_where_it_was():
     assert sides_of(optimizer) == [(None, None, None), ("factored", "left", 4.0), ("adapter", "left", 4.0)]
 
 
+def test_a_side_that_stays_has_the_place_of_the_dense_weight_in_a_group_of_any_order():
+    drt = controller(schedule="dense@0 factored@1 dense@2", steps=3, **RULES["left"])
+    optimizer = torch.optim.AdamW(reversed(list(drt.model.parameters())))
+    found = []
+    for step in range(3):
+        drt.begin_step(step, optimizer)
+        names = {id(p): name for name, p in drt.model.named_parameters()}
+        found.append([names[id(p)] for p in optimizer.param_groups[0]["params"]])
+    weights = {f"{name}.weight": f"{name}.V" for name in drt.targets}
+    assert found == [found[0], [weights.get(name, name) for name in found[0]], found[0]]
+
+
 @pytest.mark.parametrize("form", [{"factored_lr_scale": 2.0, "frobenius_decay": True}, {"adapter_lr_scale": 0.5}, {}])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_groups_of_equal_sides_are_those_of_the_forms(form, scale):
