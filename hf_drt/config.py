@@ -130,6 +130,14 @@ class DRTConfig:
     rewarmup_start: float = _option(0.1, "Share of the scheduled LR at which the re-warm-up starts, in [0, 1].")
     factored_lr_scale: float = _option(1.0, "Multiplier on the scheduled LR of factors U and V, above 0.")
     adapter_lr_scale: float = _option(1.0, "Multiplier on the scheduled LR of lora_A and lora_B, above 0.")
+    left_lr_scale: float = _option(
+        1.0,
+        "Multiplier on the scheduled LR of the left factor alone, U or lora_B, above 0, on top of factored_lr_scale or "
+        "adapter_lr_scale. LoRA+ (arXiv 2402.12354) trains lora_B at a higher rate than lora_A.",
+    )
+    right_lr_scale: float = _option(
+        1.0, "Multiplier on the scheduled LR of the right factor alone, V or lora_A, above 0; as left_lr_scale."
+    )
     matrix_optimizer: MatrixOptimizer = _option(
         "none",
         "Optimizer of the selected layers' weights in every form, in place of the run's own: 'muon' moves dense "
@@ -204,7 +212,8 @@ class DRTConfig:
             _require(_is_number(self.budget) and 0 < self.budget <= 1, self, "budget", "in (0, 1]", hint)
 
     def _check_rates(self) -> None:
-        for name in ("adapter_alpha", "factored_lr_scale", "adapter_lr_scale", "matrix_lr"):
+        scales = ("factored_lr_scale", "adapter_lr_scale", "left_lr_scale", "right_lr_scale")
+        for name in ("adapter_alpha", *scales, "matrix_lr"):
             _require(_is_number(getattr(self, name)) and getattr(self, name) > 0, self, name, "a number above 0")
         _require(_is_number(self.rewarmup_start) and 0 <= self.rewarmup_start <= 1, self, "rewarmup_start", "in [0, 1]")
         momentum = self.matrix_momentum

@@ -20,6 +20,8 @@ LASTING = (
     "moments",
     "factored_lr_scale",
     "adapter_lr_scale",
+    "left_lr_scale",
+    "right_lr_scale",
     "frobenius_decay",
     "matrix_optimizer",
     "matrix_lr",
@@ -27,7 +29,14 @@ LASTING = (
     "dense_query_key",
 )
 # Settings that are left out at this value, as in states from before they existed.
-_UNSAID = {"decomposition": "svd", "matrix_optimizer": "none", "matrix_lr": 0.02, "matrix_momentum": 0.95}
+_UNSAID = {
+    "decomposition": "svd",
+    "left_lr_scale": 1.0,
+    "right_lr_scale": 1.0,
+    "matrix_optimizer": "none",
+    "matrix_lr": 0.02,
+    "matrix_momentum": 0.95,
+}
 MADE_IN = "optimizer_made_in"
 _SAME_RUN = "Resume with the model and the drt settings of the run that wrote it."
 _KEYS = {"plan": str, "max_steps": int, "phase": object, "settings": dict, "layers": dict}

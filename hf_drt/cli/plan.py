@@ -74,6 +74,8 @@ _LEFT_OUT = {
     "rewarmup_start": "the learning rate costs nothing",
     "factored_lr_scale": "the learning rate costs nothing",
     "adapter_lr_scale": "the learning rate costs nothing",
+    "left_lr_scale": "the learning rate costs nothing",
+    "right_lr_scale": "the learning rate costs nothing",
     "matrix_lr": "the learning rate costs nothing",
     "matrix_momentum": "the momentum has the same size at any value",
     "frobenius_decay": "two products of r x r matrices in a step are not counted",

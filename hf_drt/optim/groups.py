@@ -5,11 +5,12 @@ optimizer over the changed model would have, or a checkpoint cannot be resumed.
 
 Forms with a learning rate or multiplier of their own, or with Frobenius decay, live in *form groups*: a copy of their
 parent group's options, appended when the optimizer is made and possibly empty, so that the number of groups, which a
-learning-rate scheduler fixes at its start, never changes.
+learning-rate scheduler fixes at its start, never changes. Where the left and the right factor have different
+multipliers, each side has its own.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import Any
 
@@ -17,29 +18,36 @@ import torch
 from torch import nn
 
 from hf_drt.config import DRTConfig
-from hf_drt.forms import form_of, layer_of, trainable_weights
+from hf_drt.forms import layer_of, trainable_weights
 from hf_drt.optim.index import KINDS, GroupIndex, model_order
 from hf_drt.optim.matrices import MATRIX
-from hf_drt.optim.owners import FORM, PARENT, Group, Owner, form_groups, mark, number_of
+from hf_drt.optim.owners import FORM, PARENT, SIDE, Group, Owner, form_groups, mark, number_of
+from hf_drt.optim.sides import Side, side_scales
 
 LR_SCALE, FROBENIUS = "drt_lr_scale", "drt_frobenius_decay"
 # The settings that need form groups, for messages.
-GROUP_SETTINGS = "factored_lr_scale, adapter_lr_scale, frobenius_decay and matrix_optimizer"
+GROUP_SETTINGS = (
+    "factored_lr_scale, adapter_lr_scale, left_lr_scale, right_lr_scale, frobenius_decay and matrix_optimizer"
+)
 # What a form group has of the settings, and a scheduler leaves as it is.
 _FIXED = (LR_SCALE, MATRIX)
 
+Options = dict[tuple[str, Side], dict[str, Any]]
 
-def form_group_options(config: DRTConfig) -> dict[str, dict[str, Any]]:
-    """Options by form, of those forms that need a group of their own."""
-    options: dict[str, dict[str, Any]] = {}
+
+def form_group_options(config: DRTConfig) -> Options:
+    """Options by form and side, of those that need a group of their own; side None is both."""
+    options: Options = {}
     if config.matrix_optimizer != "none":
         matrices = {"lr": config.matrix_lr, MATRIX: config.matrix_momentum}
-        options = {form: dict(matrices) for form in KINDS.values()}
-    if config.factored_lr_scale != 1 or config.frobenius_decay:
-        scaled = {LR_SCALE: config.factored_lr_scale, FROBENIUS: config.frobenius_decay}
-        options["factored"] = options.get("factored", {}) | scaled
-    if config.adapter_lr_scale != 1:
-        options["adapter"] = options.get("adapter", {}) | {LR_SCALE: config.adapter_lr_scale}
+        options = {(form, None): dict(matrices) for form in KINDS.values()}
+    for side, scale in side_scales(config).items():
+        factored, adapter = config.factored_lr_scale * scale, config.adapter_lr_scale * scale
+        if factored != 1 or config.frobenius_decay:
+            scaled = {LR_SCALE: factored, FROBENIUS: config.frobenius_decay}
+            options["factored", side] = options.get(("factored", side), {}) | scaled
+        if adapter != 1:
+            options["adapter", side] = options.get(("adapter", side), {}) | {LR_SCALE: adapter}
     return options
 
 
@@ -51,7 +59,7 @@ def add_form_groups(optimizer: torch.optim.Optimizer, owner: Owner, config: DRTC
     the same model, they are its own now.
 
     Raises:
-        ValueError: As in :meth:`hf_drt.optim.index.GroupIndex.home`; or a scheduler has counted the groups already; or
+        ValueError: As in :meth:`hf_drt.optim.index.GroupIndex.homes`; or a scheduler has counted the groups already; or
             those that exist are for other settings or layers. Nothing has changed then.
     """
     model, options = owner.model(), form_group_options(config)
@@ -65,7 +73,7 @@ def add_form_groups(optimizer: torch.optim.Optimizer, owner: Owner, config: DRTC
         )
     targets = {name: layer_of(model, name) for name in owner.names}
     index = GroupIndex(optimizer)
-    parents = {index.parent(index.home(name, module)) for name, module in targets.items()}
+    parents = {index.parent(index.homes(name, module)) for name, module in targets.items()}
     if present:
         _check_present(present, parents, options, [w for module in targets.values() for w in trainable_weights(module)])
 
@@ -81,26 +89,36 @@ def _move(optimizer: torch.optim.Optimizer, number: int, model: nn.Module, targe
     order, index = model_order(model), GroupIndex(optimizer)
     arriving: dict[int, list[list[nn.Parameter]]] = {}
     for name, module in targets.items():
-        home = index.home(name, module)
-        target = index.destination(home, form_of(module), number)
-        if home != target:
-            arriving.setdefault(target, []).append(list(trainable_weights(module)))
+        homes = index.homes(name, module)
+        destinations = index.destinations(module, index.parent(homes), number)
+        moves = zip(homes, destinations, trainable_weights(module), strict=True)
+        for target, weights in _by_group((target, weight) for home, target, weight in moves if home != target):
+            arriving.setdefault(target, []).append(weights)
     moved = {id(w) for newcomers in arriving.values() for weights in newcomers for w in weights}
     for position, group in enumerate(optimizer.param_groups):
         stays = [p for p in group["params"] if id(p) not in moved]
         group["params"] = _with_newcomers(stays, arriving.get(position, []), order)
 
 
-def _append(optimizer: torch.optim.Optimizer, parents: list[int], options: dict[str, dict], marked: Group) -> None:
+def _by_group(places: Iterable[tuple[int, nn.Parameter]]) -> Iterable[tuple[int, list[nn.Parameter]]]:
+    """A layer's weights by the index of the group that each is to be in."""
+    found: dict[int, list[nn.Parameter]] = {}
+    for number, weight in places:
+        found.setdefault(number, []).append(weight)
+    return found.items()
+
+
+def _append(optimizer: torch.optim.Optimizer, parents: list[int], options: Options, marked: Group) -> None:
     for group in optimizer.param_groups:
         group.pop("param_names", None)  # torch refuses to append a group without names to groups with them
     for parent in parents:
         group = optimizer.param_groups[parent]
-        for form, extra in options.items():
+        for (form, side), extra in options.items():
             copied = {key: _own(value) for key, value in group.items() if key != "params"}
             if extra.get(FROBENIUS):
                 extra = extra | {FROBENIUS: copied.get("weight_decay", 0.0), "weight_decay": 0.0}
-            optimizer.add_param_group(copied | extra | marked | {"params": [], FORM: form, PARENT: parent})
+            place = {FORM: form, PARENT: parent} if side is None else {FORM: form, SIDE: side, PARENT: parent}
+            optimizer.add_param_group(copied | extra | marked | {"params": [], **place})
 
 
 def _own(option: Any) -> Any:
@@ -108,12 +126,10 @@ def _own(option: Any) -> Any:
     return option.clone() if torch.is_tensor(option) else option
 
 
-def _check_present(
-    present: list[Group], parents: set[int], options: dict[str, dict], weights: list[nn.Parameter]
-) -> None:
+def _check_present(present: list[Group], parents: set[int], options: Options, weights: list[nn.Parameter]) -> None:
     """Whether the form groups that are there are those that an owner needs, and hold no other layers."""
-    found = {(g[PARENT], g[FORM], *_fixed(g)) for g in present}
-    needed = {(parent, form, *_fixed(group)) for parent in parents for form, group in options.items()}
+    found = {(g[PARENT], g[FORM], g.get(SIDE), *_fixed(g)) for g in present}
+    needed = {(parent, *place, *_fixed(group)) for parent in parents for place, group in options.items()}
     own = {id(weight) for weight in weights}
     if found != needed or not all(id(p) in own for group in present for p in group["params"]):
         raise ValueError(
@@ -137,24 +153,25 @@ def spliced_groups(
     that follows them in the model.
 
     Raises:
-        ValueError: As :meth:`hf_drt.optim.index.GroupIndex.home`.
+        ValueError: As :meth:`hf_drt.optim.index.GroupIndex.homes`.
     """
     order, index = model_order(model), GroupIndex(optimizer)
     replaced: dict[int, list[nn.Parameter]] = {}
     arriving: dict[int, list[list[nn.Parameter]]] = {}
     for name, old, new in swaps:
-        home = index.home(name, old)
-        target = index.destination(home, form_of(new), number_of(optimizer, model, name))
-        old_weights, new_weights = trainable_weights(old), list(trainable_weights(new))
+        homes = index.homes(name, old)
+        destinations = index.destinations(new, index.parent(homes), number_of(optimizer, model, name))
+        old_weights, new_weights = trainable_weights(old), trainable_weights(new)
         # The frozen base too, where the optimizer was made over all parameters: it would stand there twice as W.
         leaving = [id(p) for p in old._parameters.values() if p is not None and p is not old.bias]
         place = min(order[key] for key in leaving)
         order.update((id(p), place) for p in new_weights)
         replaced.update((key, []) for key in leaving)
-        if home == target:
-            replaced[id(old_weights[0])] = new_weights
-        else:
-            arriving.setdefault(target, []).append(new_weights)
+        for target, weights in _by_group(zip(destinations, new_weights, strict=True)):
+            if target in homes:
+                replaced[id(old_weights[homes.index(target)])] = weights
+            else:
+                arriving.setdefault(target, []).append(weights)
     lists = [[q for p in group["params"] for q in replaced.get(id(p), [p])] for group in optimizer.param_groups]
     return [_with_newcomers(params, arriving.get(number, []), order) for number, params in enumerate(lists)]
 

@@ -73,7 +73,7 @@ def install(optimizer: torch.optim.Optimizer, owner: Owner, config: DRTConfig, t
     index = GroupIndex(optimizer)
     for name, module in targets.items():
         if any(weight.requires_grad for weight in trainable_weights(module)):
-            index.home(name, module)
+            index.homes(name, module)
     OwnCounts.install(optimizer)
     StepRules.clear(optimizer)  # first: a step that has raised leaves its scaled rates behind
     enter()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_drt.forms import LowRankLinear, layer_of, layout_of, trainable_weights
+from hf_drt.forms import LowRankLinear, layout_of, trainable_weights
 from hf_drt.linalg import full_precision, polar, working_dtype
 from hf_drt.optim.owners import Group, owners
 from hf_drt.optim.pair_rule import pair_update
@@ -74,8 +74,7 @@ class MatrixStep:
 def _updates(optimizer: torch.optim.Optimizer) -> Iterator[_Update]:
     groups = {id(p): group for group in optimizer.param_groups if MATRIX in group for p in group["params"]}
     for owner in owners(optimizer) if groups else ():
-        model = owner.model()
-        for layer in (layer_of(model, name) for name in owner.names) if model is not None else ():
+        for layer in owner.modules():
             weights = trainable_weights(layer)
             gradients = [weight.grad for weight in weights]
             if id(weights[0]) in groups and any(gradient is not None for gradient in gradients):

@@ -7,7 +7,7 @@ Nothing here keeps a model or a controller alive. The form groups outlive their 
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from hf_drt.forms import layer_of
 
-FORM, PARENT, OWNER = "drt_form", "drt_parent", "drt_owner"
+FORM, SIDE, PARENT, OWNER = "drt_form", "drt_side", "drt_parent", "drt_owner"
 
 Group = dict[str, Any]
 
@@ -67,15 +67,20 @@ class Owner:
 
     def layers(self) -> set[int]:
         """Identities of the target layers' parameters."""
+        return {id(p) for module in self.modules() for p in module.parameters()}
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The target layers that are still there."""
         model = self.model()
-        return set() if model is None else {id(p) for name in self.names for p in _parameters(model, name)}
+        found = (_layer(model, name) for name in self.names) if model is not None else ()
+        return (module for module in found if module is not None)
 
 
-def _parameters(model: nn.Module, name: str) -> Iterable[nn.Parameter]:
+def _layer(model: nn.Module, name: str) -> nn.Module | None:
     try:
-        return layer_of(model, name).parameters()
+        return layer_of(model, name)
     except AttributeError:  # gone, or something else has taken its place
-        return ()
+        return None
 
 
 _OWNERS: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[Owner]] = weakref.WeakKeyDictionary()

@@ -9,8 +9,8 @@ from hf_drt.config import DRTConfig
 from hf_drt.optim.registry import OPTIMIZERS, OptimizerRule, OwnRate, qualified_name
 
 _OFF: dict[str, Any] = {
-    "rewarmup_steps": 0, "factored_lr_scale": 1, "adapter_lr_scale": 1, "frobenius_decay": False,
-    "matrix_optimizer": "none",
+    "rewarmup_steps": 0, "factored_lr_scale": 1, "adapter_lr_scale": 1, "left_lr_scale": 1, "right_lr_scale": 1,
+    "frobenius_decay": False, "matrix_optimizer": "none",
 }  # fmt: skip
 
 

@@ -12,10 +12,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from hf_drt.forms import FactoredLinear, trainable_weights
 from hf_drt.optim.groups import FROBENIUS, LR_SCALE
 from hf_drt.optim.matrices import MatrixStep
 from hf_drt.optim.matrix_state import kept_apart
-from hf_drt.optim.owners import rewarmup_factors
+from hf_drt.optim.owners import owners, rewarmup_factors
 
 
 def rewarmup_factor(steps_since_switch: int | None, steps: int, start: float) -> float:
@@ -28,12 +29,13 @@ def rewarmup_factor(steps_since_switch: int | None, steps: int, start: float) ->
     return start + (1 - start) * steps_since_switch / steps
 
 
-def frobenius_decay_(U: Tensor, V: Tensor, amount: float) -> None:
-    """In place ``U -= a U (V V^T)`` and ``V -= a (U^T U) V`` with a = lr lambda: one decoupled descent step on
-    ``1/2 ||U V||_F^2``, both gradients taken before either step (Khodak et al. 2021, Eq. 4). r x r products only."""
+def frobenius_decay_(U: Tensor, V: Tensor, amount: float, amount_V: float | None = None) -> None:
+    """In place ``U -= a U (V V^T)`` and ``V -= a (U^T U) V`` with a = lr lambda, which may be another for V: one
+    decoupled descent step on ``1/2 ||U V||_F^2``, both gradients taken before either step (Khodak et al. 2021, Eq. 4).
+    r x r products only."""
     U_step, V_step = U @ (V @ V.mT), (U.mT @ U) @ V
     U.sub_(U_step, alpha=amount)
-    V.sub_(V_step, alpha=amount)
+    V.sub_(V_step, alpha=amount if amount_V is None else amount_V)
 
 
 class StepRules:
@@ -70,8 +72,7 @@ class StepRules:
         for group, factor in zip(optimizer.param_groups, factors, strict=True):
             if (scale := factor * group.get(LR_SCALE, 1.0)) != 1:  # a rate that nothing scales may be None
                 group["lr"] = group["lr"] * scale
-            if group.get(FROBENIUS):
-                _decay_products(group["params"], float(group["lr"]) * group[FROBENIUS])
+        _decay_products(optimizer)
 
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self._matrices.after(optimizer)
@@ -94,8 +95,13 @@ class StepRules:
 
 
 @torch.no_grad()
-def _decay_products(params: list[Tensor], amount: float) -> None:
-    """A factored form group holds U, V, U, V, ... of its layers."""
-    for U, V in zip(params[::2], params[1::2], strict=True):
-        if U.grad is not None:
-            frobenius_decay_(U, V, amount)
+def _decay_products(optimizer: torch.optim.Optimizer) -> None:
+    """Of the layers in form groups with Frobenius decay, each factor at its own group's rate."""
+    groups = {id(p): group for group in optimizer.param_groups if group.get(FROBENIUS) for p in group["params"]}
+    for owner in owners(optimizer) if groups else ():
+        for layer in owner.modules():
+            if isinstance(layer, FactoredLinear) and id(trainable_weights(layer)[0]) in groups:
+                U, V, _ = layer.pair()
+                if U.grad is not None:
+                    amounts = (float(group["lr"]) * group[FROBENIUS] for group in (groups[id(U)], groups[id(V)]))
+                    frobenius_decay_(U, V, *amounts)

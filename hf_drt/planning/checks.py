@@ -97,8 +97,13 @@ def _check_products(forms: dict[str, Form], config: DRTConfig) -> None:
     low_rank = (form for form in forms.values() if not isinstance(form, Dense))
     if all(form.product.two_matrices for form in low_rank):
         return
-    for name, does in (("frobenius_decay", "is the decay of"), ("matrix_optimizer", "is of")):
-        if getattr(config, name) not in (False, "none"):
+    for name, off, does in (
+        ("frobenius_decay", False, "is the decay of"),
+        ("matrix_optimizer", "none", "is of"),
+        ("left_lr_scale", 1, "is of the left factor of"),
+        ("right_lr_scale", 1, "is of the right factor of"),
+    ):
+        if getattr(config, name) != off:
             raise ValueError(
                 f"{name} {does} a product U V, and decomposition='{config.decomposition}' is of other tensors. Use "
                 f"decomposition='svd', or leave {name} out."

@@ -245,6 +245,15 @@ def _frobenius_decay(usage: Usage) -> str | None:
     return f"matrix_optimizer={usage.config.matrix_optimizer} decays the product anyway. Give one of the two."
 
 
+def _side_lr_scale(usage: Usage) -> str | None:
+    if usage.config.matrix_optimizer == "none":
+        return None
+    return (
+        f"matrix_optimizer={usage.config.matrix_optimizer} moves both factors by one rate, so that each makes half of "
+        "the change that it bounds. Give one of the two."
+    )
+
+
 def _log_rank_per_layer(usage: Usage) -> str | None:
     return None if usage.config.log_rank_steps else "effective ranks are not logged. Set log_rank_steps."
 
@@ -274,6 +283,8 @@ IDLE: dict[str, Reason] = {
     "rewarmup_start": _rewarmup_start,
     "factored_lr_scale": _needs_phase("factored"),
     "adapter_lr_scale": _needs_phase("adapter"),
+    "left_lr_scale": _first(_needs_low_rank, _side_lr_scale),
+    "right_lr_scale": _first(_needs_low_rank, _side_lr_scale),
     "matrix_optimizer": _always,  # dense weights too
     "matrix_lr": _needs_matrix_optimizer,
     "matrix_momentum": _needs_matrix_optimizer,

@@ -34,8 +34,8 @@ class DRTCallback(DriverEvents):
 
     It cannot resume (``drt_state.json`` is written all the same, so that DRTTrainer can), load the best model at the
     end, measure the function-preservation error, or use form groups (``factored_lr_scale``, ``adapter_lr_scale``,
-    ``frobenius_decay``, ``matrix_optimizer``); it says so when asked to. :class:`hf_drt.DRTTrainer` can, and has no
-    place for it.
+    ``left_lr_scale``, ``right_lr_scale``, ``frobenius_decay``, ``matrix_optimizer``); it says so when asked to.
+    :class:`hf_drt.DRTTrainer` can, and has no place for it.
 
     Args:
         config: Settings, or just the schedule's text.

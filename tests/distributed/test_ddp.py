@@ -55,13 +55,14 @@ def test_one_ddp_object_throughout(two):
     assert two[1]["ddp_objects"] == 1
 
 
-def test_two_processes_equal_one_with_the_same_global_batch(tmp_path):
+@pytest.mark.parametrize("sides", [{}, {"drt_left_lr_scale": 2.0, "drt_right_lr_scale": 0.5}], ids=["plain", "sides"])
+def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, sides):
     """Without dropout, whose noise differs between processes; weights, since factors of one weight are not unique."""
     runs = {}
     for processes, accumulation in ((2, 2), (1, 4)):
         folder = tmp_path / str(processes)
         settings = SGD | {"learning_rate": 0.01, "dropout": 0.0, "gradient_accumulation_steps": accumulation}
-        launch(folder, processes, **settings)
+        launch(folder, processes, **settings, **sides)
         runs[processes] = final(folder, "dense.pt")
     for name, p in runs[1].items():
         assert torch.allclose(p, runs[2][name], atol=1e-5, rtol=0), name

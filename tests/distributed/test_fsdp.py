@@ -45,6 +45,7 @@ CASES = {
     "sgd": SGD | {"drt": {"rank_multiple": 4}},
     "adamw, moments projected": ADAM | {"drt": {"rank_multiple": 4, "moments": "project"}},
     "form groups": ADAM | {"drt": {"rank": 4, "factored_lr_scale": 0.5, "frobenius_decay": True}},
+    "groups of sides": ADAM | {"drt": {"rank": 4, "left_lr_scale": 2.0, "frobenius_decay": True}},
 }
 
 

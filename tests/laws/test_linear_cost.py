@@ -17,6 +17,7 @@ MOST = 2.2
 WORKS = ("find_targets", "first phase", "install", "state_dict", "load_state_dict", "inflation", "deflation", "restore")
 SETTINGS = {
     "groups": {"factored_lr_scale": 2.0, "adapter_lr_scale": 0.5},
+    "sides": {"left_lr_scale": 2.0, "right_lr_scale": 0.5},
     "project": {"moments": "project", "rewarmup_steps": 2},
 }
 

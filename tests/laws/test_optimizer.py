@@ -49,11 +49,13 @@ def fresh_optimizer(folder, model, drt, **arguments):
 
 
 @pairs
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("scaled", [None, "forms", "sides"])
 def test_groups_equal_those_of_a_fresh_optimizer(tmp_path, before, after, scaled):
     model = tiny.llama(hidden_size=64, intermediate_size=96)
     scales = {Factored: {"factored_lr_scale": 2.0, "frobenius_decay": True}, Adapter: {"adapter_lr_scale": 0.5}}
     used = [scales.get(type(form), {}) for form in (before, after)] if scaled else []
+    if scaled == "sides" and (before, after) != (Dense(), Dense()):
+        used += [{"left_lr_scale": 4.0}]
     drt = controller(model, before, after, **{name: value for some in used for name, value in some.items()})
     drt.apply(0)
     optimizer = fresh_optimizer(tmp_path, model, drt, weight_decay=0.1)

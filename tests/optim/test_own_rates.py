@@ -11,7 +11,10 @@ from transformers.optimization import Adafactor, AdafactorSchedule
 
 from hf_drt import DRTCallback, DRTConfig, DRTTrainer, DynamicRank
 
-RULES = ({"rewarmup_steps": 2}, {"factored_lr_scale": 2.0}, {"adapter_lr_scale": 2.0}, {"frobenius_decay": True})
+RULES = (
+    {"rewarmup_steps": 2}, {"factored_lr_scale": 2.0}, {"adapter_lr_scale": 2.0}, {"frobenius_decay": True},
+    {"left_lr_scale": 2.0}, {"right_lr_scale": 2.0},
+)  # fmt: skip
 PLAN = "factored@0 dense@3 adapter@5"
 MESSAGE = (
     r"{}=\S+: this needs the learning rate of the optimizer's groups, but Adafactor with relative_step=True computes "

@@ -47,6 +47,8 @@ SETTINGS = {
     "rewarmup_start": ({"rewarmup_start": 0.0}, None, "paper", r"there is no re-warm-up\. Set rewarmup_steps"),
     "factored_lr_scale": ({"factored_lr_scale": 2.0}, "lowrank@0", "adapter@0 dense@50%", r"only factored phases"),
     "adapter_lr_scale": ({"adapter_lr_scale": 9.0}, "paper", "paper(final=factored)", r"only adapter phases use it"),
+    "left_lr_scale": ({"left_lr_scale": 4.0}, "adapter@0", "dense@0", r"only low-rank phases use it, and all are dens"),
+    "right_lr_scale": ({"right_lr_scale": 0.5}, "factored@0", "dense@0", r"only low-rank phases use it, and all are d"),
     "frobenius_decay": (
         {"frobenius_decay": True},
         "fixed",

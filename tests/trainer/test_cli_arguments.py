@@ -35,6 +35,8 @@ FLAGS = {
     "rewarmup_start": (["0.2"], 0.2),
     "factored_lr_scale": (["2.5"], 2.5),
     "adapter_lr_scale": (["0.5"], 0.5),
+    "left_lr_scale": (["4"], 4.0),
+    "right_lr_scale": (["0.25"], 0.25),
     "matrix_optimizer": (["muon"], "muon"),
     "matrix_lr": (["0.05"], 0.05),
     "matrix_momentum": (["0.9"], 0.9),

@@ -42,10 +42,11 @@ def test_a_callback_with_settings_of_another_type_is_refused(config):
         ),
         (tiny.config(factored_lr_scale=2.0), {}, r"factored_lr_scale, .* need parameter groups .* Use DRTTrainer"),
         (tiny.config(adapter_lr_scale=2.0), {}, r"adapter_lr_scale, .* need parameter groups .* Use DRTTrainer"),
+        (tiny.config(right_lr_scale=2.0), {}, r"right_lr_scale, .* need parameter groups .* Use DRTTrainer"),
         (tiny.config(frobenius_decay=True), {}, r"frobenius_decay and matrix_opt.* Use DRTTrainer"),
         (tiny.config(include=["conv"]), {}, r"no layer to train in changing rank"),
     ],
-    ids=["best model", "factored_lr_scale", "adapter_lr_scale", "frobenius_decay", "no target"],
+    ids=["best model", "factored_lr_scale", "adapter_lr_scale", "right_lr_scale", "frobenius_decay", "no target"],
 )
 def test_a_plain_trainer_refuses_what_only_a_drt_trainer_can_do(tmp_path, config, changes, message):
     with pytest.raises(ValueError, match=message):

@@ -145,7 +145,10 @@ def test_evaluation_at_a_switch_without_data_is_refused(tmp_path):
         DRTTrainer(tiny.llama(), args, train_dataset=tiny.dataset())
 
 
-@pytest.mark.parametrize("setting", [{"factored_lr_scale": 2.0}, {"adapter_lr_scale": 2.0}, {"frobenius_decay": True}])
+@pytest.mark.parametrize(
+    "setting",
+    [{"factored_lr_scale": 2.0}, {"adapter_lr_scale": 2.0}, {"left_lr_scale": 2.0}, {"frobenius_decay": True}],
+)
 def test_a_scheduler_made_before_the_form_groups_is_refused(tmp_path, setting):
     model = tiny.llama()
     optimizer = torch.optim.AdamW(model.parameters())

@@ -117,13 +117,14 @@ class GroupedInside(T.Trainer):
     rule, trainable_only, made = "names", True, 0
 
 
-def test_form_groups_on_groups_by_name_resume_bitwise(tmp_path):
+@pytest.mark.parametrize(("sides", "each"), [({}, 2), ({"drt_left_lr_scale": 4.0}, 4)], ids=["forms", "sides"])
+def test_form_groups_on_groups_by_name_resume_bitwise(tmp_path, sides, each):
     class Mixed(DRTTrainerMixin, GroupedInside):
         pass
 
     scales = {"drt_factored_lr_scale": 2.0, "drt_adapter_lr_scale": 0.5, "drt_frobenius_decay": True}
-    expected, _ = compare_all(tmp_path, Mixed, drt_rewarmup_steps=2, **scales)
-    assert len(unwrap(expected.optimizer).param_groups) == 2 + 2
+    expected, _ = compare_all(tmp_path, Mixed, drt_rewarmup_steps=2, **scales, **sides)
+    assert len(unwrap(expected.optimizer).param_groups) == 2 + each
 
 
 def test_one_trainer_resumes_twice_with_groups_of_its_own(tmp_path):

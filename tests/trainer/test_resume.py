@@ -58,6 +58,8 @@ def test_resume_is_bitwise_equal_from_every_checkpoint(straight, tmp_path, step)
         {"optim": "sgd", "optim_args": "momentum=0.9"},
         {"optim": "adafactor"},
         {"drt_factored_lr_scale": 2.0, "drt_frobenius_decay": True, "weight_decay": 0.1, "drt_rewarmup_steps": 5},
+        {"drt_left_lr_scale": 4.0, "drt_right_lr_scale": 0.5, "drt_adapter_lr_scale": 2.0, "drt_moments": "project"},
+        {"drt_left_lr_scale": 4.0, "drt_frobenius_decay": True, "weight_decay": 0.1, "drt_rewarmup_steps": 5},
         {"drt_moments": "reset", "drt_adapter_init": "principal"},
         {"drt_schedule": "decay(stages=3)", "lr_scheduler_type": "linear"},
         {"drt_schedule": "dense@0 factored@1ep", "max_steps": -1, "num_train_epochs": 2},

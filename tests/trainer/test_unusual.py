@@ -466,7 +466,9 @@ def test_a_second_callback_added_later_is_refused(tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize("change", [{"drt_factored_lr_scale": 3.0}, {"drt_frobenius_decay": True}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"drt_factored_lr_scale": 3.0}, {"drt_left_lr_scale": 3.0}, {"drt_frobenius_decay": True}], ids=str
+)
 def test_group_settings_cannot_change_between_two_runs_of_one_trainer(tmp_path, change):
     trainer = tiny.trainer(tmp_path, drt_factored_lr_scale=2.0, max_steps=4, drt_schedule="factored@0 dense@2")
     trainer.train()
