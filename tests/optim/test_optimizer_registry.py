@@ -217,12 +217,12 @@ def test_moments_that_are_not_named_by_a_tuple_of_texts_are_refused(names):
 
 
 def test_a_name_whose_package_is_not_installed_says_what_to_install():
-    OPTIMIZERS.add("toys.of.Momentum", OptimizerRule("a toy", optim={"toy": {}}))
+    OPTIMIZERS.add("nowhere.of.Momentum", OptimizerRule("a toy", optim={"toy": {}}))
     try:
-        with pytest.raises(ValueError, match=r"optim='toy' is toys\.of\.Momentum, but toys is not installed: pip"):
+        with pytest.raises(ValueError, match=r"optim='toy' is nowhere\.of\.Momentum, but nowhere is not installed"):
             maker("toy")
     finally:
-        OPTIMIZERS.remove("toys.of.Momentum")
+        OPTIMIZERS.remove("nowhere.of.Momentum")
 
 
 def test_a_class_of_several_with_one_rule_stands_in_one_row():

@@ -34,9 +34,9 @@ class AdamW(torch.optim.SGD):
 def test_an_optimizer_that_does_not_pass_is_refused_by_its_full_name(make, name, seen):
     optimizer = make([nn.Parameter(torch.zeros(2, 2))])
     message = (
-        rf"the optimizer (\w+\.)*{name} cannot follow a change of form: it has no rule, .*{seen}.* Of the \d+ that can, "
-        r"\S+, \S+ or \S+ is nearest by name; docs/optimizers\.md has all\. So can classes without a rule that pass a "
-        r"trial\. In a Trainer optim=adamw_torch always can\."
+        rf"the optimizer (\w+\.)*{name} cannot follow a change of form: it has no rule, .*{seen}.* Of the \d+ that "
+        r"can, \S+, \S+ or \S+ is nearest by name; docs/optimizers\.md has all\. So can classes without a rule that "
+        r"pass a trial\. In a Trainer optim=adamw_torch always can\."
     )
     with pytest.raises(ValueError, match=message):
         rule_of(optimizer)
