@@ -9,7 +9,8 @@ The weights stay in the optimizer's groups, and their momentum in its state, so 
 change of form see one optimizer. Its own step does not see their gradients.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 
 from hf_drt.forms import LowRankLinear, layer_of, layout_of, trainable_weights
 from hf_drt.linalg import full_precision, polar, working_dtype
-from hf_drt.optim.owners import Group, owners
+from hf_drt.optim.owners import Group, form_groups, owners
 from hf_drt.optim.pair_rule import pair_update
+from hf_drt.optim.registry import rule_of
 
 # Marks a group of such weights, and is their momentum's beta; the entry of the state that holds the momentum.
 MATRIX, MOMENTUM = "drt_matrix_momentum", "drt_momentum"
@@ -46,15 +48,15 @@ class MatrixStep:
         """Take the gradients of the matrices aside.
 
         Raises:
-            ValueError: The gradients will be computed in the step only.
+            ValueError: The gradients will be computed in the step only, or a layer is gone. Nothing has changed then.
         """
-        # What a step that has raised has left here belongs to gradients that are gone.
-        self._updates = list(_updates(optimizer))
-        if self._updates and closure is not None:
+        self._updates = []  # what a step that has raised has left here belongs to gradients that are gone
+        if closure is not None and any(MATRIX in group for group in optimizer.param_groups):
             raise ValueError(
                 "matrix_optimizer takes the gradients before optimizer.step(), and step(closure) computes them in it. "
                 "Call the closure first, then step() without it."
             )
+        self._updates = list(_updates(optimizer))
         for update in self._updates:
             for weight in update.weights:
                 weight.grad = None
@@ -74,14 +76,41 @@ class MatrixStep:
 
 
 def _updates(optimizer: torch.optim.Optimizer) -> Iterator[_Update]:
-    groups = {id(p): group for group in optimizer.param_groups if MATRIX in group for p in group["params"]}
-    for owner in owners(optimizer) if groups else ():
+    for owner in owners(optimizer):
+        groups = {id(p): g for g in form_groups(optimizer, owner.number) if MATRIX in g for p in g["params"]}
         model = owner.model()
-        for layer in (layer_of(model, name) for name in owner.names) if model is not None else ():
-            weights = trainable_weights(layer)
-            gradients = [weight.grad for weight in weights]
-            if id(weights[0]) in groups and any(gradient is not None for gradient in gradients):
-                yield _Update(layer, weights, gradients, groups[id(weights[0])])
+        if groups and model is not None:
+            layers = list(_layers(model, owner.names))
+            _check_found(groups, layers)
+            yield from _updates_of(layers, groups)
+
+
+def _layers(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[nn.Module, tuple[nn.Parameter, ...]]]:
+    """The layers that are still there, each with its trainable weights."""
+    for name in names:
+        with suppress(AttributeError):  # gone, or something else has taken its place
+            layer = layer_of(model, name)
+            yield layer, trainable_weights(layer)
+
+
+def _check_found(groups: dict[int, Group], layers: list[tuple[nn.Module, tuple[nn.Parameter, ...]]]) -> None:
+    found = {id(weight) for _, weights in layers for weight in weights}
+    lost = [p for group in groups.values() for p in group["params"] if p.grad is not None and id(p) not in found]
+    if lost:
+        raise ValueError(
+            f"matrix_optimizer has a weight of shape {tuple(lost[0].shape)} in the optimizer, and its layer is no "
+            "longer where it was in the model. Build DynamicRank and the optimizer after all other changes to the "
+            "model."
+        )
+
+
+def _updates_of(
+    layers: list[tuple[nn.Module, tuple[nn.Parameter, ...]]], groups: dict[int, Group]
+) -> Iterator[_Update]:
+    for layer, weights in layers:
+        gradients = [weight.grad for weight in weights]
+        if id(weights[0]) in groups and any(gradient is not None for gradient in gradients):
+            yield _Update(layer, weights, gradients, groups[id(weights[0])])
 
 
 def _left_to_step(optimizer: torch.optim.Optimizer) -> tuple[Tensor | None, bool]:
@@ -93,17 +122,19 @@ def _left_to_step(optimizer: torch.optim.Optimizer) -> tuple[Tensor | None, bool
 
 def _apply(optimizer: torch.optim.Optimizer, update: _Update, scale: Tensor | None) -> None:
     layer, group = update.layer, update.group
-    lr, decay = float(group["lr"]), float(group["lr"]) * group["weight_decay"]
+    lr = float(group["lr"])
+    kept = max(0.0, 1 - lr * group.get("weight_decay", 0.0))  # of W, or of the product
     directions = [
         _direction(optimizer, weight, gradient, scale, group[MATRIX])
         for weight, gradient in zip(update.weights, update.gradients, strict=True)
     ]
     if isinstance(layer, LowRankLinear):
-        steps, amount, keep = _pair_steps(layer, directions, lr), 1.0, sqrt(1 - decay)
+        trained = sum(gradient is not None for gradient in update.gradients)
+        steps, amount, keep = _pair_steps(layer, directions, lr), 1.0, kept ** (1 / trained)
     else:
         layout = layout_of(layer)
         W = layout.matrix(directions[0])
-        steps, amount, keep = [layout.stored(polar(W))], _rate(*W.shape[-2:], lr), 1 - decay
+        steps, amount, keep = [layout.stored(polar(W))], _rate(*W.shape[-2:], lr), kept
     for weight, gradient, step in zip(update.weights, update.gradients, steps, strict=True):
         if gradient is not None:
             _take(weight, step, amount, keep)
@@ -118,10 +149,10 @@ def _direction(
     if gradient is None:
         return torch.zeros_like(weight, dtype=dtype)
     gradient = gradient.to(dtype) if scale is None else gradient.to(dtype) / scale
-    state = optimizer.state[weight]
-    if MOMENTUM not in state:
-        state[MOMENTUM] = torch.zeros_like(weight)
-    buffer = state[MOMENTUM]
+    if MOMENTUM not in optimizer.state[weight]:  # nor has what the optimizer may have made for its own steps a use
+        sought = {key: torch.zeros(()) for key in rule_of(optimizer).sought}
+        optimizer.state[weight] = sought | {MOMENTUM: torch.zeros_like(weight)}
+    buffer = optimizer.state[weight][MOMENTUM]
     average = buffer.to(dtype).lerp_(gradient, 1 - beta)
     if average is not buffer:
         buffer.copy_(average)
