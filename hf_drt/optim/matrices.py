@@ -70,8 +70,9 @@ class MatrixStep:
             for weight, gradient in zip(update.weights, update.gradients, strict=True):
                 weight.grad = gradient
         scale, overflow = _left_to_step(optimizer)
-        if not overflow:
-            for update in updates:
+        for update in updates if not overflow else ():
+            # The step may stand in the caller's autocast, where products would be of half precision.
+            with torch.autocast(update.weights[0].device.type, enabled=False):
                 _apply(optimizer, update, scale)
 
 
@@ -99,8 +100,7 @@ def _check_found(groups: dict[int, Group], layers: list[tuple[nn.Module, tuple[n
     if lost:
         raise ValueError(
             f"matrix_optimizer has a weight of shape {tuple(lost[0].shape)} in the optimizer, and its layer is no "
-            "longer where it was in the model. Build DynamicRank and the optimizer after all other changes to the "
-            "model."
+            "longer where it was in the model. Build DynamicRank and the optimizer after all other changes to it."
         )
 
 
@@ -125,7 +125,7 @@ def _apply(optimizer: torch.optim.Optimizer, update: _Update, scale: Tensor | No
     lr = float(group["lr"])
     kept = max(0.0, 1 - lr * group.get("weight_decay", 0.0))  # of W, or of the product
     directions = [
-        _direction(optimizer, weight, gradient, scale, group[MATRIX])
+        _direction(optimizer, weight, gradient, scale, group)
         for weight, gradient in zip(update.weights, update.gradients, strict=True)
     ]
     if isinstance(layer, LowRankLinear):
@@ -141,14 +141,15 @@ def _apply(optimizer: torch.optim.Optimizer, update: _Update, scale: Tensor | No
 
 
 def _direction(
-    optimizer: torch.optim.Optimizer, weight: Tensor, gradient: Tensor | None, scale: Tensor | None, beta: float
+    optimizer: torch.optim.Optimizer, weight: Tensor, gradient: Tensor | None, scale: Tensor | None, group: Group
 ) -> Tensor:
     """Nesterov's, in float32 or better; the buffer has the weight's dtype, as a checkpoint keeps it. Zero of a frozen
     weight."""
-    dtype = working_dtype(weight.dtype)
+    dtype, beta = working_dtype(weight.dtype), group[MATRIX]
     if gradient is None:
         return torch.zeros_like(weight, dtype=dtype)
     gradient = gradient.to(dtype) if scale is None else gradient.to(dtype) / scale
+    gradient = -gradient if group.get("maximize") else gradient
     if MOMENTUM not in optimizer.state[weight]:  # nor has what the optimizer may have made for its own steps a use
         sought = {key: torch.zeros(()) for key in rule_of(optimizer).sought}
         optimizer.state[weight] = sought | {MOMENTUM: torch.zeros_like(weight)}

@@ -240,3 +240,16 @@ def test_ranks_of_one_and_above_both_widths(m, n):
         assert dR.shape == (r, n)
         assert dL.isfinite().all()
         assert dR.isfinite().all()
+
+
+def test_what_a_singular_gram_matrix_gets_on_its_diagonal_costs_the_other_directions_nothing():
+    """In float32, against float64: directions of a fiftieth of the largest too move by their share."""
+    for seed in range(10):
+        L, _, G = problem(64, 48, 16, seed)
+        P, Q = torch.linalg.qr(seeded(16, 16, seed=seed + 3)).Q, torch.linalg.qr(seeded(48, 16, seed=seed + 4)).Q
+        S = torch.tensor([1.0] * 12 + [0.02] * 3 + [0.0], dtype=torch.float64)
+        R = P * S @ Q.mT
+        full = update(L, R, G)
+        low = [X.double() for X in pair_update(*(X.float() for X in (L, R, G @ R.mT, L.mT @ G)), RATE)]
+        assert spectral((full[0] - low[0]) @ R) < 0.05 * RATE / 2
+        assert spectral(L @ (full[1] - low[1])) < 0.05 * RATE / 2
