@@ -245,7 +245,7 @@ def test_an_install_after_the_scheduler_is_refused():
     assert not any(MATRIX in group for group in optimizer.param_groups)
 
 
-ADAPTIVE = ["Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD"]
+ADAPTIVE = ["Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD", "Adagrad", "Adadelta", "ASGD"]
 
 
 def only_matrices(name: str, **settings) -> tuple[DynamicRank, torch.optim.Optimizer]:
