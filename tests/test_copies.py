@@ -16,6 +16,7 @@ SCHEDULES = {
         "schedule": "factored@0 dense@3 adapter@6 factored@9", "rewarmup_steps": 2, "factored_lr_scale": 0.5,
         "frobenius_decay": True,
     },
+    "matrix optimizer": {"schedule": "factored@0 dense@3 adapter@6 factored@9", "matrix_optimizer": "muon"},
     "trigger": {"schedule": "adaptive(signal=loss,plateau=50,window=15,every=10)", "budget": 0.9},
 }  # fmt: skip
 WAYS = {"deepcopy": copy.deepcopy, "pickle": lambda value: pickle.loads(pickle.dumps(value))}

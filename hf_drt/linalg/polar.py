@@ -36,9 +36,11 @@ def polar_map(Y: Tensor) -> Tensor:
     All five steps act on the r x r Gram matrix alone, with which they commute: ``Y_k = Y P_k`` and
     ``A_{k+1} = Q_k A_k Q_k`` where ``Q_k = a + b A_k + c A_k^2``. So Y is met once here and once in the product, not
     fifteen times: ``2 m r^2 + 17 r^3`` multiply-adds in all, where :func:`polar` needs ``10 m r^2 + 5 r^3``.
+
+    As in :func:`polar` a Frobenius norm below 1e-7 counts as 1e-7, and one whose square overflows gives zero.
     """
     gram = Y.mT @ Y
-    norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=_LEAST_NORM**4).sqrt()[..., None, None]
+    norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=_LEAST_NORM**2).sqrt()[..., None, None]
     gram = gram / norm.square()
     product = 1 / norm
     for step in range(STEPS):
@@ -47,7 +49,7 @@ def polar_map(Y: Tensor) -> Tensor:
         product = product @ factor if step else product * factor
         if step < STEPS - 1:
             gram = factor @ gram @ factor
-    return product
+    return product.masked_fill(norm.isinf(), 0.0)
 
 
 def _sum(M: Tensor, X: Tensor, Y: Tensor, beta: float, alpha: float) -> Tensor:

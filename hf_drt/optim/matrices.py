@@ -19,11 +19,14 @@ from torch import Tensor, nn
 
 from hf_drt.forms import LowRankLinear, layout_of, trainable_weights
 from hf_drt.linalg import full_precision, polar, working_dtype
-from hf_drt.optim.owners import Group, owners
+from hf_drt.optim.owners import Group, form_groups, owners
 from hf_drt.optim.pair_rule import pair_update
+from hf_drt.optim.registry import rule_of
 
 # Marks a group of such weights, and is their momentum's beta; the entry of the state that holds the momentum.
 MATRIX, MOMENTUM = "drt_matrix_momentum", "drt_momentum"
+
+_Layer = tuple[nn.Module, tuple[nn.Parameter, ...]]  # with its trainable weights
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,15 @@ class MatrixStep:
         """Take the gradients of the matrices aside.
 
         Raises:
-            ValueError: The gradients will be computed in the step only.
+            ValueError: The gradients will be computed in the step only, or a layer is gone. Nothing has changed then.
         """
-        # What a step that has raised has left here belongs to gradients that are gone.
-        self._updates = list(_updates(optimizer))
-        if self._updates and closure is not None:
+        self._updates = []  # what a step that has raised has left here belongs to gradients that are gone
+        if closure is not None and any(MATRIX in group for group in optimizer.param_groups):
             raise ValueError(
                 "matrix_optimizer takes the gradients before optimizer.step(), and step(closure) computes them in it. "
                 "Call the closure first, then step() without it."
             )
+        self._updates = list(_updates(optimizer))
         for update in self._updates:
             for weight in update.weights:
                 weight.grad = None
@@ -66,19 +69,34 @@ class MatrixStep:
             for weight, gradient in zip(update.weights, update.gradients, strict=True):
                 weight.grad = gradient
         scale, overflow = _left_to_step(optimizer)
-        if not overflow:
-            for update in updates:
-                update_layer(optimizer, update.layer, update.gradients, update.group, scale)
+        for update in updates if not overflow else ():
+            update_layer(optimizer, update.layer, update.gradients, update.group, scale)
 
 
 def _updates(optimizer: torch.optim.Optimizer) -> Iterator[_Update]:
-    groups = {id(p): group for group in optimizer.param_groups if MATRIX in group for p in group["params"]}
-    for owner in owners(optimizer) if groups else ():
-        for layer in owner.modules():
-            weights = trainable_weights(layer)
-            gradients = [weight.grad for weight in weights]
-            if id(weights[0]) in groups and any(gradient is not None for gradient in gradients):
-                yield _Update(layer, weights, gradients, groups[id(weights[0])])
+    for owner in owners(optimizer):
+        groups = {id(p): g for g in form_groups(optimizer, owner.number) if MATRIX in g for p in g["params"]}
+        if groups and owner.model() is not None:
+            layers = [(layer, trainable_weights(layer)) for layer in owner.modules()]
+            _check_found(groups, layers)
+            yield from _updates_of(layers, groups)
+
+
+def _check_found(groups: dict[int, Group], layers: list[_Layer]) -> None:
+    found = {id(weight) for _, weights in layers for weight in weights}
+    lost = [p for group in groups.values() for p in group["params"] if p.grad is not None and id(p) not in found]
+    if lost:
+        raise ValueError(
+            f"matrix_optimizer has a weight of shape {tuple(lost[0].shape)} in the optimizer, and its layer is no "
+            "longer where it was in the model. Build DynamicRank and the optimizer after all other changes to it."
+        )
+
+
+def _updates_of(layers: list[_Layer], groups: dict[int, Group]) -> Iterator[_Update]:
+    for layer, weights in layers:
+        gradients = [weight.grad for weight in weights]
+        if id(weights[0]) in groups and any(gradient is not None for gradient in gradients):
+            yield _Update(layer, weights, gradients, groups[id(weights[0])])
 
 
 def _left_to_step(optimizer: torch.optim.Optimizer) -> tuple[Tensor | None, bool]:
@@ -106,13 +124,15 @@ def update_layer(
         group: Learning rate, weight decay and, as MATRIX, the momentum's beta.
         scale: Of the loss, where the gradients still have it.
     """
-    weights = trainable_weights(layer)
-    lr, decay = float(group["lr"]), float(group["lr"]) * group["weight_decay"]
-    steps = _steps(optimizer, layer, gradients, lr, group[MATRIX], scale)
-    keep = sqrt(1 - decay) if isinstance(layer, LowRankLinear) else 1 - decay
-    for weight, gradient, (step, amount) in zip(weights, gradients, steps, strict=True):
-        if gradient is not None:
-            _take(weight, step, amount, keep)
+    weights, lr = trainable_weights(layer), float(group["lr"])
+    kept = max(0.0, 1 - lr * group.get("weight_decay", 0.0))  # of W, or of the product
+    trained = sum(gradient is not None for gradient in gradients)
+    # The step may stand in the caller's autocast, where products would be of half precision.
+    with torch.autocast(weights[0].device.type, enabled=False):
+        steps = _steps(optimizer, layer, gradients, lr, group, scale)
+        for weight, gradient, (step, amount) in zip(weights, gradients, steps, strict=True):
+            if gradient is not None:
+                _take(weight, step, amount, kept ** (1 / trained))
 
 
 def _steps(
@@ -120,12 +140,12 @@ def _steps(
     layer: nn.Module,
     gradients: list[Tensor | None],
     lr: float,
-    beta: float,
+    group: Group,
     scale: Tensor | None,
 ) -> list[tuple[Tensor, float]]:
     """What is taken from each of a layer's trainable weights, and how many times. The momenta are gone by then."""
     directions = [
-        _direction(optimizer, weight, gradient, scale, beta)
+        _direction(optimizer, weight, gradient, scale, group)
         for weight, gradient in zip(trainable_weights(layer), gradients, strict=True)
     ]
     if isinstance(layer, LowRankLinear):
@@ -136,18 +156,19 @@ def _steps(
 
 
 def _direction(
-    optimizer: torch.optim.Optimizer, weight: Tensor, gradient: Tensor | None, scale: Tensor | None, beta: float
+    optimizer: torch.optim.Optimizer, weight: Tensor, gradient: Tensor | None, scale: Tensor | None, group: Group
 ) -> Tensor:
     """Nesterov's, in float32 or better; the buffer has the weight's dtype, as a checkpoint keeps it. Zero of a frozen
     weight."""
-    dtype = working_dtype(weight.dtype)
+    dtype, beta = working_dtype(weight.dtype), group[MATRIX]
     if gradient is None:
         return torch.zeros_like(weight, dtype=dtype)
     gradient = gradient.to(dtype) if scale is None else gradient.to(dtype) / scale
-    state = optimizer.state[weight]
-    if MOMENTUM not in state:
-        state[MOMENTUM] = torch.zeros_like(weight)
-    buffer = state[MOMENTUM]
+    gradient = -gradient if group.get("maximize") else gradient
+    if MOMENTUM not in optimizer.state[weight]:  # nor has what the optimizer may have made for its own steps a use
+        sought = {key: torch.zeros(()) for key in rule_of(optimizer).sought}
+        optimizer.state[weight] = sought | {MOMENTUM: torch.zeros_like(weight)}
+    buffer = optimizer.state[weight][MOMENTUM]
     average = buffer.to(dtype).lerp_(gradient, 1 - beta)
     if average is not buffer:
         buffer.copy_(average)

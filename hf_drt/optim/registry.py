@@ -114,6 +114,8 @@ class OptimizerRule:
         unsaved: What is in its checkpoints that nobody can load; empty where they can be resumed.
         nearest: The value of ``optim`` to take where this one cannot be used; empty where the reason says what.
         imported: The name that its class is imported by, where that is not its own behind its package's.
+        sought: Entries that it looks for in the state of every parameter when it is loaded or copied, as torch's do.
+            Those that the matrix optimizer trains have zeros there.
     """
 
     help: str
@@ -147,6 +149,8 @@ class OptimizerRule:
     def estimated(self) -> bool:
         """Whether what it takes is seen by a step of its own over any weight."""
         return not (self.refused or self.without_step or self.picks_layers)
+
+    sought: tuple[str, ...] = ("step",)
 
     def carried(self) -> str:
         """What of its state 'project' takes along, for a table."""

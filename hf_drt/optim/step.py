@@ -15,7 +15,6 @@ from torch import Tensor
 from hf_drt.forms import FactoredLinear, trainable_weights
 from hf_drt.optim.groups import FROBENIUS, LR_SCALE
 from hf_drt.optim.matrices import MatrixStep
-from hf_drt.optim.matrix_state import kept_apart
 from hf_drt.optim.owners import owners, rewarmup_factors
 
 
@@ -58,7 +57,6 @@ class StepRules:
         self._scheduled: list = []
         self._matrices = MatrixStep()
         self._handles = [
-            *kept_apart(optimizer),
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from processes import accelerate, final, launch, torchrun
+from processes import accelerate, final, launch, launch_all, torchrun
 
 from hf_drt.engines.decompose import shares
 
@@ -66,6 +66,30 @@ def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, sides):
         runs[processes] = final(folder, "dense.pt")
     for name, p in runs[1].items():
         assert torch.allclose(p, runs[2][name], atol=1e-5, rtol=0), name
+
+
+# Newton-Schulz of dense weights is in bfloat16, where the last bit of a gradient can turn one of eight.
+MATRICES = {
+    "pairs": ({"drt_schedule": "factored@0 adapter@3 factored@6"}, 1e-5),
+    "dense": ({"drt_schedule": "dense@0 factored@6 dense@8"}, 0.005 * 10 * 2**-7),
+}
+
+
+def test_the_matrix_optimizer_does_the_same_on_all_processes_and_what_one_does(tmp_path):
+    """Each process whitens and orthogonalises for itself."""
+    settings = SGD | {
+        "drt_matrix_optimizer": "muon", "drt_matrix_lr": 0.005, "dropout": 0.0, "weight_decay": 0.1, "max_steps": 10,
+        "learning_rate": 0.01,
+    }  # fmt: skip
+    for processes, accumulation in ((2, 2), (1, 4)):
+        own = settings | {"gradient_accumulation_steps": accumulation}
+        cells = {name: own | changes for name, (changes, _) in MATRICES.items()}
+        for seen in launch_all(tmp_path / str(processes), processes, cells).values():
+            assert seen.get("equal", []) == [True] * (10 if processes > 1 else 0)
+    for name, (_, tolerance) in MATRICES.items():
+        found, expected = (final(tmp_path / f"{processes}/{name}", "dense.pt") for processes in (2, 1))
+        for key, p in expected.items():
+            assert (found[key] - p).abs().max() < tolerance, key
 
 
 def test_resume_of_two_processes_is_bitwise_equal(two, tmp_path):

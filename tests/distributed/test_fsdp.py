@@ -66,3 +66,11 @@ def test_a_sharded_run_equals_one_process(tmp_path, case):
     assert sharded["freed"] == [True, True, True]
     assert sharded["managed"]
     assert sharded["plain"]
+
+
+def test_the_matrix_optimizer_is_refused_at_the_first_step(tmp_path):
+    settings = json.dumps(ADAM | {"drt": {"rank": 4, "matrix_optimizer": "muon"}})
+    result = forked.distributed(WORKER, tmp_path, settings, processes=2, timeout=300)
+    assert result.returncode != 0
+    message = "ValueError: matrix_optimizer=muon needs whole matrices, and FSDP shards them. Train with DDP (leave fsdp"
+    assert message in result.stderr, result.stderr[-6000:]

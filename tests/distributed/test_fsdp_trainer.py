@@ -124,3 +124,12 @@ def test_shards_without_their_metadata_are_incomplete(tmp_path):
     (tmp_path / "optimizer_0").mkdir()
     with pytest.raises(CheckpointError, match=r"pytorch_model_fsdp_0/\.metadata is missing: the checkpoint is incomp"):
         check_fsdp_files(tmp_path)
+
+
+def test_the_matrix_optimizer_is_refused_before_training(tmp_path):
+    settings = json.dumps({"kind": "SHARDED_STATE_DICT", "drt_matrix_optimizer": "muon"})
+    result = forked.distributed(WORKER, tmp_path, settings, processes=2, timeout=400)
+    assert result.returncode != 0
+    message = "ValueError: matrix_optimizer=muon needs whole matrices, and FSDP shards them. Train with DDP (leave fsdp"
+    assert message in result.stderr, result.stderr[-6000:]
+    assert not list(tmp_path.iterdir())

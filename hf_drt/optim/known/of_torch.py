@@ -22,7 +22,10 @@ OPTIMIZERS.add(
         tested=_TESTED,
     ),
 )
-OPTIMIZERS.add("torch.optim.nadam.NAdam", OptimizerRule("torch's NAdam", _ADAM, tested=_TESTED))
+OPTIMIZERS.add(
+    "torch.optim.nadam.NAdam",
+    OptimizerRule("torch's NAdam", _ADAM, tested=_TESTED, sought=("step", "mu_product")),
+)
 OPTIMIZERS.add("torch.optim.radam.RAdam", OptimizerRule("torch's RAdam", _ADAM, tested=_TESTED))
 OPTIMIZERS.add(
     "torch.optim.sgd.SGD",
@@ -61,5 +64,6 @@ OPTIMIZERS.add(
     "torch.optim.adadelta.Adadelta", OptimizerRule("torch's Adadelta, whose state starts anew", tested=_TESTED)
 )
 OPTIMIZERS.add(
-    "torch.optim.asgd.ASGD", OptimizerRule("torch's ASGD, whose averages of weights start anew", tested=_TESTED)
+    "torch.optim.asgd.ASGD",
+    OptimizerRule("torch's ASGD, whose averages of weights start anew", tested=_TESTED, sought=("step", "eta", "mu")),
 )
