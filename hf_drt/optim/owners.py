@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from hf_drt.forms import layer_of
+from hf_drt.targets import is_layer
 
 FORM, SIDE, PARENT, OWNER = "drt_form", "drt_side", "drt_parent", "drt_owner"
 
@@ -78,9 +79,10 @@ class Owner:
 
 def _layer(model: nn.Module, name: str) -> nn.Module | None:
     try:
-        return layer_of(model, name)
-    except AttributeError:  # gone, or something else has taken its place
+        layer = layer_of(model, name)
+    except AttributeError:  # gone
         return None
+    return layer if is_layer(layer) else None  # or something else has taken its place
 
 
 _OWNERS: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[Owner]] = weakref.WeakKeyDictionary()
