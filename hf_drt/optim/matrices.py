@@ -152,7 +152,7 @@ def _steps(
         return [(step, 1.0) for step in _pair_steps(layer, directions, lr)]
     layout = layout_of(layer)
     W = layout.matrix(directions[0])
-    return [(layout.stored(polar(W)), _rate(*W.shape[-2:], lr))]
+    return [(layout.stored(polar(W)), _rate(W.shape[-2], W.shape[-1], lr))]
 
 
 def _direction(
