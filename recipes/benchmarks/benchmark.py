@@ -22,6 +22,7 @@ from typing import Any
 
 from methods import Missing, settings_of
 from store import HERE, Store, task_file
+from tuning import SEED
 
 SEEDS = (1, 2, 3)
 
@@ -32,6 +33,8 @@ def run(options: argparse.Namespace) -> None:
     store = Store(options.results, options.task)
     for seed in options.seeds:
         for method in options.methods or task["methods"]:
+            if "point_of" in task["methods"].get(method, {}) and seed != SEED:
+                continue
             try:
                 settings = settings_of(options.task, method, seed, store)
             except Missing as missing:

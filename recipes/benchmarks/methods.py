@@ -3,23 +3,25 @@
 from typing import Any
 
 from store import Store, task_file
+from tuning import SEED, best_rates
 
-SECTIONS = {"model", "training", "peft", "like", "as_long_as", "label"}
+SECTIONS = {"model", "training", "peft", "like", "as_long_as", "label", "point_of", "best_of"}
 
 
 class Missing(Exception):
-    """A method is as long as another one, whose record is not there yet."""
+    """A method goes by another one, whose record is not there yet."""
 
 
 def settings_of(name: str, method: str, seed: int, store: Store) -> dict[str, Any]:
     """The settings of a run, in full; see :class:`experiment.Settings`.
 
     A method may change ``model`` and ``training``, name ``peft``, be ``like`` another method, and take ``as_long_as``
-    another one's seconds on this machine, with the learning-rate schedule fitted to that length.
+    another one's seconds on this machine, with the learning-rate schedule fitted to that length. A tuned one takes the
+    best rates of its grid.
 
     Raises:
         ValueError: The task has no such method, or a method has an unknown section.
-        Missing: It is as long as a run that has not been made.
+        Missing: It is as long as a run that has not been made, or its grid is not complete.
     """
     task = task_file(name)
     methods = task["methods"]
@@ -37,8 +39,11 @@ def settings_of(name: str, method: str, seed: int, store: Store) -> dict[str, An
         "training": base["training"] | change.get("training", {}),
         "peft": change.get("peft", base.get("peft")),
         "seed": seed,
-        "measure": task["measure"],
+        "measure": {"points": 1} if "point_of" in change else task["measure"],
     }
+    if "best_of" in change:
+        rates = best_rates(method, change["best_of"], lambda point: final_loss(_record(name, point, SEED, store)))
+        settings["training"] |= rates
     if "as_long_as" in change:
         dense = _record(name, change.get("like", "dense"), seed, store)
         other = _record(name, change["as_long_as"], seed, store)
@@ -53,6 +58,11 @@ def record_of(name: str, method: str, seed: int, store: Store) -> dict[str, Any]
         return store.find(method, settings_of(name, method, seed, store))
     except Missing:
         return None
+
+
+def final_loss(record: dict[str, Any]) -> float:
+    """The loss of the evaluation at the end."""
+    return record["curve"][-1]["loss"]
 
 
 def _record(name: str, method: str, seed: int, store: Store) -> dict[str, Any]:
