@@ -115,7 +115,8 @@ class Watch(TrainerCallback):
         spectra = ranks(self.trainer.model, self.names)
         self.curve.append(
             {"step": state.global_step, "seconds": self.wall, "cpu_seconds": self.cpu, "flops": self.flops,
-             "value": metrics[self.metric], "loss": metrics["eval_loss"], "effective_rank": mean(spectra), "layers": spectra}
+             "value": metrics[self.metric], "loss": metrics["eval_loss"], "effective_rank": mean(spectra),
+             "layers": spectra}
         )  # fmt: skip
         reset_peak(CPU)
 

@@ -1,11 +1,12 @@
 """What a method of a task is: the settings of its runs."""
 
+from functools import partial
 from typing import Any
 
 from store import Store, task_file
-from tuning import SEED, best_rates
+from tuning import SEED, rates
 
-SECTIONS = {"model", "training", "peft", "like", "as_long_as", "label", "point_of", "best_of"}
+SECTIONS = {"model", "training", "peft", "like", "as_long_as", "label", "tuned", "trial"}
 
 
 class Missing(Exception):
@@ -17,11 +18,11 @@ def settings_of(name: str, method: str, seed: int, store: Store) -> dict[str, An
 
     A method may change ``model`` and ``training``, name ``peft``, be ``like`` another method, and take ``as_long_as``
     another one's seconds on this machine, with the learning-rate schedule fitted to that length. A tuned one takes the
-    best rates of its grid.
+    best of its learning rates.
 
     Raises:
         ValueError: The task has no such method, or a method has an unknown section.
-        Missing: It is as long as a run that has not been made, or its grid is not complete.
+        Missing: It is as long as a run that has not been made, or a learning rate has not been tried.
     """
     task = task_file(name)
     methods = task["methods"]
@@ -39,11 +40,12 @@ def settings_of(name: str, method: str, seed: int, store: Store) -> dict[str, An
         "training": base["training"] | change.get("training", {}),
         "peft": change.get("peft", base.get("peft")),
         "seed": seed,
-        "measure": {"points": 1} if "point_of" in change else task["measure"],
+        "measure": {"points": 1} if "trial" in change else task["measure"],
     }
-    if "best_of" in change:
-        rates = best_rates(method, change["best_of"], lambda point: final_loss(_record(name, point, SEED, store)))
-        settings["training"] |= rates
+    if tuned := change.get("tuned"):
+        entry = task["tuned"]["methods"][tuned]
+        loss_of = partial(trial_loss, name, store)
+        settings["training"] |= rates(entry, tuned, change.get("trial", {}), loss_of)
     if "as_long_as" in change:
         dense = _record(name, change.get("like", "dense"), seed, store)
         other = _record(name, change["as_long_as"], seed, store)
@@ -60,9 +62,13 @@ def record_of(name: str, method: str, seed: int, store: Store) -> dict[str, Any]
         return None
 
 
-def final_loss(record: dict[str, Any]) -> float:
-    """The loss of the evaluation at the end."""
-    return record["curve"][-1]["loss"]
+def trial_loss(name: str, store: Store, trial: str) -> float:
+    """The loss of the evaluation at the end of a trial (:mod:`tuning`).
+
+    Raises:
+        Missing: It has not been made.
+    """
+    return _record(name, trial, SEED, store)["curve"][-1]["loss"]
 
 
 def _record(name: str, method: str, seed: int, store: Store) -> dict[str, Any]:
