@@ -88,9 +88,7 @@ def print_table(name: str, store: Store, seeds: list[int]) -> None:
 
 def print_rates(name: str, store: Store, seeds: list[int]) -> None:
     """Of every tuned method the losses of its trials, the lowest in bold. ``seeds`` says nothing: all have the same."""
-    print(
-        f"| {name} | the others' rates, beside the middle one of the matrices | the matrices' rates, beside the best |"
-    )
+    print(f"| {name} | the others' rates, beside the first of the matrices | the matrices' rates, beside the best |")
     print("|---|---|---|")
     for method, entry in task_file(name).get("tuned", {}).get("methods", {}).items():
         others = {rate: _loss(name, store, f"{method}_o{rate:g}") for rate in entry["others"]}

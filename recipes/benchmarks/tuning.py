@@ -1,7 +1,7 @@
 """Methods whose two learning rates are tuned: that of the target layers' matrices, and that of all other weights.
 
 A task's section ``tuned`` gives each of them candidates for both. They are tried one after the other, in runs of a
-share of the length and with one seed: first the others' rates beside the middle one of the matrices', then the
+share of the length and with one seed: first the others' rates beside the first of the matrices', then the
 matrices' rates beside the best of those. Each time the best is the one whose run ends with the lowest loss of the
 evaluation.
 """
@@ -37,19 +37,19 @@ def tuned_methods(name: str, section: dict[str, Any], steps: int) -> dict[str, d
         short = {"training": entry["training"] | {"max_steps": round(share * steps)}}
         for rate in entry["others"]:
             made[f"{method}_o{rate:g}"] = short | {
-                "trial": {"matrices": middle(entry), "others": rate},
+                "trial": {"matrices": guess(entry), "others": rate},
                 "tuned": method,
             }
         for rate in entry["matrices"]:
-            if rate != middle(entry):  # which has been tried beside all others
+            if rate != guess(entry):  # which has been tried beside all others
                 made[f"{method}_m{rate:g}"] = short | {"trial": {"matrices": rate}, "tuned": method}
         made[method] = {"training": entry["training"], "tuned": method}
     return made
 
 
-def middle(entry: dict[str, Any]) -> float:
+def guess(entry: dict[str, Any]) -> float:
     """The matrices' rate beside which those of the others are tried."""
-    return entry["matrices"][len(entry["matrices"]) // 2]
+    return entry["matrices"][0]
 
 
 def rates(entry: dict[str, Any], method: str, trial: dict[str, float], loss_of: Loss) -> dict[str, float]:
@@ -61,13 +61,13 @@ def rates(entry: dict[str, Any], method: str, trial: dict[str, float], loss_of: 
 
 
 def best_others(entry: dict[str, Any], method: str, loss_of: Loss) -> float:
-    """The best rate of the other weights beside the middle one of the matrices."""
+    """The best rate of the other weights beside the first of the matrices."""
     return min(entry["others"], key=lambda rate: loss_of(f"{method}_o{rate:g}"))
 
 
 def trial_name(entry: dict[str, Any], method: str, matrices: float, others: float) -> str:
     """Name of the trial of a rate of the matrices beside the best of the others."""
-    return f"{method}_o{others:g}" if matrices == middle(entry) else f"{method}_m{matrices:g}"
+    return f"{method}_o{others:g}" if matrices == guess(entry) else f"{method}_m{matrices:g}"
 
 
 def _best_matrices(entry: dict[str, Any], method: str, others: float, loss_of: Loss) -> float:

@@ -204,7 +204,7 @@ def test_a_grid_lacks_nothing_and_names_nothing_twice(folder):
 TUNED = {
     "training": {"drt_schedule": "fixed"},
     "rate": "matrix_rate",
-    "matrices": [0.1, 0.2, 0.4],
+    "matrices": [0.2, 0.1, 0.4],
     "others": [0.01, 0.03],
 }
 
