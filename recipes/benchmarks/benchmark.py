@@ -4,6 +4,7 @@
     python recipes/benchmarks/benchmark.py run brown_lm --methods dense default --seeds 1 2 3
     python recipes/benchmarks/benchmark.py table brown_lm                     # from the records, nothing is run
     python recipes/benchmarks/benchmark.py table brown_lm --memory            # bytes of every phase
+    python recipes/benchmarks/benchmark.py table brown_lm_rates --rates       # losses of the learning rates tried
     python recipes/benchmarks/benchmark.py plot brown_lm --output plots
 
 A task is one file, ``tasks/<name>.json``: data, model, training arguments, and methods that change some of them. Each
@@ -22,6 +23,7 @@ from typing import Any
 
 from methods import Missing, settings_of
 from store import HERE, Store, task_file
+from tuning import SEED
 
 SEEDS = (1, 2, 3)
 
@@ -32,6 +34,8 @@ def run(options: argparse.Namespace) -> None:
     store = Store(options.results, options.task)
     for seed in options.seeds:
         for method in options.methods or task["methods"]:
+            if "trial" in task["methods"].get(method, {}) and seed != SEED:
+                continue
             try:
                 settings = settings_of(options.task, method, seed, store)
             except Missing as missing:
@@ -73,11 +77,11 @@ def one(options: argparse.Namespace) -> None:
 
 
 def table(options: argparse.Namespace) -> None:
-    """Print the table of each task, or that of its memory."""
-    from tables import print_memory, print_table
+    """Print the table of each task, or that of its memory or its learning rates."""
+    from tables import print_memory, print_rates, print_table
 
+    show = print_memory if options.memory else print_rates if options.rates else print_table
     for name in options.tasks:
-        show = print_memory if options.memory else print_table
         show(name, Store(options.results, name), options.seeds)
 
 
@@ -106,7 +110,9 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(call=run)
     command = commands.add_parser("table", parents=[common], help="Tables from the records.")
     command.add_argument("tasks", nargs="+")
-    command.add_argument("--memory", action="store_true", help="Bytes of the tensors and peak, by phase.")
+    kind = command.add_mutually_exclusive_group()
+    kind.add_argument("--memory", action="store_true", help="Bytes of the tensors and peak, by phase.")
+    kind.add_argument("--rates", action="store_true", help="Losses of the learning rates that were tried.")
     command.set_defaults(call=table)
     command = commands.add_parser("plot", parents=[common], help="Pictures from the records.")
     command.add_argument("tasks", nargs="+")

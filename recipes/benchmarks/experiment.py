@@ -35,7 +35,8 @@ class Settings:
         task: Name of the task file.
         kind: Kind of the task (:mod:`tasks`).
         model, data: Sections of the task file, the model's with the method's changes.
-        training: Training arguments, ``drt_*`` ones among them, with the method's changes.
+        training: Training arguments, ``drt_*`` ones among them, with the method's changes; ``matrix_rate`` is the
+            learning rate of the target layers' weights.
         peft: Arguments of PEFT's LoraConfig; None for no PEFT.
         seed: Of initialisation, order of the data, dropout.
         measure: ``points``: how often the run is evaluated, and effective ranks are taken.
@@ -114,7 +115,8 @@ class Watch(TrainerCallback):
         spectra = ranks(self.trainer.model, self.names)
         self.curve.append(
             {"step": state.global_step, "seconds": self.wall, "cpu_seconds": self.cpu, "flops": self.flops,
-             "value": metrics[self.metric], "effective_rank": mean(spectra), "layers": spectra}
+             "value": metrics[self.metric], "loss": metrics["eval_loss"], "effective_rank": mean(spectra),
+             "layers": spectra}
         )  # fmt: skip
         reset_peak(CPU)
 
@@ -137,6 +139,7 @@ def run(settings: Settings, cache: Path, folder: str) -> dict[str, Any]:
     metric = "eval_loss" if task.metrics is None else "eval_accuracy"
     watch = Watch(names, settings.measure["points"], metric)
     training = {**QUIET, **used(settings.training, model)}
+    matrix_rate = training.pop("matrix_rate", None)
     if galore := str(training.get("optim", "")).startswith("galore"):
         training.setdefault("optim_target_modules", names)
     args = DRTTrainingArguments(output_dir=folder, seed=settings.seed, **training)
@@ -153,6 +156,8 @@ def run(settings: Settings, cache: Path, folder: str) -> dict[str, Any]:
     start = mean(ranks(model, names))
     if galore:
         with_adam_settings(trainer)
+    if matrix_rate is not None:
+        with_matrix_rate(trainer, names, matrix_rate)
     before = read_peak(CPU)
     trainer.train()
     return {
@@ -192,6 +197,17 @@ def with_adam_settings(trainer: DRTTrainer) -> None:
             params = [p for p in group["params"] if (id(p) in ids) is inside]
             groups += [{**group, **adam, "weight_decay": decay, "params": params}] if params else []
     optimizer.param_groups[:] = groups
+
+
+def with_matrix_rate(trainer: DRTTrainer, names: list[str], rate: float) -> None:
+    """Give the weights of the target layers a learning rate of their own, in whatever form they will be."""
+    optimizer = trainer.create_optimizer()
+    matrices = {id(trainer.model.get_submodule(name).weight) for name in names}
+    for group in list(optimizer.param_groups):
+        own = [p for p in group["params"] if id(p) in matrices]
+        if own:
+            group["params"] = [p for p in group["params"] if id(p) not in matrices]
+            optimizer.param_groups.append({**group, "params": own, "lr": rate})
 
 
 def tensor_bytes(values: list[Any]) -> int:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from grids import grid_methods
+from tuning import tuned_methods
 
 HERE = Path(__file__).parent
 
 
 def task_file(name: str) -> dict[str, Any]:
-    """The task of a name: ``tasks/<name>.json``, its grids turned into methods.
+    """The task of a name: ``tasks/<name>.json``, its grids and tuned methods turned into methods.
 
     Raises:
         ValueError: There is none, it is no JSON, it lacks a section, or a grid is malformed.
@@ -28,8 +29,10 @@ def task_file(name: str) -> dict[str, Any]:
     if missing := {"kind", "model", "data", "training", "measure", "methods"} - set(task):
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}.")
     made = grid_methods(name, task.get("grid", {}))
+    if "tuned" in task:
+        made |= tuned_methods(name, task["tuned"], task["training"]["max_steps"])
     if twice := set(made) & set(task["methods"]):
-        raise ValueError(f"methods and grid of {path} both have {', '.join(sorted(twice))}. Rename one.")
+        raise ValueError(f"methods and grids of {path} both have {', '.join(sorted(twice))}. Rename one.")
     return task | {"methods": task["methods"] | made}
 
 

@@ -1,10 +1,12 @@
 """Tables of a task from its records: mean and spread over the seeds, ratios to dense of the same seed, memory."""
 
 import statistics
+from functools import partial
 from typing import Any
 
-from methods import record_of
+from methods import Missing, record_of, trial_loss
 from store import Store, task_file
+from tuning import best_others, trial_name
 
 MIB = 2**20
 BYTES = ("parameter_bytes", "gradient_bytes", "optimizer_bytes")
@@ -19,11 +21,16 @@ def pairs(name: str, method: str, store: Store, seeds: list[int]) -> list[tuple[
 def rows(name: str, store: Store, seeds: list[int]) -> list[dict[str, Any]]:
     """One row per method that has records: value, deviation, and means of ratios to dense of the same seed."""
     found = []
-    for method, change in task_file(name)["methods"].items():
+    for method, change in whole_methods(name).items():
         if both := pairs(name, method, store, seeds):
             row = _row(both, +1 if metric(name) == "accuracy" else -1)
             found.append({"method": method, "label": change.get("label", method), **row})
     return found
+
+
+def whole_methods(task: str) -> dict[str, Any]:
+    """A task's methods without the trials of learning rates, which are shorter."""
+    return {method: change for method, change in task_file(task)["methods"].items() if "trial" not in change}
 
 
 def metric(task: str) -> str:
@@ -76,6 +83,38 @@ def print_table(name: str, store: Store, seeds: list[int]) -> None:
     print(f"\n{sum(row['hours'] for row in table):.2f} hours of training in all.")
 
 
+# ---- learning rates
+
+
+def print_rates(name: str, store: Store, seeds: list[int]) -> None:
+    """Of every tuned method the losses of its trials, the lowest in bold. ``seeds`` says nothing: all have the same."""
+    print(f"| {name} | the others' rates, beside the first of the matrices | the matrices' rates, beside the best |")
+    print("|---|---|---|")
+    for method, entry in task_file(name).get("tuned", {}).get("methods", {}).items():
+        others = {rate: _loss(name, store, f"{method}_o{rate:g}") for rate in entry["others"]}
+        matrices: dict[float, float | None] = {}
+        if None not in others.values():
+            best = best_others(entry, method, partial(trial_loss, name, store))
+            for rate in sorted(entry["matrices"]):
+                matrices[rate] = _loss(name, store, trial_name(entry, method, rate, best))
+        print(f"| {method} | {_losses(others)} | {_losses(matrices)} |")
+
+
+def _loss(name: str, store: Store, trial: str) -> float | None:
+    try:
+        return trial_loss(name, store, trial)
+    except Missing:
+        return None
+
+
+def _losses(found: dict[float, float | None]) -> str:
+    known = {rate: loss for rate, loss in found.items() if loss is not None}
+    cells = (f"{rate:g}: {loss:.3f}" for rate, loss in known.items())
+    return ", ".join(
+        f"**{c}**" if loss == min(known.values()) else c for c, loss in zip(cells, known.values(), strict=True)
+    )
+
+
 # ---- memory
 
 
@@ -85,7 +124,7 @@ def memory_rows(name: str, store: Store, seeds: list[int]) -> list[dict[str, Any
     A phase's numbers are means over the seeds that have such a phase; ``adaptive`` has different ones.
     """
     found = []
-    for method, change in task_file(name)["methods"].items():
+    for method, change in whole_methods(name).items():
         records = [r for seed in seeds if (r := record_of(name, method, seed, store))]
         for index in range(max((len(r["phases"]) for r in records), default=0)):
             phases = [r["phases"][index] for r in records if index < len(r["phases"])]

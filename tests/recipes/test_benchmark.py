@@ -17,11 +17,12 @@ import tiny
 import torch
 from benchmark import Missing, settings_of
 from store import Store
-from tables import print_table, rows
+from tables import print_rates, print_table, rows
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from hf_drt import DRTConfig
+from hf_drt import DRTConfig, find_targets
+from hf_drt.forms import trainable_weights
 from hf_drt.planning.resolve import budget_of
 from hf_drt.schedule import Run, Schedule
 
@@ -198,6 +199,101 @@ def test_a_grid_lacks_nothing_and_names_nothing_twice(folder):
         store.task_file("made_up")
 
 
+# ---- learning rates
+
+TUNED = {
+    "training": {"drt_schedule": "fixed"},
+    "rate": "matrix_rate",
+    "matrices": [0.2, 0.1, 0.4],
+    "others": [0.01, 0.03],
+}
+
+
+def with_rates(folder, **change) -> Store:
+    section = {"share": 0.25, "methods": {"pair": TUNED | change}}
+    (folder / "tasks" / "made_up.json").write_text(json.dumps(TASK | {"tuned": section}))
+    return Store(folder, "made_up")
+
+
+def with_losses(results: Store, losses: dict[str, float]) -> None:
+    for method, loss in losses.items():
+        results.add(method, record(method, 1, results) | {"curve": [{"effective_rank": 7.0, "loss": loss}]})
+
+
+def test_a_tuned_method_takes_the_best_of_its_rates(folder, capsys):
+    results = with_rates(folder)
+    own = {"max_steps": 25, "drt_schedule": "fixed"}
+    trial = settings_of("made_up", "pair_o0.01", 2, results)
+    assert trial["training"] == own | {"learning_rate": 0.01, "matrix_rate": 0.2}
+    assert trial["measure"] == {"points": 1}
+    with_losses(results, {"pair_o0.01": 2.5})
+    with pytest.raises(Missing, match=r"pair_o0\.03, seed 1"):
+        settings_of("made_up", "pair_m0.1", 1, results)
+    with_losses(results, {"pair_o0.03": 2.0})
+    trial = settings_of("made_up", "pair_m0.1", 1, results)
+    assert trial["training"] == own | {"learning_rate": 0.03, "matrix_rate": 0.1}
+    with pytest.raises(Missing, match=r"pair_m0\.1, seed 1"):
+        settings_of("made_up", "pair", 2, results)
+    with_losses(results, {"pair_m0.1": 1.5, "pair_m0.4": 1.9})
+    best = settings_of("made_up", "pair", 2, results)["training"]
+    assert best == own | {"max_steps": 100, "learning_rate": 0.03, "matrix_rate": 0.1}
+    print_rates("made_up", results, [2])
+    row = "| pair | 0.01: 2.500, **0.03: 2.000** | **0.1: 1.500**, 0.2: 2.000, 0.4: 1.900 |"
+    assert capsys.readouterr().out.splitlines()[2] == row
+
+
+def test_trials_are_made_with_one_seed_and_stay_out_of_the_table(folder, monkeypatch, capsys):
+    with_rates(folder)
+    made = []
+
+    def one(settings, cache):
+        made.append((settings["seed"], settings["training"].get("matrix_rate")))
+        row = {"effective_rank": 7.0, "loss": settings["training"].get("matrix_rate", 1.0)}
+        phase = {"trainable": 10, "steps": 100, "peak_mib": 50.0}
+        return {"settings": settings, "value": 1.0, "seconds": 2.0, "cpu_seconds": 1.0, "flops": 5.0, "steps": 100,
+                "phases": [phase], "curve": [row]}  # fmt: skip
+
+    monkeypatch.setattr(benchmark, "run_apart", one)
+    trials = ["pair_o0.01", "pair_o0.03", "pair_m0.1", "pair_m0.4"]
+    arguments = ["run", "made_up", "--seeds", "1", "2", "--results", str(folder)]
+    benchmark.main([*arguments, "--methods", *trials, "pair", "dense"])
+    assert made == [(1, 0.2), (1, 0.2), (1, 0.1), (1, 0.4), (1, 0.1), (1, None), (2, 0.1), (2, None)]
+    capsys.readouterr()
+    print_table("made_up", Store(folder, "made_up"), [1, 2])
+    assert "| pair | " in (table := capsys.readouterr().out)
+    assert "pair_" not in table
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"share": 0}, r"tuned of made_up: share must be in \(0, 1\], got 0"),
+        ({"share": 0.5, "methods": {"a": {"rate": "x"}}}, r"tuned method 'a' of made_up lacks matrices, others, train"),
+        ({"share": 0.5, "methods": {"a": TUNED | {"lr": 1}}}, r"tuned method 'a' of made_up has unknown entries: lr"),
+        ({"share": 0.5, "methods": {"a": TUNED | {"others": [1, 1]}}}, r"others must be different rates above 0, got"),
+        ({"share": 0.5, "methods": {"a": TUNED | {"matrices": []}}}, r"matrices must be different rates above 0, got"),
+    ],
+)
+def test_malformed_rates_are_named(folder, section, message):
+    (folder / "tasks" / "made_up.json").write_text(json.dumps(TASK | {"tuned": section}))
+    with pytest.raises(ValueError, match=message):
+        store.task_file("made_up")
+
+
+@pytest.mark.parametrize("form", ["dense", "factored"])
+def test_matrices_have_a_rate_of_their_own(form, tmp_path):
+    model = tiny.llama()
+    names = list(find_targets(model).targets)
+    trainer = tiny.trainer(tmp_path, model, drt_schedule=f"{form}@0", learning_rate=1e-3, max_steps=1)
+    experiment.with_matrix_rate(trainer, names, 5e-2)
+    trainer.train()
+    matrices = {id(p) for name in names for p in trainable_weights(model.get_submodule(name))}
+    for group in trainer.optimizer.param_groups:
+        own = {id(p) in matrices for p in group["params"]}
+        assert own in ({True}, {False})
+        assert group["initial_lr"] == (5e-2 if own == {True} else 1e-3)
+
+
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "tasks").glob("*.json")), ids=lambda path: path.stem)
 def test_every_task_file_has_settings_and_plans(path, tmp_path):
     results = Store(tmp_path, path.stem)
@@ -205,7 +301,10 @@ def test_every_task_file_has_settings_and_plans(path, tmp_path):
         if "as_long_as" in change:
             assert change["as_long_as"] in store.task_file(path.stem)["methods"]
             continue
-        training = settings_of(path.stem, method, 1, results)["training"]
+        if "tuned" in change:
+            training = change["training"] | {"max_steps": 8}
+        else:
+            training = settings_of(path.stem, method, 1, results)["training"]
         config = DRTConfig(**{name[4:]: value for name, value in training.items() if name.startswith("drt_")})
         if config.schedule is not None:
             schedule = Schedule.parse(config.schedule)
