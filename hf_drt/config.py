@@ -124,7 +124,7 @@ class DRTConfig:
     moments: Moments = _option(
         "reset",
         "Optimizer state of swapped layers: 'reset' drops it, 'project' carries the moments over by the chain rule "
-        "(for Adam, NAdam, RAdam and SGD; the others start anew in both).",
+        "(docs/optimizers.md says for which optimizers; the state of others starts anew in both).",
     )
     rewarmup_steps: int = _option(0, "Update steps of linear LR re-warm-up after every switch, at least 0 (off).")
     rewarmup_start: float = _option(0.1, "Share of the scheduled LR at which the re-warm-up starts, in [0, 1].")
