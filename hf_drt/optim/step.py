@@ -32,7 +32,9 @@ def frobenius_decay_(U: Tensor, V: Tensor, amount: float, amount_V: float | None
     """In place ``U -= a U (V V^T)`` and ``V -= a (U^T U) V`` with a = lr lambda, which may be another for V: one
     decoupled descent step on ``1/2 ||U V||_F^2``, both gradients taken before either step (Khodak et al. 2021, Eq. 4).
     r x r products only."""
-    U_step, V_step = U @ (V @ V.mT), (U.mT @ U) @ V
+    # The step may stand in the caller's autocast, where products would be of half precision.
+    with torch.autocast(U.device.type, enabled=False):
+        U_step, V_step = U @ (V @ V.mT), (U.mT @ U) @ V
     U.sub_(U_step, alpha=amount)
     V.sub_(V_step, alpha=amount if amount_V is None else amount_V)
 

@@ -230,6 +230,16 @@ def test_frobenius_decay_is_the_gradient_of_half_the_squared_norm():
     assert torch.allclose(new_V, V - 0.01 * grad_V)
 
 
+def test_frobenius_decay_within_autocast_is_of_full_precision():
+    torch.manual_seed(0)
+    U, V = torch.randn(6, 3), torch.randn(3, 5)
+    pairs = [(U.clone(), V.clone()) for _ in range(2)]
+    frobenius_decay_(*pairs[0], 0.01)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        frobenius_decay_(*pairs[1], 0.01)
+    assert all(map(torch.equal, *pairs))
+
+
 def test_frobenius_decay_takes_the_place_of_l2_on_the_factors():
     """One AdamW step by hand: decoupled decay of the product at the scheduled LR, no decay of U and V themselves."""
     model = tiny.llama()
