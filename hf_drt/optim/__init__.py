@@ -2,6 +2,7 @@
 
 from hf_drt.optim import known  # noqa: F401 (fills the registry)
 from hf_drt.optim.averages import at_averages
+from hf_drt.optim.by_name import estimated_names, maker, optim_names, refuse_optim, rule_of_name
 from hf_drt.optim.carry import carry_groups, carry_moments, put_states, remembered, take_states, unwrap
 from hf_drt.optim.groups import GROUP_SETTINGS, add_form_groups, form_group_options
 from hf_drt.optim.install import install, refuse_sharded, staged
@@ -9,22 +10,9 @@ from hf_drt.optim.matrices import MATRIX, update_layer
 from hf_drt.optim.outline import stand_ins
 from hf_drt.optim.owners import Owner, optimizer_made_in, owners
 from hf_drt.optim.rates import check_rate, check_step, own_rate
-from hf_drt.optim.registry import (
-    OPTIMIZERS,
-    MomentKeys,
-    OptimizerRule,
-    OwnRate,
-    estimated_names,
-    maker,
-    optim_names,
-    optimizer_rows,
-    public_name,
-    qualified_name,
-    refuse_optim,
-    refused_rows,
-    rule_of,
-    rule_of_name,
-)
+from hf_drt.optim.registry import OPTIMIZERS, known_rule, public_name, qualified_name, refuse, rule_of
+from hf_drt.optim.rule import MomentKeys, OptimizerRule, OwnRate
+from hf_drt.optim.rule_tables import optimizer_rows, refused_rows
 from hf_drt.optim.step import StepRules, frobenius_decay_, rewarmup_factor
 
 __all__ = [
@@ -46,6 +34,7 @@ __all__ = [
     "form_group_options",
     "frobenius_decay_",
     "install",
+    "known_rule",
     "maker",
     "optim_names",
     "optimizer_made_in",
@@ -55,6 +44,7 @@ __all__ = [
     "public_name",
     "put_states",
     "qualified_name",
+    "refuse",
     "refuse_optim",
     "refuse_sharded",
     "refused_rows",

@@ -12,8 +12,9 @@ from hf_drt.optim.groups import spliced_groups
 from hf_drt.optim.index import model_order
 from hf_drt.optim.matrices import MATRIX, MOMENTUM
 from hf_drt.optim.moments import project
-from hf_drt.optim.owners import Group, owners, set_owners
-from hf_drt.optim.registry import MomentKeys, OptimizerRule, State, rule_of
+from hf_drt.optim.owners import owners, set_owners
+from hf_drt.optim.registry import rule_of
+from hf_drt.optim.rule import Group, MomentKeys, OptimizerRule, State
 from hf_drt.targets import Swap
 
 

@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from hf_drt.optim.owners import Group
-from hf_drt.optim.registry import OptimizerRule, State, rule_of
+from hf_drt.optim.registry import rule_of
+from hf_drt.optim.rule import Group, OptimizerRule, State
 
 
 def begun_counts(optimizer: torch.optim.Optimizer, weight: nn.Parameter, carried: State) -> State:

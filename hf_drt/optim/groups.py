@@ -21,7 +21,8 @@ from hf_drt.config import DRTConfig
 from hf_drt.forms import layer_of, trainable_weights
 from hf_drt.optim.index import KINDS, GroupIndex, model_order
 from hf_drt.optim.matrices import MATRIX
-from hf_drt.optim.owners import FORM, PARENT, SIDE, Group, Owner, form_groups, mark, number_of
+from hf_drt.optim.owners import FORM, PARENT, SIDE, Owner, form_groups, mark, number_of
+from hf_drt.optim.rule import Group
 from hf_drt.optim.sides import Side, side_scales
 
 LR_SCALE, FROBENIUS = "drt_lr_scale", "drt_frobenius_decay"

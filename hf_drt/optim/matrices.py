@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from hf_drt.forms import LowRankLinear, layout_of, trainable_weights
 from hf_drt.linalg import full_precision, polar, working_dtype
-from hf_drt.optim.owners import Group, form_groups, owners
+from hf_drt.optim.owners import form_groups, owners
 from hf_drt.optim.pair_rule import pair_update
 from hf_drt.optim.registry import rule_of
+from hf_drt.optim.rule import Group
 
 # Marks a group of such weights, and is their momentum's beta; the entry of the state that holds the momentum.
 MATRIX, MOMENTUM = "drt_matrix_momentum", "drt_momentum"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hf_drt.forms import Dense, LowRankLinear, form_of, layout_of, trainable_weights
 from hf_drt.linalg import LinAlgError, working_dtype
-from hf_drt.optim.registry import MomentKeys, State
+from hf_drt.optim.rule import MomentKeys, State
 
 
 def project(old: nn.Module, new: nn.Module, states: list[State], keys: MomentKeys) -> list[State]:

@@ -5,7 +5,7 @@ import torch
 from hf_drt.config import DRTConfig
 from hf_drt.optim.groups import GROUP_SETTINGS, form_group_options
 from hf_drt.optim.rates import scaling
-from hf_drt.optim.registry import OPTIMIZERS, qualified_name
+from hf_drt.optim.registry import known_rule, qualified_name
 from hf_drt.optim.trial import tried
 
 
@@ -15,10 +15,9 @@ def check_own(optimizer: torch.optim.Optimizer, config: DRTConfig) -> None:
     Raises:
         ValueError: It cannot.
     """
-    name = qualified_name(type(optimizer))
-    if name in OPTIMIZERS:
+    if known_rule(type(optimizer)) is not None:
         return
-    found = tried(optimizer)
+    name, found = qualified_name(type(optimizer)), tried(optimizer)
     if config.moments == "project" and config.matrix_optimizer == "none":
         raise ValueError(
             f"moments='project' has no effect with the optimizer {name}: no rule says what of its state "

@@ -9,17 +9,15 @@ Nothing here keeps a model or a controller alive. The form groups outlive their 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from hf_drt.forms import layer_of
+from hf_drt.optim.rule import Group
 from hf_drt.targets import is_layer
 
 FORM, SIDE, PARENT, OWNER = "drt_form", "drt_side", "drt_parent", "drt_owner"
-
-Group = dict[str, Any]
 
 
 @dataclass(eq=False)

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 
 from hf_drt.config import DRTConfig
-from hf_drt.optim.registry import OPTIMIZERS, OptimizerRule, OwnRate, qualified_name
+from hf_drt.optim.registry import known_rule
+from hf_drt.optim.rule import OptimizerRule, OwnRate
 
 _OFF: dict[str, Any] = {
     "rewarmup_steps": 0, "factored_lr_scale": 1, "adapter_lr_scale": 1, "left_lr_scale": 1, "right_lr_scale": 1,
@@ -20,7 +21,7 @@ def own_rate(optimizer: torch.optim.Optimizer, mine: set[int] | None = None) -> 
     Args:
         mine: Identities of the parameters whose groups are looked at; None: all.
     """
-    rule = OPTIMIZERS.get(qualified_name(type(optimizer)))
+    rule = known_rule(type(optimizer))
     if rule is None or rule.own_rate is None:
         return None
     groups = (g for g in optimizer.param_groups if mine is None or any(id(p) in mine for p in g["params"]))
@@ -43,7 +44,7 @@ def check_rate(optimizer: torch.optim.Optimizer, config: DRTConfig, mine: set[in
     """
     found = scaling(config)
     name = type(optimizer).__name__
-    if (rule := OPTIMIZERS.get(qualified_name(type(optimizer)))) is not None:
+    if (rule := known_rule(type(optimizer))) is not None:
         check_step(rule, name, config)
     if found and (rate := own_rate(optimizer, mine)) is not None:
         raise ValueError(

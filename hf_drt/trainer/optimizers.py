@@ -7,7 +7,16 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from hf_drt.config import DRTConfig
-from hf_drt.optim import OPTIMIZERS, OptimizerRule, check_step, public_name, qualified_name, rule_of_name, unwrap
+from hf_drt.optim import (
+    OptimizerRule,
+    check_step,
+    known_rule,
+    public_name,
+    qualified_name,
+    refuse,
+    rule_of_name,
+    unwrap,
+)
 from hf_drt.trainer.rates import makes_its_optimizer
 
 
@@ -21,8 +30,7 @@ def refuse_optimizer(trainer: Any, config: DRTConfig) -> None:
     rule, called = _known(trainer)
     if rule is None:
         return
-    if rule.refused:
-        raise ValueError(f"{called} cannot follow a change of form: {rule.refused}{rule.instead()}")
+    refuse(rule, called)
     _refuse_unsaved(rule, called, trainer.args, config)
     check_step(rule, called, config)
 
@@ -33,9 +41,9 @@ def refuse_unsaved(optimizer: torch.optim.Optimizer, args: Any, config: DRTConfi
     Raises:
         ValueError: That is so.
     """
-    name = qualified_name(type(unwrap(optimizer)))
-    if name in OPTIMIZERS:
-        _refuse_unsaved(OPTIMIZERS[name], f"the optimizer {public_name(name)}", args, config)
+    kind = type(unwrap(optimizer))
+    if (rule := known_rule(kind)) is not None:
+        _refuse_unsaved(rule, _called(kind), args, config)
 
 
 def picks_layers(trainer: Any) -> bool:
@@ -69,5 +77,8 @@ def _known(trainer: Any) -> tuple[OptimizerRule | None, str]:
     else:
         optim = OptimizerNames(trainer.args.optim).value
         return rule_of_name(optim), f"optim='{optim}'"
-    name = qualified_name(kind) if isinstance(kind, type) else ""
-    return OPTIMIZERS.get(name), f"the optimizer {public_name(name)}"
+    return (known_rule(kind), _called(kind)) if isinstance(kind, type) else (None, "")
+
+
+def _called(kind: type) -> str:
+    return f"the optimizer {public_name(qualified_name(kind))}"

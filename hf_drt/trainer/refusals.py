@@ -15,11 +15,10 @@ from hf_drt.config import DRTConfig
 from hf_drt.forms import layer_of
 from hf_drt.optim import (
     GROUP_SETTINGS,
-    OPTIMIZERS,
     check_rate,
     form_group_options,
+    known_rule,
     own_rate,
-    qualified_name,
     refuse_sharded,
     unwrap,
 )
@@ -197,7 +196,7 @@ def _sample(trainer: Any) -> torch.optim.Optimizer | None:
     if trainer.optimizer_cls_and_kwargs is None:
         return None
     kind, settings = trainer.optimizer_cls_and_kwargs
-    if not isinstance(kind, type) or qualified_name(kind) not in OPTIMIZERS:
+    if not isinstance(kind, type) or known_rule(kind) is None:
         return None
     settings = {key: value for key, value in settings.items() if key not in ("params", "model", "optimizer_dict")}
     return kind([torch.nn.Parameter(torch.zeros(1, 1))], **settings)

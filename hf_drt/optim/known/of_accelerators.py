@@ -1,6 +1,7 @@
 """Optimizers of packages that need an accelerator of their own kind, or have no build for this torch."""
 
-from hf_drt.optim.registry import OPTIMIZERS, OptimizerRule
+from hf_drt.optim.registry import OPTIMIZERS
+from hf_drt.optim.rule import OptimizerRule
 
 
 def _add(name: str, optim: str, what: str, needed: str) -> None:

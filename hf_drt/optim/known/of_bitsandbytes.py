@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from hf_drt.optim.registry import OPTIMIZERS, MomentKeys, OptimizerRule, Replaced, Shape
+from hf_drt.optim.registry import OPTIMIZERS
+from hf_drt.optim.rule import MomentKeys, OptimizerRule, Replaced, Shape
 
 _BLOCK, _CODES = 256, 256
 _FIRST, _SECOND = MomentKeys(("state1",)), MomentKeys(second=("state1",))

@@ -1,6 +1,7 @@
 """The optimizer of the package grokadamw, which cannot follow a change of form."""
 
-from hf_drt.optim.registry import OPTIMIZERS, OptimizerRule
+from hf_drt.optim.registry import OPTIMIZERS
+from hf_drt.optim.rule import OptimizerRule
 
 OPTIMIZERS.add(
     "grokadamw.grokadamw.GrokAdamW",

@@ -5,7 +5,8 @@ from typing import Any
 from torch import nn
 
 from hf_drt.forms import accept
-from hf_drt.optim.registry import OPTIMIZERS, OptimizerRule, State
+from hf_drt.optim.registry import OPTIMIZERS
+from hf_drt.optim.rule import OptimizerRule, State
 
 accept(gradient_hooks=("lomo_optim.",))
 

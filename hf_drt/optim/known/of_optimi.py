@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_drt.optim.registry import OPTIMIZERS, MomentKeys, OptimizerRule, State
+from hf_drt.optim.registry import OPTIMIZERS
+from hf_drt.optim.rule import MomentKeys, OptimizerRule, State
 
 
 def _begun(optimizer: Any, weight: nn.Parameter) -> State:

@@ -4,7 +4,8 @@ Trainer has in their place where they update layer by layer."""
 import torch
 from torch import nn
 
-from hf_drt.optim.registry import OPTIMIZERS, OptimizerRule, OwnRate, State
+from hf_drt.optim.registry import OPTIMIZERS
+from hf_drt.optim.rule import OptimizerRule, OwnRate, State
 
 _UNSAVED = "a projector for each weight, a Python object that torch.load(weights_only=True) does not read"
 

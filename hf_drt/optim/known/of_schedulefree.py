@@ -1,6 +1,7 @@
 """The schedule-free optimizers of Meta's package schedulefree (Defazio et al. 2024)."""
 
-from hf_drt.optim.registry import OPTIMIZERS, Group, OptimizerRule
+from hf_drt.optim.registry import OPTIMIZERS
+from hf_drt.optim.rule import Group, OptimizerRule
 
 _COUNTS = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0}
 

@@ -1,6 +1,7 @@
 """The optimizers of torch."""
 
-from hf_drt.optim.registry import OPTIMIZERS, MomentKeys, OptimizerRule, Shape
+from hf_drt.optim.registry import OPTIMIZERS
+from hf_drt.optim.rule import MomentKeys, OptimizerRule, Shape
 
 _ADAM = MomentKeys(("exp_avg",), ("exp_avg_sq", "max_exp_avg_sq"))
 _MOMENTUM = MomentKeys(("momentum_buffer",))

@@ -1,7 +1,8 @@
 """The optimizers of torchao in a few bits. Their state begins anew: from 4,096 elements on it is a class of tensors of
 its own, which holds codes."""
 
-from hf_drt.optim.registry import OPTIMIZERS, OptimizerRule
+from hf_drt.optim.registry import OPTIMIZERS
+from hf_drt.optim.rule import OptimizerRule
 
 for _name, _bits, _optim in (
     ("AdamW8bit", "8 bits", {"adamw_torch_8bit": {"block_size": 256}}),

@@ -1,6 +1,7 @@
 """The optimizer of transformers."""
 
-from hf_drt.optim.registry import OPTIMIZERS, OptimizerRule, OwnRate, Shape
+from hf_drt.optim.registry import OPTIMIZERS
+from hf_drt.optim.rule import OptimizerRule, OwnRate, Shape
 
 
 def _adafactor_shape(key: str, shape: Shape) -> Shape:
