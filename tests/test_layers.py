@@ -24,7 +24,7 @@ ALLOWED = {
     "targets":    {"engines", "forms"},
     "engines":    {"forms", "linalg", "registry"},
     "checkpoint": {"engines", "forms", "messages", "native_format", "schedule"},
-    "planning":   {"config", "engines", "forms", "schedule", "targets"},
+    "planning":   {"config", "engines", "forms", "linalg", "schedule", "targets"},
     "optim":      {"config", "engines", "forms", "linalg", "registry", "targets"},
     "transition": {"engines", "forms", "optim", "targets"},
     "controller": {"checkpoint", "config", "engines", "forms", "linalg", "optim", "planning", "schedule", "targets",

@@ -1,6 +1,7 @@
 """Matrices only: the SVD and its cheap ways, spectra and ranks, polar factors, Tucker and CP."""
 
 from hf_drt.linalg.cp import cp, cp_limit, equal_norms, khatri_rao
+from hf_drt.linalg.polar import STEPS as POLAR_STEPS
 from hf_drt.linalg.polar import polar, polar_map
 from hf_drt.linalg.spectral import (
     LinAlgError,
@@ -18,6 +19,7 @@ from hf_drt.linalg.truncation import Truncation, balanced, truncated_product, tr
 from hf_drt.linalg.tucker import tucker2
 
 __all__ = [
+    "POLAR_STEPS",
     "LinAlgError",
     "Truncation",
     "balanced",

@@ -26,12 +26,14 @@ from hf_drt.optim.rule import Group
 from hf_drt.optim.sides import Side, side_scales
 
 LR_SCALE, FROBENIUS = "drt_lr_scale", "drt_frobenius_decay"
+# The rate that the matrices' groups were made with, whatever a scheduler has made of it.
+MATRIX_LR = "drt_matrix_lr"
 # The settings that need form groups, for messages.
 GROUP_SETTINGS = (
     "factored_lr_scale, adapter_lr_scale, left_lr_scale, right_lr_scale, frobenius_decay and matrix_optimizer"
 )
 # What a form group has of the settings, and a scheduler leaves as it is.
-_FIXED = (LR_SCALE, MATRIX)
+_FIXED = (LR_SCALE, MATRIX, MATRIX_LR)
 
 Options = dict[tuple[str, Side], dict[str, Any]]
 
@@ -40,7 +42,7 @@ def form_group_options(config: DRTConfig) -> Options:
     """Options by form and side, of those that need a group of their own; side None is both."""
     options: Options = {}
     if config.matrix_optimizer != "none":
-        matrices = {"lr": config.matrix_lr, MATRIX: config.matrix_momentum}
+        matrices = {"lr": config.matrix_lr, MATRIX_LR: config.matrix_lr, MATRIX: config.matrix_momentum}
         options = {(form, None): dict(matrices) for form in KINDS.values()}
     for side, scale in side_scales(config).items():
         factored, adapter = config.factored_lr_scale * scale, config.adapter_lr_scale * scale
@@ -135,8 +137,8 @@ def _check_present(present: list[Group], parents: set[int], options: Options, we
     if found != needed or not all(id(p) in own for group in present for p in group["params"]):
         raise ValueError(
             "the optimizer has parameter groups of an earlier DynamicRank of this model, with other layers or other "
-            f"values of {GROUP_SETTINGS}; these decide the groups, which cannot change. "
-            "Make a new optimizer, or keep the settings."
+            f"values of {GROUP_SETTINGS} (with matrix_lr and matrix_momentum); these decide the groups, which cannot "
+            "change. Make a new optimizer, or keep the settings."
         )
 
 

@@ -85,7 +85,7 @@ class OptimizerRule:
             then passes, as far as they decide state or scratch memory.
         refused: Why it cannot follow a change of form, and what can; empty where it can.
         unfit: The same of one optimizer, by its options.
-        matrices: Whether it takes matrices alone.
+        matrices_alone: Whether it takes matrices alone.
         keeps: Whether the moments of one optimizer follow, by its options, as not where it has them in a few bits.
         anew: What of its state begins anew in any case, for a table.
         tested: The package and version that it has been run with, for a table.
@@ -116,7 +116,7 @@ class OptimizerRule:
     optim: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refused: str = ""
     unfit: Callable[[torch.optim.Optimizer], str] = _fit
-    matrices: bool = False
+    matrices_alone: bool = False
     keeps: Callable[[torch.optim.Optimizer], bool] = _always
     anew: str = ""
     tested: str = ""

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from hf_drt.forms import Dense, Form, LayerShape, flops_of
-
-_STEPS = 5  # of Newton-Schulz
+from hf_drt.linalg import POLAR_STEPS
 
 
 def update_multiply_adds(form: Form, shape: LayerShape) -> int:
@@ -19,9 +18,11 @@ def update_multiply_adds(form: Form, shape: LayerShape) -> int:
     d_out, d_in = shape
     if isinstance(form, Dense):
         k, long = min(shape), max(shape)
-        return _STEPS * (2 * k**2 * long + k**3)
+        return POLAR_STEPS * (2 * k**2 * long + k**3)
     r = form.rank
-    return 4 * (d_out + d_in) * r**2 + 36 * r**3 + 5 * r**3 // 3
+    # A square in each step; between two steps a product of the maps, and two for the next Gram matrix.
+    small = POLAR_STEPS + 3 * (POLAR_STEPS - 1)
+    return 4 * (d_out + d_in) * r**2 + 2 * (small + 1) * r**3 + 5 * r**3 // 3
 
 
 def update_tokens(

@@ -17,9 +17,9 @@ from hf_drt.optim.groups import LR_SCALE
 LAYER = "model.layers.0.mlp.up_proj"
 
 
-def train(model, optimizer, seed=0):
+def train(model, optimizer, seed=0, kind="llama"):
     torch.manual_seed(seed)
-    model(**tiny.batch()).loss.backward()
+    model(**tiny.batch(kind)).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -140,6 +140,27 @@ def test_muon_is_refused_for_kernels_before_it_would_fail_at_them():
     message = r"Muon takes matrices alone, but the dense weight of \S+convolution has shape \(16, 8, 3, 3\)\. Leave the"
     with pytest.raises(ValueError, match=message):
         drt.install(optimizer)
+
+
+def test_muon_never_meets_kernels_that_the_matrix_optimizer_trains():
+    """Nor does it matter which optimizer it is then: all weights that it has are trained beside it."""
+    trained = []
+    for kind in (torch.optim.Muon, torch.optim.SGD):
+        settings = {"matrix_optimizer": "muon", "moments": "project"}
+        drt = controller(tiny.resnet(), schedule="factored@0 dense@50%", rank=4, **settings)
+        layers = [drt.model.get_submodule(name) for name in drt.targets]
+        optimizer = kind([w for layer in layers for w in trainable_weights(layer)], lr=1e-3, weight_decay=0.1)
+        drt.install(optimizer)
+        for step in (0, 99, 100, 101):
+            drt.begin_step(step, optimizer)
+            train(drt.model, optimizer, step, kind="resnet")
+            drt.model.zero_grad()
+        trained.append(drt.model.state_dict())
+    kernels = [drt.model.get_submodule(name).weight for name in drt.targets]
+    assert all(kernel.ndim == 4 for kernel in kernels)
+    assert {id(kernel) for kernel in kernels} == {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for found, expected in zip(trained[0].values(), trained[1].values(), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_muons_momentum_follows_by_the_chain_rule():

@@ -7,6 +7,7 @@ import tiny
 import torch
 from matrix_models import (
     FORMS,
+    SETTINGS,
     STEPS,
     Q,
     adamw,
@@ -243,6 +244,31 @@ def test_an_install_after_the_scheduler_is_refused():
     with pytest.raises(ValueError, match=r"matrix_optimizer add parameter groups, .* Call drt\.install\(optimizer\) b"):
         drt.install(optimizer)
     assert not any(MATRIX in group for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["as made", "loaded"])
+@pytest.mark.parametrize("change", [{"matrix_lr": 0.5}, {"matrix_momentum": 0.5}, None], ids=str)
+def test_settings_of_groups_that_are_there_cannot_change(change, loaded):
+    """They would have no effect: a scheduler has taken over the rates. It changes them, and not what was asked for."""
+    model = tiny.llama()
+    drt = controller(model, "factored@0 dense@9")
+    optimizer = adamw(model)
+    drt.begin_step(0, optimizer)
+    scheduler = LambdaLR(optimizer, ramp)
+    step(model, optimizer)
+    scheduler.step()
+    if loaded:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    before = copy.deepcopy(optimizer.state_dict()["param_groups"])
+    settings = {} if change is None else SETTINGS | change
+    other = DynamicRank(model, DRTConfig(schedule="factored@0 dense@9", rank=4, **settings), STEPS)
+    message = r"other values of .*matrix_optimizer \(with matrix_lr and matrix_momentum\); .* Make a new optimizer, or"
+    with pytest.raises(ValueError, match=message):
+        other.begin_step(1, optimizer)
+    assert optimizer.state_dict()["param_groups"] == before
+    same = DynamicRank(model, DRTConfig(schedule="factored@0 dense@9", rank=4, **SETTINGS), STEPS)
+    same.begin_step(1, optimizer)
+    assert optimizer.state_dict()["param_groups"] == before
 
 
 ADAPTIVE = ["Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD", "Adagrad", "Adadelta", "ASGD"]

@@ -1,5 +1,7 @@
 """What the matrix optimizer takes, in bytes and FLOPs: the estimate against real updates."""
 
+import sys
+
 import pytest
 import tiny
 import torch
@@ -99,9 +101,14 @@ def test_peak_of_a_step_is_that_of_the_allocator(schedule, dtype):
     assert 0.99 * scratch <= allocated(optimizer.step) <= scratch + 2 * (2 * D * F)
 
 
+@pytest.mark.parametrize("steps", [None, 3])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("kind", MODELS)
-def test_multiply_adds_are_those_torch_counts_in_a_real_step(kind, schedule):
+def test_multiply_adds_are_those_torch_counts_in_a_real_step(kind, schedule, steps, monkeypatch):
+    """With any number of Newton-Schulz steps."""
+    if steps is not None:
+        monkeypatch.setattr(sys.modules["hf_drt.linalg.polar"], "STEPS", steps)
+        monkeypatch.setattr(sys.modules["hf_drt.planning.update_cost"], "POLAR_STEPS", steps)
     drt, optimizer = with_gradients(kind, schedule)
     with FlopCounterMode(display=False) as counter:
         optimizer.step()

@@ -50,7 +50,7 @@ OPTIMIZERS.add(
     OptimizerRule(
         "torch's Muon, for matrices alone; adjust_lr_fn='match_rms_adamw' gives U and V one rate",
         _MOMENTUM,
-        matrices=True,
+        matrices_alone=True,
         tested=_TESTED,
     ),
 )
