@@ -47,6 +47,8 @@ class StepRules:
     """
 
     _installed: ClassVar["WeakKeyDictionary[torch.optim.Optimizer, StepRules]"] = WeakKeyDictionary()
+    # Of a step that has raised it holds gradients, which outlive a set of rules.
+    _matrix_steps: ClassVar[WeakKeyDictionary[torch.optim.Optimizer, MatrixStep]] = WeakKeyDictionary()
 
     def __init__(
         self,
@@ -57,7 +59,7 @@ class StepRules:
         self._installed[optimizer] = self
         self._factors = factors
         self._scheduled: list = []
-        self._matrices = MatrixStep()
+        self._matrices = self._matrix_steps.setdefault(optimizer, MatrixStep())
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),

@@ -113,6 +113,93 @@ def test_a_step_that_raises_leaves_nothing_for_the_next():
     assert_same(*runs)
 
 
+def fail(*_):
+    raise RuntimeError("on purpose")
+
+
+def failed_step(model, optimizer) -> None:
+    handle = optimizer.register_step_pre_hook(fail)  # behind the one that takes the gradients aside
+    with pytest.raises(RuntimeError, match="on purpose"):
+        optimizer.step()
+    handle.remove()
+    assert layer_of(model, Q).U.grad is None
+
+
+def begun(schedule="factored@0 dense@9", make=adamw):
+    model = tiny.llama()
+    drt = controller(model, schedule)
+    optimizer = make(model)
+    drt.begin_step(0, optimizer)
+    step(model, optimizer)
+    return model, drt, optimizer
+
+
+@pytest.mark.parametrize("installed", [False, True], ids=["", "installed anew"])
+def test_a_step_that_has_raised_can_be_made_again(installed):
+    model, drt, optimizer = begun()
+    expected, _, other = begun()
+    backward(model)
+    gradients = {p: p.grad for p in trained(model)}
+    failed_step(model, optimizer)
+    failed_step(model, optimizer)
+    if installed:
+        drt.install(optimizer)
+    optimizer.step()
+    assert all(p.grad is gradient for p, gradient in gradients.items())
+    step(expected, other)
+    assert_same(model, expected)
+
+
+@pytest.mark.parametrize("clear", [lambda m, o: o.zero_grad(), lambda m, o: m.zero_grad()], ids=["optimizer", "model"])
+def test_gradients_that_were_cleared_after_a_step_that_has_raised_are_not_applied(clear):
+    """Nor is that of a weight which gets none in the next backward pass."""
+    model, _, optimizer = begun()
+    expected, _, other = begun()
+    backward(model)
+    failed_step(model, optimizer)
+    clear(model, optimizer)
+    for each, own in ((model, optimizer), (expected, other)):
+        backward(each)
+        layer_of(each, Q).U.grad = layer_of(each, Q).V.grad = None
+        own.step()
+    assert layer_of(model, Q).U.grad is None
+    assert_same(model, expected)
+
+
+def matrices_alone(model):
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.endswith((".U", ".V")))
+    return adamw(model)
+
+
+UNCLEAR = {
+    "computed on top": (adamw, backward),
+    "cleared in place": (adamw, lambda model: (model.zero_grad(set_to_none=False), backward(model))),
+    "clipped again": (adamw, lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1e-3)),
+    "nothing to tell by": (matrices_alone, lambda model: None),
+}
+
+
+@pytest.mark.parametrize(("make", "between"), UNCLEAR.values(), ids=UNCLEAR)
+def test_where_it_is_unclear_what_a_step_that_has_raised_has_left_the_next_is_refused(make, between):
+    model, _, optimizer = begun(make=make)
+    expected, _, other = begun(make=make)
+    backward(model)
+    failed_step(model, optimizer)
+    between(model)
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"before has raised, .* Clear all .*zero_grad\(set_to_none=True\), compute"
+        ):
+            optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    optimizer.zero_grad(set_to_none=True)
+    step(model, optimizer)
+    step(expected, other)
+    assert_same(model, expected)
+
+
 def test_zero_gradients_are_gradients_and_missing_ones_are_none():
     """As under torch.optim.Muon: momentum goes on where a gradient is zero."""
     model = tiny.llama()
