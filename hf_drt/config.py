@@ -147,7 +147,7 @@ class DRTConfig:
     matrix_lr: float = _option(
         0.02,
         "Peak learning rate of matrix_optimizer, above 0, for every form and rank; scheduled as the run's own. Times "
-        "sqrt(max(1, out/in)) it is the spectral norm that an update adds to W.",
+        "sqrt(max(1, out/in)) an update changes W by it in spectral norm; of factors by that at most, to first order.",
     )
     matrix_momentum: float = _option(0.95, "Momentum of matrix_optimizer, in [0, 1).")
     frobenius_decay: bool = _option(

@@ -1,7 +1,7 @@
 """The matrix optimizer: the weights of the target layers are updated beside the optimizer, whatever their form.
 
 A dense W moves as under :class:`torch.optim.Muon`, bit for bit; factors and adapters by :mod:`hf_drt.optim.pair_rule`.
-One rate holds for all, since in every form it bounds the spectral norm of the change of W: that of a layer is
+One rate holds for all, since in every form it bounds, to first order, the spectral norm of W's change: a layer's is
 ``lr sqrt(max(1, out / in))``. Momentum is Nesterov's, ``B <- beta B + (1 - beta) G`` of each weight's own gradient;
 decay is decoupled and acts on W, or on the product ``s L R``, which a factor ``1 - lr lambda`` shrinks in every form.
 
