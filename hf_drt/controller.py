@@ -249,13 +249,7 @@ class DynamicRank:
             )
         enter()
         declare(self.model)
-        if outcome.merge_error > 0.1:
-            logger.warning(
-                "update step %d: rounding to the weights' dtype loses %.0f %% of what a layer has learned since the "
-                "last switch. Keep the weights in float32, and use bf16 or fp16 autocast.",
-                step,
-                100 * outcome.merge_error,
-            )
+        _warn_of_rounding(step, outcome.merge_error)
         self.phase, self._step = index, step
         seconds = time.perf_counter() - started
         return Transition(
@@ -480,6 +474,16 @@ def _effective_rank(module: nn.Module) -> float:
         W = effective_weight(module)
         spectra = [gram_singular_values(W[e]) for e in experts]
     return sum(map(effective_rank, spectra)) / len(spectra)
+
+
+def _warn_of_rounding(step: int, merge_error: float) -> None:
+    if merge_error > 0.1:
+        logger.warning(
+            "update step %d: rounding to the weights' dtype loses %.0f %% of what a layer has learned since the last "
+            "switch. Keep the weights in float32, and use bf16 or fp16 autocast.",
+            step,
+            100 * merge_error,
+        )
 
 
 def _trainable_parameters(model: nn.Module) -> int:

@@ -1,6 +1,6 @@
 """A whole run: every phase of a plan as a simulated step, its cost against dense training, and what to beware of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -147,13 +147,7 @@ def estimate_run(
         phases = tuple(_phase(controller, index, forms, cost(forms)) for index, forms in enumerate(by_phase))
     finally:
         _put(controller, plain)
-    decomposition = controller.config.decomposition
-    layers = tuple(
-        LayerEstimate(
-            name, shape, break_even_of(shape, decomposition), dense.rows[name], tuple(forms[name] for forms in by_phase)
-        )
-        for name, shape in controller.targets.items()
-    )
+    layers = tuple(_layer_estimates(controller, dense, by_phase))
     warnings = [controller.fused_note] if controller.fused_note else []
     warnings += _warnings(phases, layers, dense, controller.config)
     return RunEstimate(phases, dense, layers, _switch_extra(controller, dense), tuple(warnings))
@@ -162,6 +156,14 @@ def estimate_run(
 def _put(controller: DynamicRank, forms: dict[str, Form]) -> None:
     model = controller.model
     empty_forms(model, {name: form for name, form in forms.items() if form_of(layer_of(model, name)) != form})
+
+
+def _layer_estimates(
+    controller: DynamicRank, dense: StepCost, by_phase: list[dict[str, Form]]
+) -> Iterator[LayerEstimate]:
+    for name, shape in controller.targets.items():
+        break_even = break_even_of(shape, controller.config.decomposition)
+        yield LayerEstimate(name, shape, break_even, dense.rows[name], tuple(forms[name] for forms in by_phase))
 
 
 def _phase(controller: DynamicRank, index: int, forms: dict[str, Form], step: StepCost) -> PhaseEstimate:
