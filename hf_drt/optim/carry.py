@@ -37,6 +37,7 @@ def carry_groups(optimizer: torch.optim.Optimizer, model: nn.Module, swaps: list
     """
     optimizer = unwrap(optimizer)
     rule = rule_of(optimizer)
+    OwnCounts.settle(optimizer)
     lists = spliced_groups(optimizer, model, [(swap.name, swap.old, swap.new) for swap in swaps])
     places = model_order(model)
     ordered = [_in_model_order(group["params"], places) for group in optimizer.param_groups]
@@ -148,6 +149,7 @@ def _new_state(optimizer: torch.optim.Optimizer, rule: OptimizerRule, weight: nn
 def remembered(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     """The returned function gives the optimizer back the groups, parameters, state and owners that it has now."""
     optimizer = unwrap(optimizer)
+    OwnCounts.settle(optimizer)
     groups = [(group, group | {"params": list(group["params"])}) for group in optimizer.param_groups]
     states, found = dict(optimizer.state), owners(optimizer)
 

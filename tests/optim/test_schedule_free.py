@@ -217,6 +217,57 @@ def test_after_a_step_that_raised_the_groups_are_whole_again():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 
 
+def interrupted(model, optimizer):
+    """A step that raises between the hooks around it."""
+
+    def fails():
+        raise RuntimeError("no loss")
+
+    optimizer.train()
+    with pytest.raises(RuntimeError, match="no loss"):
+        optimizer.step(fails)
+    optimizer.zero_grad()
+
+
+@kinds
+def test_a_switch_after_a_step_that_raised_leaves_no_weight_untrained(kind):
+    runs = [trained(kind, 306) for _ in range(2)]
+    for index, (model, drt, optimizer) in enumerate(runs):
+        if index == 0:
+            interrupted(model, optimizer)
+        for k in range(306, 309):
+            drt.begin_step(k, optimizer)
+            assert {id(p) for p in held(optimizer)} == {id(p) for p in model.parameters()}
+            step(model, optimizer, k)
+        assert len(held(optimizer)) == len(list(model.parameters()))
+    (model, _, _), (other, _, _) = runs
+    assert [n for n, p in model.named_parameters() if not torch.equal(p, other.get_parameter(n))] == []
+
+
+def test_a_checkpoint_after_a_step_that_raised_is_that_before_it():
+    scales = {"factored_lr_scale": 0.5}
+    model, drt, optimizer = trained(AdamWScheduleFree, 303, **scales)
+    before = copy.deepcopy(optimizer.state_dict()["param_groups"])
+    interrupted(model, optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert saved["param_groups"] == before
+    fresh, again, other = trained(AdamWScheduleFree, 303, **scales)
+    interrupted(fresh, other)
+    other.load_state_dict(saved)
+    for each, own, used in ((model, drt, optimizer), (fresh, again, other)):
+        own.begin_step(303, used)
+        step(each, used, 303)
+    assert all(torch.equal(p, fresh.get_parameter(n)) for n, p in model.named_parameters())
+
+
+def test_rules_that_are_installed_after_a_step_that_raised_find_whole_groups():
+    model, drt, optimizer = trained(AdamWScheduleFree, 303)
+    interrupted(model, optimizer)
+    drt.install(optimizer)
+    assert len(optimizer.param_groups) == 1
+    assert {id(p) for p in held(optimizer)} == {id(p) for p in model.parameters()}
+
+
 @pytest.mark.parametrize("name", ["schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd"])
 def test_a_checkpoint_of_what_was_evaluated_resumes_bitwise_too(tmp_path, name):
     """A plain Trainer writes the average where it has evaluated just before, and the weights of training elsewhere."""
