@@ -159,6 +159,22 @@ def test_a_layer_changes_form_at_its_average_and_all_others_stay(kind):
     assert optimizer.param_groups[0]["train_mode"]
 
 
+@kinds
+def test_to_dense_merges_layers_at_their_average_too(kind):
+    model, drt, optimizer = trained(kind, 306)
+    evaluated, other = copy.deepcopy((model, optimizer))
+    in_training = {name: model.get_submodule(name).weight.detach().clone() for name in drt.targets}
+    other.eval()
+    averages = {name: evaluated.get_submodule(name).weight.detach() for name in drt.targets}
+    drt.to_dense(optimizer)
+    for name in drt.targets:
+        W = model.get_submodule(name).weight
+        torch.testing.assert_close(W, averages[name], rtol=1e-5, atol=1e-7)
+        assert (W - in_training[name]).norm() > 10 * (W - averages[name]).norm()
+    step(model, optimizer, 306)
+    assert {id(p) for p in held(optimizer)} == {id(p) for p in model.parameters()}
+
+
 def test_the_function_error_compares_what_is_evaluated():
     model, drt, optimizer = trained(AdamWScheduleFree, 306)
     probe = lambda: model(**tiny.batch()).logits.detach()  # noqa: E731
