@@ -11,6 +11,7 @@ from schedulefree import AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree
 
 from hf_drt import DRTConfig, DynamicRank
 from hf_drt.forms import trainable_weights
+from hf_drt.simulate import batch_spec, estimate_run
 
 LAYER = "model.layers.0.mlp.up_proj"
 LR = 1e-3
@@ -303,6 +304,38 @@ def test_a_checkpoint_of_what_was_evaluated_resumes_bitwise_too(tmp_path, name):
         for index, entries in other["state"].items():
             for key, value in entries.items():
                 assert torch.equal(torch.as_tensor(own["state"][index][key]), torch.as_tensor(value)), (index, key)
+
+
+BESIDE = (
+    r"matrix_optimizer=muon: {} averages the weights within its own step, and warms up there \(warmup_steps\)\. The "
+    r"matrices have no part in it, .* Leave the setting out, or take optim='adamw_torch' with a scheduler\."
+)
+
+
+@pytest.mark.parametrize("name", ["schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd"])
+def test_a_trainer_refuses_the_matrix_optimizer_beside_it_when_it_is_made(tmp_path, name):
+    with pytest.raises(ValueError, match=BESIDE.format(f"optim='{name}'")):
+        tiny.trainer(tmp_path, optim=name, drt_schedule="factored:4@0 dense@3", drt_matrix_optimizer="muon")
+
+
+@kinds
+def test_a_loop_refuses_the_matrix_optimizer_beside_it_before_anything_changes(kind):
+    model = tiny.llama(num_hidden_layers=1)
+    drt = DynamicRank(model, DRTConfig(schedule="factored:4@0 dense@3", matrix_optimizer="muon"), 6)
+    modules, optimizer = dict(model.named_modules()), kind(model.parameters(), lr=LR)
+    for attempt in (drt.install, lambda o: drt.apply(0, o), lambda o: drt.begin_step(0, o)):
+        with pytest.raises(ValueError, match=BESIDE.format(kind.__name__)):
+            attempt(optimizer)
+        assert dict(model.named_modules()) == modules
+        assert len(optimizer.param_groups) == 1
+
+
+def test_an_estimate_refuses_the_matrix_optimizer_beside_it():
+    with torch.device("meta"):
+        model = tiny.llama(num_hidden_layers=1)
+    drt = DynamicRank(model, DRTConfig(schedule="factored:4@0 dense@3", matrix_optimizer="muon"), 6)
+    with pytest.raises(ValueError, match=BESIDE.format("optim='schedule_free_sgd'")):
+        estimate_run(drt, batch_spec(model, 2, 8), optimizer="schedule_free_sgd")
 
 
 def test_without_a_switch_no_weight_has_counts_of_its_own(tmp_path):
