@@ -18,8 +18,8 @@ from hf_drt.targets import Swap
 
 
 def unwrap(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The torch optimizer inside Accelerate's wrapper, or inside one derived from it. Others that hold one may keep state
-    of their own beside it."""
+    """The torch optimizer inside Accelerate's wrapper, or inside one derived from it. Others that hold one may keep
+    state of their own beside it."""
     while any(cls.__module__ == "accelerate.optimizer" for cls in type(optimizer).__mro__):
         optimizer = optimizer.optimizer  # type: ignore[reportAttributeAccessIssue]
     return optimizer

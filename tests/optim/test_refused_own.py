@@ -126,12 +126,12 @@ SETTINGS = {
         toys.Lion,
         {"moments": "project"},
         r"moments='project' has no effect with the optimizer toys\.Lion: no rule says which of its state \(m\) "
-        r"is a moment\. Set moments='reset', .*OPTIMIZERS\.add\('toys\.Lion', OptimizerRule\('what it is', MomentKeys\(",
+        r"is a moment\. Set moments='reset', .*OPTIMIZERS\.add\('toys\.Lion', OptimizerRule\('what it is', Moment",
     ),
     "project-without-state": (
         toys.Plain,
         {"moments": "project"},
-        r"toys\.Plain: in a trial .* it kept no state that could follow\. Set moments='reset'\.$",
+        r"toys\.Plain: in a trial on small parameters it kept no state that could follow\. Set moments='reset'\.$",
     ),
     "group": (
         toys.KeepsGroups,
