@@ -8,18 +8,36 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
 from hf_drt import DRTConfig, DynamicRank
-from hf_drt.optim import OPTIMIZERS, MomentKeys, OptimizerRule, unwrap
+from hf_drt.optim import OPTIMIZERS, MomentKeys, OptimizerRule, qualified_name, unwrap
 
 PLAN = "dense@0 factored@3 adapter@6 dense@9"
 
 
+class Counting(torch.optim.Optimizer):
+    """Adam whose bias correction counts the group's steps."""
+
+    def __init__(self, params, lr=1e-3):
+        super().__init__(params, {"lr": lr, "k": 0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] += 1
+            for p in (p for p in group["params"] if p.grad is not None):
+                m, v = (self.state[p].setdefault(name, torch.zeros_like(p)) for name in "mv")
+                m.lerp_(p.grad, 0.1)
+                v.lerp_(p.grad**2, 0.001)
+                size = (v / (1 - 0.999 ** group["k"])).sqrt() + 1e-8
+                p.sub_(m / (1 - 0.9 ** group["k"]) / size, alpha=group["lr"])
+
+
 @pytest.fixture
 def registered():
-    """Gives a class of the toys a rule."""
+    """Gives a class a rule."""
     added = []
 
     def add(cls, rule):
-        added.append(f"toys.{cls.__name__}")
+        added.append(qualified_name(cls))
         OPTIMIZERS.add(added[-1], rule)
 
     yield add
@@ -46,8 +64,8 @@ def trained(make, moments, **settings):
 @pytest.mark.parametrize("moments", ["project", "reset"])
 def test_counts_follow_with_moments_and_begin_anew_with_them(registered, moments):
     """As under torch's Adam, which counts the steps of each weight in its state."""
-    registered(toys.GroupSteps, OptimizerRule("a toy", MomentKeys(("m",), ("v",)), counts={"k": 0}))
-    drt, optimizer = trained(toys.GroupSteps, moments)
+    registered(Counting, OptimizerRule("a toy", MomentKeys(("m",), ("v",)), counts={"k": 0}))
+    drt, optimizer = trained(Counting, moments)
     other, adam = trained(lambda params: torch.optim.Adam(params, lr=1e-3, foreach=False), moments)
     for name, p in drt.model.named_parameters():
         usual = other.model.get_parameter(name)
