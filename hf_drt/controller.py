@@ -5,6 +5,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,6 @@ from hf_drt.forms import (
 from hf_drt.linalg import effective_rank, factored_singular_values, gram_singular_values
 from hf_drt.optim import (
     Owner,
-    at_averages,
     form_group_options,
     install,
     optimizer_made_in,
@@ -242,11 +242,9 @@ class DynamicRank:
         enter = self._staged(optimizer)
         parameters = _trainable_parameters(self.model)
         forms = self._changes(index)
-        with at_averages(optimizer, (self._layer(name) for name in forms)):
-            function = FunctionError(probe if self.match(step) else None)
-            outcome = change_forms(
-                self.model, forms, optimizer, self.config.moments, lambda name: self._generator(index, name)
-            )
+        function = FunctionError(probe if self.match(step) else None)
+        generator = partial(self._generator, index)
+        outcome = change_forms(self.model, forms, optimizer, self.config.moments, generator, function.look)
         enter()
         declare(self.model)
         _warn_of_rounding(step, outcome.merge_error)

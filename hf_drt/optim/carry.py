@@ -13,14 +13,15 @@ from hf_drt.optim.index import model_order
 from hf_drt.optim.matrices import MATRIX, MOMENTUM
 from hf_drt.optim.moments import project
 from hf_drt.optim.owners import owners, set_owners
-from hf_drt.optim.registry import rule_of
+from hf_drt.optim.registry import known_rule, rule_of
 from hf_drt.optim.rule import Group, MomentKeys, OptimizerRule, State
 from hf_drt.targets import Swap
 
 
 def unwrap(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The torch optimizer inside Accelerate's wrapper. Others that hold one may keep state of their own beside it."""
-    while type(optimizer).__module__ == "accelerate.optimizer":
+    """The torch optimizer inside Accelerate's wrapper, or inside one derived from it. Others that hold one may keep
+    state of their own beside it."""
+    while any(cls.__module__ == "accelerate.optimizer" for cls in type(optimizer).__mro__):
         optimizer = optimizer.optimizer  # type: ignore[reportAttributeAccessIssue]
     return optimizer
 
@@ -38,6 +39,7 @@ def carry_groups(optimizer: torch.optim.Optimizer, model: nn.Module, swaps: list
     """
     optimizer = unwrap(optimizer)
     rule = rule_of(optimizer)
+    OwnCounts.settle(optimizer)
     lists = spliced_groups(optimizer, model, [(swap.name, swap.old, swap.new) for swap in swaps])
     places = model_order(model)
     ordered = [_in_model_order(group["params"], places) for group in optimizer.param_groups]
@@ -140,17 +142,20 @@ def put_states(optimizer: torch.optim.Optimizer, new: nn.Module, states: list[St
 
 def _new_state(optimizer: torch.optim.Optimizer, rule: OptimizerRule, weight: nn.Parameter, carried: State) -> State:
     """What the optimizer does not make by itself of a weight that it trains; the matrix optimizer's are not its own."""
-    begun = rule.new_state(optimizer, weight) | begun_counts(optimizer, weight, carried)
-    if not begun or any(weight is p for group in optimizer.param_groups if MATRIX in group for p in group["params"]):
+    if any(weight is p for group in optimizer.param_groups if MATRIX in group for p in group["params"]):
         return {}
-    return begun
+    return rule.new_state(optimizer, weight) | begun_counts(optimizer, weight, carried)
 
 
 def remembered(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """The returned function gives the optimizer back the groups, parameters, state and owners that it has now."""
+    """The returned function gives the optimizer back the groups, parameters, state and owners that it has now, and
+    what others know of its weights."""
     optimizer = unwrap(optimizer)
+    OwnCounts.settle(optimizer)
     groups = [(group, group | {"params": list(group["params"])}) for group in optimizer.param_groups]
     states, found = dict(optimizer.state), owners(optimizer)
+    rule = known_rule(type(optimizer))  # of any kind: whether it may follow is asked elsewhere
+    others = rule.remembered(optimizer) if rule is not None else lambda: None
 
     def restore() -> None:
         optimizer.param_groups[:] = [group for group, _ in groups]
@@ -160,5 +165,6 @@ def remembered(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
         optimizer.state.clear()
         optimizer.state.update(states)
         set_owners(optimizer, found)
+        others()
 
     return restore

@@ -30,7 +30,11 @@ def begun_counts(optimizer: torch.optim.Optimizer, weight: nn.Parameter, carried
 
 class OwnCounts:
     """The groups by counts, put in place by hooks around an optimizer's step; in any order with other hooks, since a
-    group by counts has all options of the one that it is made from."""
+    group by counts has all options of the one that it is made from.
+
+    A step that raises leaves them there. Whoever reads or changes the groups outside of a step calls :meth:`settle`
+    first; the optimizer's ``state_dict`` and ``load_state_dict`` do so by hooks.
+    """
 
     _installed: ClassVar["WeakKeyDictionary[torch.optim.Optimizer, OwnCounts]"] = WeakKeyDictionary()
 
@@ -40,6 +44,8 @@ class OwnCounts:
         self._parts: list[Group] = []
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
+        optimizer.register_state_dict_pre_hook(self._join)
+        optimizer.register_load_state_dict_pre_hook(lambda optimizer, state: self._join(optimizer))
 
     @classmethod
     def install(cls, optimizer: torch.optim.Optimizer) -> None:
@@ -47,6 +53,12 @@ class OwnCounts:
         rule = rule_of(optimizer)
         if rule.counts and optimizer not in cls._installed:
             cls._installed[optimizer] = cls(optimizer, rule)
+
+    @classmethod
+    def settle(cls, optimizer: torch.optim.Optimizer) -> None:
+        """Make the groups whole again where a step has raised."""
+        if optimizer in cls._installed:
+            cls._installed[optimizer]._join(optimizer)
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self._join(optimizer)  # where the step before has raised

@@ -28,6 +28,7 @@ def staged(
         ValueError: The optimizer is not supported, or not for a layer's weights; lacks a weight, has no room for the
             rules, or shares a group with another model that a rule must not touch. Nothing has changed then.
     """
+    OwnCounts.settle(optimizer)
     # Gradients of what the matrix optimizer trains are not seen by the optimizer's own step.
     if rule_of(optimizer).matrices_alone and config.matrix_optimizer == "none":
         _check_matrices(type(optimizer).__name__, owner)

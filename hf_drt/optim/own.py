@@ -20,10 +20,7 @@ def check_own(optimizer: torch.optim.Optimizer, config: DRTConfig) -> None:
     name, found = qualified_name(type(optimizer)), tried(optimizer)
     if config.moments == "project" and config.matrix_optimizer == "none":
         raise ValueError(
-            f"moments='project' has no effect with the optimizer {name}: no rule says what of its state "
-            f"({', '.join(found.kept) or 'none'}) are moments. Set moments='reset', by which the state of new weights "
-            f"begins anew; or register them: hf_drt.optim.OPTIMIZERS.add('{name}', OptimizerRule('what it is', "
-            "MomentKeys(first=(...), second=(...))))."
+            f"moments='project' has no effect with the optimizer {name}: {_without_moments(name, found.kept)}"
         )
     if form_group_options(config) and found.apart:
         raise ValueError(
@@ -35,3 +32,13 @@ def check_own(optimizer: torch.optim.Optimizer, config: DRTConfig) -> None:
             f"{scales}: this needs the learning rate of the optimizer's groups, but in a trial of {name} on small "
             "parameters lr made no difference after the first steps. Leave the setting out."
         )
+
+
+def _without_moments(name: str, kept: tuple[str, ...]) -> str:
+    if not kept:
+        return "in a trial on small parameters it kept no state that could follow. Set moments='reset'."
+    return (
+        f"no rule says which of its state ({', '.join(kept)}) is a moment. Set moments='reset', by which the state of "
+        f"new weights begins anew; or register them: hf_drt.optim.OPTIMIZERS.add('{name}', OptimizerRule('what it "
+        "is', MomentKeys(first=(...), second=(...))))."
+    )

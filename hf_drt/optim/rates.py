@@ -55,7 +55,8 @@ def check_rate(optimizer: torch.optim.Optimizer, config: DRTConfig, mine: set[in
 
 
 def check_step(rule: OptimizerRule, called: str, config: DRTConfig) -> None:
-    """Whether what acts around ``optimizer.step()`` can: settings, and the averaging of gradients over processes.
+    """Whether what acts around ``optimizer.step()`` can: settings, and the averaging of gradients over processes; and
+    whether the matrix optimizer's step beside it would be all that the weights have of one.
 
     Args:
         rule: Of the optimizer.
@@ -64,11 +65,17 @@ def check_step(rule: OptimizerRule, called: str, config: DRTConfig) -> None:
     Raises:
         ValueError: They cannot.
     """
+    if rule.averages and config.matrix_optimizer != "none":
+        raise ValueError(
+            f"matrix_optimizer={config.matrix_optimizer}: {called} averages the weights within its own "
+            "step, and warms up there (warmup_steps). The matrices have no part in it, and would be evaluated as they "
+            "are, next to averages. Leave the setting out, or take optim='adamw_torch' with a scheduler."
+        )
     if not rule.without_step:
         return
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise ValueError(
-            f"{called} cannot train on several processes, as it does not in transformers alone: it updates the weights "
+            f"{called} cannot train on several processes, with or without hf_drt: it updates the weights "
             f"{rule.without_step}, before gradients are averaged, so that each process would train a model of its own. "
             f"Start one process, or take the nearest that can, optim='{rule.nearest}'."
         )

@@ -68,7 +68,7 @@ def _tried_rule(optimizer: torch.optim.Optimizer, name: str) -> OptimizerRule:
 
 
 def _refusal(name: str, reason: str) -> ValueError:
-    allowed = {public_name(known) for known, other in OPTIMIZERS.items() if not other.refused}
+    allowed = {public_name(known) for known, other in OPTIMIZERS.items() if not (other.refused or other.unsaved)}
     return ValueError(
         f"the optimizer {name} cannot follow a change of form: {reason} {nearest(public_name(name), allowed)} So can "
         "classes without a rule that pass a trial. In a Trainer optim=adamw_torch always can."

@@ -70,6 +70,10 @@ def _nobody(optimizer: torch.optim.Optimizer, changes: list[Replaced]) -> None:
     pass
 
 
+def _nothing_else(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    return lambda: None
+
+
 def _as_it_is(group: Group) -> Group:
     return {}
 
@@ -96,6 +100,7 @@ class OptimizerRule:
         own_rate: Where its groups' ``lr`` may be of no effect.
         handed_on: Tells those who know weights beside groups and state, such as a manager of the library, which
             weights take whose place; called once the groups hold the new ones.
+        remembered: What ``handed_on`` changes: the returned function puts it back as it is now.
         compiled: Whether its step is compiled into few kernels, which keep what they make on the way out of memory.
         counts: Options of a group in which it counts the group's steps, with their values before the first. Weights
             that begin later than their group have counts of their own (:mod:`hf_drt.optim.counts`).
@@ -124,6 +129,7 @@ class OptimizerRule:
     state_shape: Callable[[str, Shape], Shape | None] = _same_shape
     own_rate: OwnRate | None = None
     handed_on: Callable[[torch.optim.Optimizer, list[Replaced]], None] = _nobody
+    remembered: Callable[[torch.optim.Optimizer], Callable[[], None]] = _nothing_else
     compiled: bool = False
     counts: Mapping[str, Any] = field(default_factory=dict)
     late: Callable[[Group], Group] = _as_it_is

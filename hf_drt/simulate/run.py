@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
-from hf_drt.forms import Adapter, Dense, Factored, Form, LayerShape, flops_of, form_of, layer_of
+from hf_drt.forms import Adapter, Dense, Factored, Form, LayerShape, flops_of, form_of, layer_of, parameters_of
+from hf_drt.optim import check_step, maker
 from hf_drt.planning import break_even_of, stays_dense, update_multiply_adds
 from hf_drt.simulate.batch import BatchSpec
 from hf_drt.simulate.step import StepCost, simulate_step
@@ -70,7 +72,8 @@ class RunEstimate:
         dense: An update step of dense training with the same optimizers, to compare with.
         layers: The target layers.
         switch_extra: Bytes that a switch may need beyond the larger of its two phases: one layer's weight, gradient and
-            optimizer state, at most.
+            optimizer state, at most; under an optimizer that evaluates at averages also a copy of all weights that
+            change.
         warnings: What costs more than it saves.
     """
 
@@ -124,7 +127,11 @@ def estimate_run(
 
     Raises:
         SimulationError: The cost of the model does not follow from its shapes.
+        ValueError: The optimizer is not one that may follow a change of form, or its package is not installed, or it
+            cannot have the matrix optimizer beside it.
     """
+    rule, _ = maker(optimizer)
+    check_step(rule, f"optim='{optimizer}'", controller.config)
     costs: dict[tuple[Form, ...], StepCost] = {}
     names = list(controller.targets)
     matrices = names if controller.config.matrix_optimizer != "none" else ()
@@ -150,7 +157,8 @@ def estimate_run(
     layers = tuple(_layer_estimates(controller, dense, by_phase))
     warnings = [controller.fused_note] if controller.fused_note else []
     warnings += _warnings(phases, layers, dense, controller.config)
-    return RunEstimate(phases, dense, layers, _switch_extra(controller, dense), tuple(warnings))
+    extra = _switch_extra(controller, dense) + (_copies(controller, by_phase) if rule.averages else 0)
+    return RunEstimate(phases, dense, layers, extra, tuple(warnings))
 
 
 def _put(controller: DynamicRank, forms: dict[str, Form]) -> None:
@@ -192,6 +200,19 @@ def _switch_extra(controller: DynamicRank, dense: StepCost) -> int:
     matrices = controller.config.matrix_optimizer != "none"
     state = item if matrices else dense.optimizer * item // max(1, dense.gradients)
     return largest * (max(4, item) + item + state)
+
+
+def _copies(controller: DynamicRank, by_phase: list[dict[str, Form]]) -> int:
+    """Of the trainable weights that the largest switch changes (:func:`hf_drt.optim.at_averages`)."""
+    item = max(p.element_size() for p in controller.model.parameters())
+    return item * max((sum(_changing(controller, *forms)) for forms in pairwise(by_phase)), default=0)
+
+
+def _changing(controller: DynamicRank, now: dict[str, Form], then: dict[str, Form]) -> Iterator[int]:
+    """Trainable weights of each layer that changes form; a form that stays and is not dense begins anew."""
+    for name, shape in controller.targets.items():
+        if now[name] != Dense() or then[name] != Dense():
+            yield controller.copies[name][0] * parameters_of(now[name], shape)
 
 
 def _warnings(

@@ -135,8 +135,7 @@ class DRTTrainerMixin(PublishingMixin):
         self._drt_refuse_callbacks()
         if config.schedule is None:
             return
-        refuse_optimizer(self, config)
-        refuse_own_rate_of(self, config)
+        self._drt_refuse_optimizer(config)
         refuse_unsupported(self, config)
         warn_of_another_engine(self)
         # Settings without effect are refused before there is a plan, which gets the same layers.
@@ -169,6 +168,12 @@ class DRTTrainerMixin(PublishingMixin):
                 f"dynamic-rank training was {'off' if off else 'on'} when this trainer was made, and the schedule has "
                 f"become {schedule!r} since. Make a new trainer."
             )
+        if not off:
+            self._drt_refuse_optimizer(self._drt_config())
+
+    def _drt_refuse_optimizer(self, config: DRTConfig) -> None:
+        refuse_optimizer(self, config)
+        refuse_own_rate_of(self, config)
 
     def _drt_config(self) -> DRTConfig:
         """The settings in force: the trainer's own, or those of ``hf_drt.run``; never a mixture.

@@ -24,14 +24,15 @@ def refuse_optimizer(trainer: Any, config: DRTConfig) -> None:
     """Raise where what is known of the optimizer that the trainer has, or is told to make, speaks against this run.
 
     Raises:
-        ValueError: It cannot follow a change of form; its checkpoints could not be resumed; or a setting acts around a
-            step that it does not make.
+        ValueError: It cannot follow a change of form; its checkpoints could not be resumed; the Trainer would not call
+            it; or a setting acts around a step that it does not make.
     """
     rule, called = _known(trainer)
     if rule is None:
         return
     refuse(rule, called)
     _refuse_unsaved(rule, called, trainer.args, config)
+    _refuse_without_step(rule, called, OptimizerNames(trainer.args.optim).value)
     check_step(rule, called, config)
 
 
@@ -63,6 +64,15 @@ def _refuse_unsaved(rule: OptimizerRule, called: str, args: Any, config: DRTConf
         raise ValueError(
             f"{called} cannot be resumed: a checkpoint ({saves}) would hold {rule.unsaved}. Set save_strategy=no or "
             f"save_only_model=True.{rule.instead()}"
+        )
+
+
+def _refuse_without_step(rule: OptimizerRule, called: str, optim: str) -> None:
+    if rule.without_step and optim not in rule.optim:
+        raise ValueError(
+            f"{called} updates the weights {rule.without_step}, for which the Trainer looks at optim alone: with "
+            f"optim='{optim}' it would leave weights out, and ignore the learning rate's schedule. Set "
+            f"optim='{next(iter(rule.optim))}' too."
         )
 
 

@@ -192,11 +192,13 @@ def refuse_own_rate_of(trainer: Any, config: DRTConfig) -> None:
 
 
 def _sample(trainer: Any) -> torch.optim.Optimizer | None:
-    """An optimizer of the kind that ``optimizer_cls_and_kwargs`` asks for, over a matrix of one number."""
+    """An optimizer of the kind that ``optimizer_cls_and_kwargs`` asks for, over a matrix of one number, where the kind
+    may have a rate of its own."""
     if trainer.optimizer_cls_and_kwargs is None:
         return None
     kind, settings = trainer.optimizer_cls_and_kwargs
-    if not isinstance(kind, type) or known_rule(kind) is None:
+    rule = known_rule(kind) if isinstance(kind, type) else None
+    if rule is None or rule.own_rate is None:
         return None
     settings = {key: value for key, value in settings.items() if key not in ("params", "model", "optimizer_dict")}
     return kind([torch.nn.Parameter(torch.zeros(1, 1))], **settings)

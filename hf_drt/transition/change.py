@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_drt.engines import Engine, Job, decompositions, engine_of
 from hf_drt.forms import Conversion, Form, check, empty_like, layer_of, odd_tensors, own_behaviour, prepare
+from hf_drt.optim import at_averages
 from hf_drt.transition.exchange import Change, Outcome, exchange, exchange_layers
 
 logger = logging.getLogger(__name__)
@@ -52,8 +53,9 @@ def change_forms(
     optimizer: torch.optim.Optimizer | None,
     moments: str,
     generator: Callable[[str], torch.Generator],
+    look: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """Give layers of a model a new form.
+    """Give layers of a model a new form, at the weights that are to evaluate (:func:`hf_drt.optim.at_averages`).
 
     Args:
         model: The model, unwrapped.
@@ -61,6 +63,7 @@ def change_forms(
         optimizer: The optimizer over the model's trainable parameters, if there is one.
         moments: 'project' or 'reset', see :func:`hf_drt.optim.carry_moments`.
         generator: Gives the random generator of a layer's new directions, by name.
+        look: Called once the layers have the weights at which they change.
 
     Raises:
         ValueError: A rank or weight is not valid, the optimizer is not supported or lacks a weight, or a layer's
@@ -69,7 +72,9 @@ def change_forms(
     """
     _look_at(model, forms)
     engine = engine_of(model)
-    return exchange(engine, _changes(engine, _checked(engine, forms), generator), optimizer, moments)
+    with at_averages(optimizer, (layer_of(model, name) for name in forms)):
+        look()
+        return exchange(engine, _changes(engine, _checked(engine, forms), generator), optimizer, moments)
 
 
 def _checked(engine: Engine, forms: dict[str, Form]) -> dict[str, Job]:

@@ -18,11 +18,18 @@ class FunctionError:
 
     A measurement, of which no failure stops a run: whatever the probe raises, and outputs that cannot be compared, are
     logged with their cause, and there is no number.
+
+    Of an optimizer that evaluates at averages, layers that change are at their averages both times, and all others at
+    the weights in training: what is compared is the change of form alone.
     """
 
     def __init__(self, probe: Probe | None):
         self._probe = probe
-        self._before = None if probe is None else _guarded(probe)
+        self._before: Tensor | None = None
+
+    def look(self) -> None:
+        """Keep the output of now."""
+        self._before = None if self._probe is None else _guarded(self._probe)
 
     def measure(self) -> float | None:
         """max |difference|, or None."""

@@ -45,7 +45,7 @@ def test_joined_processes_train_and_hear_once_that_nothing_is_sharded(tmp_path):
 
 
 def test_an_optimizer_that_updates_before_gradients_are_averaged_is_refused(tmp_path):
-    message = "optim='lomo' cannot train on several processes, as it does not in transformers alone: it updates the "
+    message = "optim='lomo' cannot train on several processes, with or without hf_drt: it updates the "
     for seen in launched(tmp_path, kind="mixin", use_cpu=True, ddp_backend="gloo", optim="lomo"):
         assert seen["error"].startswith(message)
         assert seen["error"].endswith("Start one process, or take the nearest that can, optim='sgd'.")

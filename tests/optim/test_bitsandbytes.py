@@ -11,7 +11,7 @@ from torch import nn
 from hf_drt import DRTConfig, DynamicRank
 from hf_drt.checkpoint import CheckpointError
 from hf_drt.forms import Factored, convert, trainable_weights
-from hf_drt.optim import rule_of
+from hf_drt.optim import remembered, rule_of
 from hf_drt.optim.moments import project
 from hf_drt.trainer.checkpoint import check_optimizer
 
@@ -178,6 +178,32 @@ def test_paged_state_of_old_weights_is_let_go(manager):
     switched(lambda model: bnb.AdamW(model.parameters(), lr=1e-3), page)
     assert [id(page) for page in pages[count:]] == [id(other)]
     del pages[count:]
+
+
+def test_a_change_of_form_that_is_taken_back_leaves_the_managers_as_they_were(manager):
+    pages = bitsandbytes.functional.GlobalPageManager.get_instance().paged_tensors
+    count = len(pages)
+    model = llama()
+    drt = DynamicRank(model, DRTConfig(schedule="dense@0 factored@50%", rank=32), max_steps=4)
+    drt.apply(0)
+    weight, embedding = model.get_submodule(LAYER).weight, model.model.embed_tokens.weight
+    manager.override_config(weight, "optim_bits", 32)
+    manager.register_module_override(model.model.embed_tokens, "weight", {"optim_bits": 32})
+    optimizer = bnb.AdamW(model.parameters(), lr=1e-3, optim_bits=8)
+    step(model, optimizer)
+    pages.append(optimizer.state[weight]["state1"])
+    before = copy.deepcopy((manager.pid2config, manager.index2config)), [id(page) for page in pages]
+    assert before[0][1]
+    undo = [drt.remembered(), remembered(optimizer)]
+    drt.begin_step(2, optimizer)
+    assert ((manager.pid2config, manager.index2config), [id(page) for page in pages]) != before
+    for each in undo:
+        each()
+    assert ((manager.pid2config, manager.index2config), [id(page) for page in pages]) == before
+    del pages[count:]
+    optimizer.state.clear()
+    step(model, optimizer)
+    assert {p for p in optimizer.state if p.numel() >= 4096 and bits(optimizer, p) == 32} == {weight, embedding}
 
 
 # ---- checkpoints

@@ -6,7 +6,7 @@ import torch
 import transformers as T
 from lomo_optim import Lomo
 
-from hf_drt import DRTCallback, DRTConfig, DynamicRank
+from hf_drt import DRTCallback, DRTConfig, DRTTrainer, DynamicRank
 
 PLAN = "factored:4@0 dense@3 adapter:4@6"
 RULES = (
@@ -38,6 +38,49 @@ def test_it_makes_the_updates_of_sgd_through_three_forms(tmp_path, caplog):
     assert switches == [0, 1, 2]
     assert [n for n, p in runs["lomo"].model.state_dict().items() if not torch.equal(p, weights[n])] == []
     assert "behaviour of its own" not in caplog.text  # its hooks are set anew on new weights
+
+
+def passed(folder, given, optim):
+    model = tiny.llama(attention_dropout=0.1)
+    settings = {"max_steps": 9, "drt_schedule": PLAN, "drt_export": "native", "max_grad_norm": 0, "optim": optim}
+    arguments = tiny.arguments(folder, **settings, gradient_accumulation_steps=1, learning_rate=0.1)
+    if given == "class":
+        how = {"optimizer_cls_and_kwargs": (Lomo, {"model": model, "lr": 0.1})}
+    else:
+        how = {"optimizers": (Lomo(model, lr=0.1), None)}
+    return DRTTrainer(model, arguments, train_dataset=tiny.dataset(), **how)
+
+
+def test_a_class_that_is_made_over_a_model_trains_as_under_its_name(tmp_path):
+    run = passed(tmp_path / "a", "class", "lomo")
+    run.train()
+    other = trainer(tmp_path / "b", "lomo")
+    other.train()
+    weights = other.model.state_dict()
+    assert [n for n, p in run.model.state_dict().items() if not torch.equal(p, weights[n])] == []
+
+
+@pytest.mark.parametrize("given", ["class", "optimizer"])
+def test_one_whose_backward_pass_the_trainer_would_not_run_is_refused(tmp_path, given):
+    message = (
+        r"the optimizer lomo_optim\.Lomo updates the weights within the backward pass, for which the Trainer looks at "
+        r"optim alone: with optim='adamw_torch' it would leave weights out, and ignore the learning rate's schedule\. "
+        r"Set optim='lomo' too\."
+    )
+    with pytest.raises(ValueError, match=message):
+        passed(tmp_path, given, "adamw_torch")
+
+
+def test_without_the_name_a_plain_trainer_leaves_weights_out_and_ignores_the_schedule(tmp_path):
+    """The scheduled rate of the first update is 0."""
+    model = tiny.llama()
+    settings = {"max_steps": 1, "warmup_steps": 1, "save_strategy": "no", "max_grad_norm": 0, "use_cpu": True}
+    arguments = T.TrainingArguments(str(tmp_path), report_to=[], **settings)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    how = {"optimizer_cls_and_kwargs": (Lomo, {"model": model, "lr": 0.1})}
+    T.Trainer(model, arguments, train_dataset=tiny.dataset(), **how).train()
+    moved = {name: (p - before[name]).abs().max().item() for name, p in model.named_parameters()}
+    assert [name for name, size in moved.items() if size == 0] == ["model.embed_tokens.weight"]
 
 
 def test_layers_with_its_hooks_can_be_selected_and_others_are_told_of():

@@ -6,9 +6,11 @@ import torch
 import transformers as T
 from apollo_torch import APOLLOAdamW
 from galore_torch import GaLoreAdamW
+from transformers.trainer_utils import HPSearchBackend, SaveStrategy
 
 from hf_drt import DRTCallback, DRTConfig, DRTTrainer, DynamicRank
 from hf_drt.forms import trainable_weights
+from hf_drt.optim import OPTIMIZERS, rule_of
 
 OPTIONS = {"rank": 4, "update_proj_gap": 3, "scale": 0.25, "proj_type": "std"}
 APOLLO = OPTIONS | {"proj": "random", "scale_type": "channel"}
@@ -95,6 +97,54 @@ def test_apollo_gives_new_weights_the_seeds_of_its_constructor():
 def test_they_are_refused_where_checkpoints_will_be_saved(tmp_path, name, saving, called):
     with pytest.raises(ValueError, match=UNSAVED.format(f"optim='{name}'", called)):
         tiny.trainer(tmp_path, optim=name, **PICKED, **saving)
+
+
+@pytest.mark.parametrize("late", [{"optim": "apollo_adamw"}, {"optim": "galore_adamw"}])
+def test_an_optimizer_that_is_set_later_is_looked_at_as_training_begins(tmp_path, late):
+    run = tiny.trainer(tmp_path, save_strategy="steps", **PICKED)
+    modules = dict(run.model.named_modules())
+    for name, value in late.items():
+        setattr(run.args, name, value)
+    with pytest.raises(ValueError, match=UNSAVED.format(f"optim='{late['optim']}'", "save_strategy=steps")):
+        run.train()
+    assert dict(run.model.named_modules()) == modules
+
+
+def test_saving_that_is_turned_on_later_is_looked_at_as_training_begins(tmp_path):
+    run = tiny.trainer(tmp_path, optim="apollo_adamw", **PICKED)
+    run.args.save_strategy = SaveStrategy.STEPS
+    modules = dict(run.model.named_modules())
+    with pytest.raises(ValueError, match=UNSAVED.format("optim='apollo_adamw'", "save_strategy=steps")):
+        run.train()
+    assert dict(run.model.named_modules()) == modules
+
+
+def test_a_search_over_optimizers_is_refused_at_the_one_that_cannot(tmp_path):
+    arguments = tiny.arguments(tmp_path, drt_schedule="factored:4@0", drt_export="native", max_steps=1)
+    run = DRTTrainer(args=arguments, train_dataset=tiny.dataset(), model_init=lambda: tiny.llama())
+    run.hp_search_backend, run.hp_space = HPSearchBackend.WANDB, None
+    run._hp_search_setup({"optim": "sgd"})
+    run.train()
+    assert run.state.global_step == 1
+    run._hp_search_setup({"optim": "grokadamw"})
+    with pytest.raises(ValueError, match="optim='grokadamw' cannot follow a change of form"):
+        run.train()
+    run._hp_search_setup({"optim": "lomo", "drt_rewarmup_steps": 2, "drt_schedule": "factored:4@0 dense@50%"})
+    with pytest.raises(ValueError, match=r"rewarmup_steps=2: this acts around optimizer\.step\(\), but optim='lomo'"):
+        run.train()
+
+
+def test_those_that_cannot_be_saved_are_not_among_the_nearest():
+    class AdamW(torch.optim.SGD):
+        def step(self, closure):
+            return super().step(closure)
+
+    AdamW.__module__ = "galore_torch.other"
+    with pytest.raises(ValueError, match=r"is nearest by name") as caught:
+        rule_of(AdamW([torch.nn.Parameter(torch.zeros(2, 2))]))
+    assert "GaLore" not in str(caught.value)
+    count = sum(not (rule.refused or rule.unsaved) for rule in OPTIMIZERS.values())
+    assert f"Of the {count} that can, " in str(caught.value)
 
 
 def test_checkpoints_of_the_model_alone_are_allowed(tmp_path):

@@ -125,10 +125,20 @@ SETTINGS = {
     "project": (
         toys.Lion,
         {"moments": "project"},
-        r"moments='project' has no effect with the optimizer toys\.Lion: no rule says what of its state \(m\) are "
-        r"moments\. Set moments='reset', .*OPTIMIZERS\.add\('toys\.Lion', OptimizerRule\('what it is', MomentKeys\(",
+        r"moments='project' has no effect with the optimizer toys\.Lion: no rule says which of its state \(m\) "
+        r"is a moment\. Set moments='reset', .*OPTIMIZERS\.add\('toys\.Lion', OptimizerRule\('what it is', Moment",
     ),
-    "project-without-state": (toys.Plain, {"moments": "project"}, r"of its state \(none\) are moments"),
+    "project-without-state": (
+        toys.Plain,
+        {"moments": "project"},
+        r"toys\.Plain: in a trial on small parameters it kept no state that could follow\. Set moments='reset'\.$",
+    ),
+    "group": (
+        toys.KeepsGroups,
+        {"factored_lr_scale": 2.0},
+        r"factored_lr_scale, .* in a trial of toys\.KeepsGroups on small parameters it did not train parameters that "
+        r"came to such a group\. Leave them out",
+    ),
     "groups": (
         toys.NoEmptyGroup,
         {"factored_lr_scale": 2.0},

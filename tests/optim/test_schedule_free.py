@@ -11,6 +11,7 @@ from schedulefree import AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree
 
 from hf_drt import DRTConfig, DynamicRank
 from hf_drt.forms import trainable_weights
+from hf_drt.simulate import batch_spec, estimate_run
 
 LAYER = "model.layers.0.mlp.up_proj"
 LR = 1e-3
@@ -159,6 +160,22 @@ def test_a_layer_changes_form_at_its_average_and_all_others_stay(kind):
     assert optimizer.param_groups[0]["train_mode"]
 
 
+@kinds
+def test_to_dense_merges_layers_at_their_average_too(kind):
+    model, drt, optimizer = trained(kind, 306)
+    evaluated, other = copy.deepcopy((model, optimizer))
+    in_training = {name: model.get_submodule(name).weight.detach().clone() for name in drt.targets}
+    other.eval()
+    averages = {name: evaluated.get_submodule(name).weight.detach() for name in drt.targets}
+    drt.to_dense(optimizer)
+    for name in drt.targets:
+        W = model.get_submodule(name).weight
+        torch.testing.assert_close(W, averages[name], rtol=1e-5, atol=1e-7)
+        assert (W - in_training[name]).norm() > 10 * (W - averages[name]).norm()
+    step(model, optimizer, 306)
+    assert {id(p) for p in held(optimizer)} == {id(p) for p in model.parameters()}
+
+
 def test_the_function_error_compares_what_is_evaluated():
     model, drt, optimizer = trained(AdamWScheduleFree, 306)
     probe = lambda: model(**tiny.batch()).logits.detach()  # noqa: E731
@@ -217,6 +234,57 @@ def test_after_a_step_that_raised_the_groups_are_whole_again():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 
 
+def interrupted(model, optimizer):
+    """A step that raises between the hooks around it."""
+
+    def fails():
+        raise RuntimeError("no loss")
+
+    optimizer.train()
+    with pytest.raises(RuntimeError, match="no loss"):
+        optimizer.step(fails)
+    optimizer.zero_grad()
+
+
+@kinds
+def test_a_switch_after_a_step_that_raised_leaves_no_weight_untrained(kind):
+    runs = [trained(kind, 306) for _ in range(2)]
+    for index, (model, drt, optimizer) in enumerate(runs):
+        if index == 0:
+            interrupted(model, optimizer)
+        for k in range(306, 309):
+            drt.begin_step(k, optimizer)
+            assert {id(p) for p in held(optimizer)} == {id(p) for p in model.parameters()}
+            step(model, optimizer, k)
+        assert len(held(optimizer)) == len(list(model.parameters()))
+    (model, _, _), (other, _, _) = runs
+    assert [n for n, p in model.named_parameters() if not torch.equal(p, other.get_parameter(n))] == []
+
+
+def test_a_checkpoint_after_a_step_that_raised_is_that_before_it():
+    scales = {"factored_lr_scale": 0.5}
+    model, drt, optimizer = trained(AdamWScheduleFree, 303, **scales)
+    before = copy.deepcopy(optimizer.state_dict()["param_groups"])
+    interrupted(model, optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert saved["param_groups"] == before
+    fresh, again, other = trained(AdamWScheduleFree, 303, **scales)
+    interrupted(fresh, other)
+    other.load_state_dict(saved)
+    for each, own, used in ((model, drt, optimizer), (fresh, again, other)):
+        own.begin_step(303, used)
+        step(each, used, 303)
+    assert all(torch.equal(p, fresh.get_parameter(n)) for n, p in model.named_parameters())
+
+
+def test_rules_that_are_installed_after_a_step_that_raised_find_whole_groups():
+    model, drt, optimizer = trained(AdamWScheduleFree, 303)
+    interrupted(model, optimizer)
+    drt.install(optimizer)
+    assert len(optimizer.param_groups) == 1
+    assert {id(p) for p in held(optimizer)} == {id(p) for p in model.parameters()}
+
+
 @pytest.mark.parametrize("name", ["schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd"])
 def test_a_checkpoint_of_what_was_evaluated_resumes_bitwise_too(tmp_path, name):
     """A plain Trainer writes the average where it has evaluated just before, and the weights of training elsewhere."""
@@ -236,6 +304,38 @@ def test_a_checkpoint_of_what_was_evaluated_resumes_bitwise_too(tmp_path, name):
         for index, entries in other["state"].items():
             for key, value in entries.items():
                 assert torch.equal(torch.as_tensor(own["state"][index][key]), torch.as_tensor(value)), (index, key)
+
+
+BESIDE = (
+    r"matrix_optimizer=muon: {} averages the weights within its own step, and warms up there \(warmup_steps\)\. The "
+    r"matrices have no part in it, .* Leave the setting out, or take optim='adamw_torch' with a scheduler\."
+)
+
+
+@pytest.mark.parametrize("name", ["schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd"])
+def test_a_trainer_refuses_the_matrix_optimizer_beside_it_when_it_is_made(tmp_path, name):
+    with pytest.raises(ValueError, match=BESIDE.format(f"optim='{name}'")):
+        tiny.trainer(tmp_path, optim=name, drt_schedule="factored:4@0 dense@3", drt_matrix_optimizer="muon")
+
+
+@kinds
+def test_a_loop_refuses_the_matrix_optimizer_beside_it_before_anything_changes(kind):
+    model = tiny.llama(num_hidden_layers=1)
+    drt = DynamicRank(model, DRTConfig(schedule="factored:4@0 dense@3", matrix_optimizer="muon"), 6)
+    modules, optimizer = dict(model.named_modules()), kind(model.parameters(), lr=LR)
+    for attempt in (drt.install, lambda o: drt.apply(0, o), lambda o: drt.begin_step(0, o)):
+        with pytest.raises(ValueError, match=BESIDE.format(kind.__name__)):
+            attempt(optimizer)
+        assert dict(model.named_modules()) == modules
+        assert len(optimizer.param_groups) == 1
+
+
+def test_an_estimate_refuses_the_matrix_optimizer_beside_it():
+    with torch.device("meta"):
+        model = tiny.llama(num_hidden_layers=1)
+    drt = DynamicRank(model, DRTConfig(schedule="factored:4@0 dense@3", matrix_optimizer="muon"), 6)
+    with pytest.raises(ValueError, match=BESIDE.format("optim='schedule_free_sgd'")):
+        estimate_run(drt, batch_spec(model, 2, 8), optimizer="schedule_free_sgd")
 
 
 def test_without_a_switch_no_weight_has_counts_of_its_own(tmp_path):

@@ -293,6 +293,19 @@ class NoEmptyGroup(Plain):
         super().add_param_group(group)
 
 
+class KeepsGroups(Plain):
+    """Updates the groups that it was made with."""
+
+    def begin(self):
+        self.groups = list(self.param_groups)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                p.sub_(p.grad, alpha=group["lr"])
+
+
 class SlowWeights(Optimizer):
     """Lookahead (Zhang et al. 2019): parameters come back to a slow average; it holds another optimizer."""
 

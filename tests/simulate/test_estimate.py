@@ -6,10 +6,11 @@ import pytest
 import tiny
 import torch
 import transformers as T
+from schedulefree import AdamWScheduleFree
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_drt import Adapter, Dense, DRTConfig, DynamicRank, Factored, Plan, Run, Schedule, find_targets
-from hf_drt.optim import estimated_names, optim_names
+from hf_drt.optim import averages, estimated_names, optim_names
 from hf_drt.simulate import (
     Layer,
     SimulationError,
@@ -258,6 +259,24 @@ def test_phases_of_a_run():
     assert run.phases[2].step.weights > run.dense.weights > run.phases[0].step.weights
     assert run.switch_extra == 64 * 32 * 16  # weight, gradient and two moments
     assert all(p.is_meta for p in drt.model.parameters())
+
+
+@pytest.mark.parametrize("plan", ["dense@0 factored@30%", "factored@0 dense@30%", "factored@0 adapter@50%"])
+def test_a_switch_at_averages_takes_a_copy_of_all_weights_that_change(plan, monkeypatch):
+    """Against the copies of a real switch."""
+    drt, kept, copied = controller(plan), [], averages._copied
+    run = estimate_run(drt, batch_spec(drt.model, ROWS, LENGTH), optimizer="schedule_free_adamw")
+    real = DynamicRank(tiny.llama(), drt.config, max_steps=100)
+    real.apply(0)
+    optimizer = AdamWScheduleFree((p for p in real.model.parameters() if p.requires_grad), lr=1e-3)
+    monkeypatch.setattr(averages, "_copied", lambda weights: kept.extend(map(sizes, weights)) or copied(weights))
+    real.begin_step(real.plan.phases[1].start, optimizer)
+    one_layer = 64 * 32 * 16  # weight, gradient and two moments
+    assert run.switch_extra - one_layer == sum(kept) > one_layer
+
+
+def sizes(weight):
+    return weight.numel() * weight.element_size()
 
 
 def test_warnings_name_layers_and_break_even():

@@ -365,7 +365,9 @@ def test_outputs_that_cannot_be_compared_have_no_error_but_a_reason(before, afte
     with pytest.raises(ValueError, match=message):
         largest_difference(before, after)
     answers = iter([before, after])
-    assert FunctionError(lambda: next(answers)).measure() is None
+    function = FunctionError(lambda: next(answers))
+    function.look()
+    assert function.measure() is None
     assert "no function-preservation error: ValueError: " in caplog.text
 
 

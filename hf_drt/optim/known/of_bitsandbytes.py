@@ -7,7 +7,7 @@ GlobalOptimManager has settings of single weights, such as the Trainer's word th
 them by identity, and by place in the groups of any optimizer of the process: places that a switch gives to others.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -53,6 +53,19 @@ def _handed_on(optimizer: Any, changes: list[Replaced]) -> None:
     paged[:] = [tensor for tensor in paged if id(tensor) not in left]
 
 
+def _remembered(optimizer: Any) -> Callable[[], None]:
+    own, places, paged = optimizer.mng.pid2config, optimizer.mng.index2config, optimizer.page_mng.paged_tensors
+    settings, pages = {key: dict(config) for key, config in own.items()}, list(paged)
+
+    def restore() -> None:
+        own.clear()
+        own.update(settings)
+        optimizer.mng.index2config = places
+        paged[:] = pages
+
+    return restore
+
+
 def _add(
     module: str,
     classes: Iterable[str],
@@ -70,6 +83,7 @@ def _add(
         tested=_TESTED,
         state_shape=partial(_shape, averages=averages),
         handed_on=_handed_on,
+        remembered=_remembered,
     )
     for name in classes:
         OPTIMIZERS.add(f"bitsandbytes.optim.{module}.{name}", rule)
