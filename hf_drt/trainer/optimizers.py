@@ -68,7 +68,7 @@ def _refuse_unsaved(rule: OptimizerRule, called: str, args: Any, config: DRTConf
 
 
 def _refuse_without_step(rule: OptimizerRule, called: str, optim: str) -> None:
-    if rule.without_step and optim not in rule.optim:
+    if rule.without_step and rule.optim and optim not in rule.optim:
         raise ValueError(
             f"{called} updates the weights {rule.without_step}, for which the Trainer looks at optim alone: with "
             f"optim='{optim}' it would leave weights out, and ignore the learning rate's schedule. Set "
