@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from hf_drt.optim.nested_steps import outermost
 from hf_drt.optim.registry import rule_of
 from hf_drt.optim.rule import Group, OptimizerRule, State
 
@@ -60,6 +61,7 @@ class OwnCounts:
         if optimizer in cls._installed:
             cls._installed[optimizer]._join(optimizer)
 
+    @outermost
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self._join(optimizer)  # where the step before has raised
         groups = list(optimizer.param_groups)
@@ -83,6 +85,7 @@ class OwnCounts:
         group["params"] = staying
         return list(parts.values())
 
+    @outermost
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         for part in self._parts:
             for weight in part["params"]:

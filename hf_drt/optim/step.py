@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_drt.forms import FactoredLinear, trainable_weights
 from hf_drt.optim.groups import FROBENIUS, LR_SCALE
 from hf_drt.optim.matrices import MatrixStep
+from hf_drt.optim.nested_steps import outermost
 from hf_drt.optim.owners import owners, rewarmup_factors
 
 
@@ -66,6 +67,7 @@ class StepRules:
             optimizer.register_state_dict_pre_hook(self._restore),  # where a step has raised
         ]
 
+    @outermost
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         factors = self._factors(optimizer)
         self._restore(optimizer)  # where the step before has raised, and left its scaled rates behind
@@ -77,6 +79,7 @@ class StepRules:
                 group["lr"] = group["lr"] * scale
         _decay_products(optimizer)
 
+    @outermost
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self._matrices.after(optimizer)
         self._restore(optimizer)
