@@ -27,6 +27,7 @@ from hf_drt.forms import (
 )
 from hf_drt.linalg import effective_rank, factored_singular_values, gram_singular_values
 from hf_drt.optim import (
+    GROUP_SETTINGS,
     Owner,
     form_group_options,
     install,
@@ -182,6 +183,11 @@ class DynamicRank:
                 f"phase '{self.plan.phases[self.plan.index_at(step)]}' begins at update step {step}, but begin_step "
                 "got no optimizer, so that the new weights would never be trained. Pass the optimizer; to change the "
                 "form of a model that is not trained, call apply(step)."
+            )
+        if optimizer is None and self._installed is None and form_group_options(self.config):
+            raise ValueError(
+                f"begin_step({step}) got no optimizer, so that {GROUP_SETTINGS} would have no effect. Pass the "
+                "optimizer, or call drt.install(optimizer) once before."
             )
         transition = self.apply(step, optimizer, probe) if changes else None
         self._step = step

@@ -20,14 +20,13 @@ from torch import nn
 from hf_drt.config import DRTConfig
 from hf_drt.forms import layer_of, trainable_weights
 from hf_drt.optim.index import KINDS, GroupIndex, model_order
-from hf_drt.optim.matrices import MATRIX
+from hf_drt.optim.matrices import MATRIX, MATRIX_LR
 from hf_drt.optim.owners import FORM, PARENT, SIDE, Owner, form_groups, mark, number_of
 from hf_drt.optim.rule import Group
 from hf_drt.optim.sides import Side, side_scales
 
 LR_SCALE, FROBENIUS = "drt_lr_scale", "drt_frobenius_decay"
 # The rate that the matrices' groups were made with, whatever a scheduler has made of it.
-MATRIX_LR = "drt_matrix_lr"
 # The settings that need form groups, for messages.
 GROUP_SETTINGS = (
     "factored_lr_scale, adapter_lr_scale, left_lr_scale, right_lr_scale, frobenius_decay and matrix_optimizer"
@@ -114,14 +113,23 @@ def _by_group(places: Iterable[tuple[int, nn.Parameter]]) -> Iterable[tuple[int,
 def _append(optimizer: torch.optim.Optimizer, parents: list[int], options: Options, marked: Group) -> None:
     for group in optimizer.param_groups:
         group.pop("param_names", None)  # torch refuses to append a group without names to groups with them
-    for parent in parents:
+    shares = _shares([optimizer.param_groups[parent] for parent in parents])
+    for parent, share in zip(parents, shares, strict=True):
         group = optimizer.param_groups[parent]
         for (form, side), extra in options.items():
             copied = {key: _own(value) for key, value in group.items() if key != "params"}
             if extra.get(FROBENIUS):
                 extra = extra | {FROBENIUS: copied.get("weight_decay", 0.0), "weight_decay": 0.0}
+            if MATRIX in extra:
+                extra = extra | {"lr": extra["lr"] * share}
             place = {FORM: form, PARENT: parent} if side is None else {FORM: form, SIDE: side, PARENT: parent}
             optimizer.add_param_group(copied | extra | marked | {"params": [], **place})
+
+
+def _shares(parents: list[Group]) -> list[float]:
+    """Each group's rate over the largest: rates that differ by layer, or are 0, do so for the matrices too."""
+    rates = [float(group["lr"] or 0.0) for group in parents]
+    return [rate / max(rates) if max(rates) else 1.0 for rate in rates]
 
 
 def _own(option: Any) -> Any:

@@ -25,6 +25,8 @@ from hf_drt.optim.pair_rule import pair_update
 from hf_drt.optim.registry import rule_of
 from hf_drt.optim.rule import Group
 
+# The rate that such a group was asked to have.
+MATRIX_LR = "drt_matrix_lr"
 # Marks a group of such weights, and is their momentum's beta; the entry of the state that holds the momentum.
 MATRIX, MOMENTUM = "drt_matrix_momentum", "drt_momentum"
 

@@ -27,6 +27,12 @@ def check_own(optimizer: torch.optim.Optimizer, config: DRTConfig) -> None:
             f"{GROUP_SETTINGS} need parameter groups that are added to the optimizer, but in a trial of {name} on "
             f"small parameters {found.apart} Leave them out."
         )
+    if config.matrix_optimizer != "none" and found.bare:
+        raise ValueError(
+            f"matrix_optimizer={config.matrix_optimizer} takes the gradients of its weights aside while the optimizer "
+            f"makes its own step, but in a trial of {name} on small parameters {found.bare} Let it pass over "
+            "parameters whose grad is None, or set matrix_optimizer to 'none'."
+        )
     if (scales := scaling(config)) and not found.reads_rate:
         raise ValueError(
             f"{scales}: this needs the learning rate of the optimizer's groups, but in a trial of {name} on small "

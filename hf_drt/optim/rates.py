@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from hf_drt.config import DRTConfig
+from hf_drt.optim.matrices import MATRIX_LR
 from hf_drt.optim.registry import known_rule
 from hf_drt.optim.rule import OptimizerRule, OwnRate
 
@@ -54,6 +55,26 @@ def check_rate(optimizer: torch.optim.Optimizer, config: DRTConfig, mine: set[in
         )
 
 
+def check_matrix_rates(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the matrices' rate is their own, as far as it can be told yet: not while all rates are 0.
+
+    Raises:
+        ValueError: A scheduler or a loop has given all groups one rate, and it is not ``matrix_lr``.
+    """
+    groups = optimizer.param_groups
+    rates = {float(group.get("initial_lr", group["lr"])) for group in groups if group["params"]}
+    asked = {group[MATRIX_LR] for group in groups if MATRIX_LR in group}
+    if len(rates) > 1 or not asked or rates == asked:
+        return True
+    if rates == {0.0}:
+        return False
+    raise ValueError(
+        f"matrix_lr={max(asked):g} has no effect: all parameter groups have the learning rate {max(rates):g}, as a "
+        "scheduler that sets rates gives them (OneCycleLR, CyclicLR), or a loop with group['lr'] = lr. Take one that "
+        "multiplies each group's own rate, as those of the Trainer and LambdaLR do, or set matrix_lr to that rate."
+    )
+
+
 def check_step(rule: OptimizerRule, called: str, config: DRTConfig) -> None:
     """Whether what acts around ``optimizer.step()`` can: settings, and the averaging of gradients over processes; and
     whether the matrix optimizer's step beside it would be all that the weights have of one.
@@ -70,6 +91,11 @@ def check_step(rule: OptimizerRule, called: str, config: DRTConfig) -> None:
             f"matrix_optimizer={config.matrix_optimizer}: {called} averages the weights within its own "
             "step, and warms up there (warmup_steps). The matrices have no part in it, and would be evaluated as they "
             "are, next to averages. Leave the setting out, or take optim='adamw_torch' with a scheduler."
+        )
+    if rule.picks_layers and config.matrix_optimizer != "none":
+        raise ValueError(
+            f"matrix_optimizer={config.matrix_optimizer} and {called} are for the same weights, and only one can train "
+            "them. Leave the setting out, or take optim='adamw_torch' for the others."
         )
     if not rule.without_step:
         return

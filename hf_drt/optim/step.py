@@ -17,6 +17,7 @@ from hf_drt.optim.groups import FROBENIUS, LR_SCALE
 from hf_drt.optim.matrices import MatrixStep
 from hf_drt.optim.nested_steps import outermost
 from hf_drt.optim.owners import owners, rewarmup_factors
+from hf_drt.optim.rates import check_matrix_rates
 
 
 def rewarmup_factor(steps_since_switch: int | None, steps: int, start: float) -> float:
@@ -60,6 +61,7 @@ class StepRules:
         self._installed[optimizer] = self
         self._factors = factors
         self._scheduled: list = []
+        self._looked = False
         self._matrices = self._matrix_steps.setdefault(optimizer, MatrixStep())
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
@@ -73,6 +75,7 @@ class StepRules:
         self._restore(optimizer)  # where the step before has raised, and left its scaled rates behind
         # The first of the arguments is the optimizer itself.
         self._matrices.before(optimizer, kwargs.get("closure", args[1] if len(args) > 1 else None))
+        self._looked = self._looked or check_matrix_rates(optimizer)
         self._scheduled = [group["lr"] for group in optimizer.param_groups]
         for group, factor in zip(optimizer.param_groups, factors, strict=True):
             if (scale := factor * group.get(LR_SCALE, 1.0)) != 1:  # a rate that nothing scales may be None

@@ -46,12 +46,14 @@ class Findings:
         shaped: Those of them that have the parameter's shape, whatever that is.
         reads_rate: Whether the ``lr`` of a group acts on its updates, and not on the first alone.
         apart: What stands against a parameter group that is added while it is empty; empty if nothing does.
+        bare: What stands against parameters without a gradient; empty if nothing does.
     """
 
     kept: tuple[str, ...]
     shaped: frozenset[str]
     reads_rate: bool
     apart: str
+    bare: str
 
 
 _FOUND: weakref.WeakKeyDictionary[torch.optim.Optimizer, Findings] = weakref.WeakKeyDictionary()
@@ -103,7 +105,7 @@ def _trial(optimizer: torch.optim.Optimizer, layout: Layout) -> Findings:
         _check_resumes(optimizer, run)
     with _seen_as("with twice its lr"):
         reads_rate = _reads_rate(optimizer, layout)
-    return Findings(*run.state_names(), reads_rate, _apart(optimizer, layout))
+    return Findings(*run.state_names(), reads_rate, _apart(optimizer, layout), _bare(optimizer, layout))
 
 
 def _check_new(run: "Run", undisturbed: "Run", fresh: "Run", old: list[nn.Parameter], new: list[str]) -> None:
@@ -211,6 +213,21 @@ def _apart(optimizer: torch.optim.Optimizer, layout: Layout) -> str:
         return str(error)
     still = [key for key in new if torch.equal(run.values()[key], starts[key])]
     return "it did not train parameters that came to such a group." if still else ""
+
+
+def _bare(optimizer: torch.optim.Optimizer, layout: Layout) -> str:
+    """What it does where the first parameter of each group has no gradient."""
+    run = Run(optimizer, layout)
+    bare = [next(iter(group)) for group in layout if group]
+    starts = run.values()
+    try:
+        with _seen_as("with a parameter that has no gradient"):
+            for _ in range(2):
+                run.step(without=bare)
+    except UnfitError as error:
+        return str(error)
+    moved = [key for key in bare if not torch.equal(run.values()[key], starts[key])]
+    return "it moved a parameter that has no gradient." if moved else ""
 
 
 def _difference(now: Mapping[str, Tensor], usual: Mapping[str, Tensor]) -> float:

@@ -46,10 +46,16 @@ class Run:
         groups = enumerate(optimizer.param_groups)
         return {id(p): kinds.get(_kind(index, p), anyone) for index, group in groups for p in group["params"]}
 
-    def step(self) -> None:
-        """One update; numbers drawn at random in it go by the number of steps alone."""
+    def step(self, without: Iterable[str] = ()) -> None:
+        """One update; numbers drawn at random in it go by the number of steps alone.
+
+        Args:
+            without: Names of parameters that get no gradient.
+        """
         _seed(self.steps, {p.device for p in self.params.values()})
         for key, p in self.params.items():
+            if key in without:
+                continue
             p.grad = _random(f"{key} {self.ages[key]}", p.shape).to(p)
             self.ages[key] += 1
         self.optimizer.step()

@@ -53,7 +53,8 @@ def _update_cost(resolved: ResolvedPlan) -> Iterator[str]:
         for phase, forms in zip(resolved.plan.phases, resolved.forms_by_phase, strict=True)
     }
     parts = ", ".join(f"{count:,.0f} / T ({form})" for form, count in tokens.items())
-    yield f"matrix_optimizer: {name}, whose update of T tokens costs {parts} of the target layers' training"
+    rate = f"{name} at matrix_lr={resolved.config.matrix_lr:g}"
+    yield f"matrix_optimizer: {rate}, whose update of T tokens costs {parts} of the target layers' training"
 
 
 def _schedule(resolved: ResolvedPlan) -> Schedule | None:
