@@ -145,7 +145,7 @@ class DRTConfig:
         "alike; 'none' leaves them to the run's own.",
     )
     matrix_lr: float = _option(
-        0.02,
+        0.04,
         "Peak learning rate of matrix_optimizer, above 0, for every form and rank; scheduled as the run's own. Times "
         "sqrt(max(1, out/in)) an update changes W by it in spectral norm; of factors by that at most, to first order.",
     )

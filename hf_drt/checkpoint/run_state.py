@@ -34,7 +34,7 @@ _UNSAID = {
     "left_lr_scale": 1.0,
     "right_lr_scale": 1.0,
     "matrix_optimizer": "none",
-    "matrix_lr": 0.02,
+    "matrix_lr": 0.04,
     "matrix_momentum": 0.95,
 }
 MADE_IN = "optimizer_made_in"

@@ -327,7 +327,7 @@ def test_the_matrix_optimizer_and_its_share_of_a_step(hf_drt, configured):
     shapes = list(drt.targets.values())
     tokens = [update_tokens(shapes, list(drt.forms(index).values())) for index in (0, 1)]
     assert (
-        "matrix_optimizer: muon at matrix_lr=0.02, whose update of T tokens costs "
+        "matrix_optimizer: muon at matrix_lr=0.04, whose update of T tokens costs "
         f"{tokens[0]:,.0f} / T (factored), {tokens[1]:,.0f} / T "
         "(dense) of the target layers' training"
     ) in out.splitlines()
