@@ -87,7 +87,8 @@ def print_table(name: str, store: Store, seeds: list[int]) -> None:
 
 
 def print_rates(name: str, store: Store, seeds: list[int]) -> None:
-    """Of every tuned method the losses of its trials, the lowest in bold. ``seeds`` says nothing: all have the same."""
+    """Of every tuned method the losses of its trials, which all have one seed, the lowest in bold; then the losses of
+    the whole runs."""
     print(f"| {name} | the others' rates, beside the first of the matrices | the matrices' rates, beside the best |")
     print("|---|---|---|")
     for method, entry in task_file(name).get("tuned", {}).get("methods", {}).items():
@@ -98,6 +99,24 @@ def print_rates(name: str, store: Store, seeds: list[int]) -> None:
             for rate in sorted(entry["matrices"]):
                 matrices[rate] = _loss(name, store, trial_name(entry, method, rate, best))
         print(f"| {method} | {_losses(others)} | {_losses(matrices)} |")
+    _print_whole(name, store, seeds)
+
+
+def _print_whole(name: str, store: Store, seeds: list[int]) -> None:
+    print(f"\n| {name} | loss | CPU s | steps | rate of the matrices, of the others |")
+    print("|---|---|---|---|---|")
+    for method, change in whole_methods(name).items():
+        records = [r for seed in seeds if (r := record_of(name, method, seed, store))]
+        if records:
+            losses = [r["curve"][-1]["loss"] for r in records]
+            spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
+            seconds, steps = (statistics.fmean(r[key] for r in records) for key in ("cpu_seconds", "steps"))
+            training = records[0]["settings"]["training"]
+            rate = training.get("drt_matrix_lr", training.get("matrix_rate"))
+            print(
+                f"| {change.get('label', method)} | {statistics.fmean(losses):.3f}{spread} | {seconds:.0f} "
+                f"| {steps:.0f} | {rate:g}, {training['learning_rate']:g} |"
+            )
 
 
 def _loss(name: str, store: Store, trial: str) -> float | None:

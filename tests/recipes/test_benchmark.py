@@ -240,6 +240,11 @@ def test_a_tuned_method_takes_the_best_of_its_rates(folder, capsys):
     print_rates("made_up", results, [2])
     row = "| pair | 0.01: 2.500, **0.03: 2.000** | **0.1: 1.500**, 0.2: 2.000, 0.4: 1.900 |"
     assert capsys.readouterr().out.splitlines()[2] == row
+    for seed, loss in ((1, 1.25), (2, 1.35)):
+        whole = record("pair", seed, results, seconds=20.0)
+        results.add("pair", whole | {"curve": [{"effective_rank": 7.0, "loss": loss}]})
+    print_rates("made_up", results, [1, 2])
+    assert capsys.readouterr().out.splitlines()[-1] == "| pair | 1.300 ± 0.071 | 20 | 100 | 0.1, 0.03 |"
 
 
 def test_trials_are_made_with_one_seed_and_stay_out_of_the_table(folder, monkeypatch, capsys):
@@ -301,8 +306,9 @@ def test_every_task_file_has_settings_and_plans(path, tmp_path):
         if "as_long_as" in change:
             assert change["as_long_as"] in store.task_file(path.stem)["methods"]
             continue
-        if "tuned" in change:
-            training = change["training"] | {"max_steps": 8}
+        like = store.task_file(path.stem)["methods"].get(change.get("like"), {})
+        if "tuned" in change or "tuned" in like:  # which waits for the trials
+            training = like.get("training", {}) | change["training"] | {"max_steps": 8}
         else:
             training = settings_of(path.stem, method, 1, results)["training"]
         config = DRTConfig(**{name[4:]: value for name, value in training.items() if name.startswith("drt_")})
