@@ -62,9 +62,11 @@ def check_matrix_rates(optimizer: torch.optim.Optimizer) -> bool:
         ValueError: A scheduler or a loop has given all groups one rate, and it is not ``matrix_lr``.
     """
     groups = optimizer.param_groups
-    rates = {float(group.get("initial_lr", group["lr"])) for group in groups if group["params"]}
     asked = {group[MATRIX_LR] for group in groups if MATRIX_LR in group}
-    if len(rates) > 1 or not asked or rates == asked:
+    if not asked:
+        return True
+    rates = {float(group.get("initial_lr", group["lr"])) for group in groups if group["params"]}
+    if len(rates) > 1 or rates == asked:
         return True
     if rates == {0.0}:
         return False
