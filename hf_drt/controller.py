@@ -27,9 +27,9 @@ from hf_drt.forms import (
 )
 from hf_drt.linalg import effective_rank, factored_singular_values, gram_singular_values
 from hf_drt.optim import (
-    GROUP_SETTINGS,
     Owner,
     form_group_options,
+    group_settings,
     install,
     optimizer_made_in,
     rewarmup_factor,
@@ -186,8 +186,8 @@ class DynamicRank:
             )
         if optimizer is None and self._installed is None and form_group_options(self.config):
             raise ValueError(
-                f"begin_step({step}) got no optimizer, so that {GROUP_SETTINGS} would have no effect. Pass the "
-                "optimizer, or call drt.install(optimizer) once before."
+                f"begin_step({step}) got no optimizer, so that {group_settings(self.config)} would have no effect. "
+                "Pass the optimizer, or call drt.install(optimizer) once before."
             )
         transition = self.apply(step, optimizer, probe) if changes else None
         self._step = step

@@ -87,8 +87,15 @@ def optimizers() -> str:
         "optimizer", "`optim=` of the Trainer", "what it is", "what `drt_moments=project` carries over",
         "what begins anew even so", "tested with",
     )  # fmt: skip
-    rows = sorted(optimizer_rows(), key=lambda row: not row[0].startswith(("torch.", "transformers.")))
+    rows = sorted(optimizer_rows(), key=lambda row: _package_order(row[0]))
     return table(head, ((codes(names), codes(optim), *others) for names, optim, *others in rows))
+
+
+def _package_order(name: str) -> tuple[int, str]:
+    """Packages that everybody has come first, the others by name."""
+    package = name.partition(".")[0]
+    first = ("torch", "transformers")
+    return (first.index(package) if package in first else len(first), package)
 
 
 def refused_optimizers() -> str:

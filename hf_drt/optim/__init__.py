@@ -4,7 +4,7 @@ from hf_drt.optim import known  # noqa: F401 (fills the registry)
 from hf_drt.optim.averages import at_averages
 from hf_drt.optim.by_name import estimated_names, maker, optim_names, refuse_optim, rule_of_name
 from hf_drt.optim.carry import carry_groups, carry_moments, put_states, remembered, take_states, unwrap
-from hf_drt.optim.groups import GROUP_SETTINGS, add_form_groups, form_group_options
+from hf_drt.optim.groups import GROUP_SETTINGS, add_form_groups, form_group_options, group_settings
 from hf_drt.optim.install import install, refuse_sharded, staged
 from hf_drt.optim.matrices import MATRIX, update_layer
 from hf_drt.optim.outline import stand_ins
@@ -33,6 +33,7 @@ __all__ = [
     "estimated_names",
     "form_group_options",
     "frobenius_decay_",
+    "group_settings",
     "install",
     "known_rule",
     "maker",

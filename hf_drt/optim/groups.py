@@ -27,10 +27,11 @@ from hf_drt.optim.sides import Side, side_scales
 
 LR_SCALE, FROBENIUS = "drt_lr_scale", "drt_frobenius_decay"
 # The rate that the matrices' groups were made with, whatever a scheduler has made of it.
-# The settings that need form groups, for messages.
-GROUP_SETTINGS = (
-    "factored_lr_scale, adapter_lr_scale, left_lr_scale, right_lr_scale, frobenius_decay and matrix_optimizer"
-)
+# The settings that need form groups.
+_NEED_GROUPS = (
+    "factored_lr_scale", "adapter_lr_scale", "left_lr_scale", "right_lr_scale", "frobenius_decay", "matrix_optimizer",
+)  # fmt: skip
+GROUP_SETTINGS = f"{', '.join(_NEED_GROUPS[:-1])} and {_NEED_GROUPS[-1]}"
 # What a form group has of the settings, and a scheduler leaves as it is.
 _FIXED = (LR_SCALE, MATRIX, MATRIX_LR)
 
@@ -53,6 +54,12 @@ def form_group_options(config: DRTConfig) -> Options:
     return options
 
 
+def group_settings(config: DRTConfig) -> str:
+    """The settings that need form groups, as they are given; empty if none is."""
+    given = ((name, getattr(config, name)) for name in _NEED_GROUPS)
+    return ", ".join(f"{name}={value}" for name, value in given if value != getattr(DRTConfig, name))
+
+
 def add_form_groups(optimizer: torch.optim.Optimizer, owner: Owner, config: DRTConfig) -> Callable[[], None]:
     """Stage an owner's form groups; the returned function appends them and moves its layers' present weights into them.
     Call both before a scheduler is made.
@@ -70,8 +77,8 @@ def add_form_groups(optimizer: torch.optim.Optimizer, owner: Owner, config: DRTC
         return lambda: None
     if not present and any("initial_lr" in group for group in optimizer.param_groups):
         raise ValueError(
-            f"{GROUP_SETTINGS} add parameter groups, but a learning-rate scheduler that counts them has been made "
-            "already. Call drt.install(optimizer) before making the scheduler."
+            f"{group_settings(config)}: this adds parameter groups, but a learning-rate scheduler that counts them has "
+            "been made already. Call drt.install(optimizer) before making the scheduler."
         )
     targets = {name: layer_of(model, name) for name in owner.names}
     index = GroupIndex(optimizer)

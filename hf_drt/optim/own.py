@@ -3,7 +3,7 @@
 import torch
 
 from hf_drt.config import DRTConfig
-from hf_drt.optim.groups import GROUP_SETTINGS, form_group_options
+from hf_drt.optim.groups import form_group_options, group_settings
 from hf_drt.optim.rates import scaling
 from hf_drt.optim.registry import known_rule, qualified_name
 from hf_drt.optim.trial import tried
@@ -24,8 +24,8 @@ def check_own(optimizer: torch.optim.Optimizer, config: DRTConfig) -> None:
         )
     if form_group_options(config) and found.apart:
         raise ValueError(
-            f"{GROUP_SETTINGS} need parameter groups that are added to the optimizer, but in a trial of {name} on "
-            f"small parameters {found.apart} Leave them out."
+            f"{group_settings(config)}: this needs parameter groups that are added to the optimizer, but in a trial of "
+            f"{name} on small parameters {found.apart} Leave the setting out."
         )
     if config.matrix_optimizer != "none" and found.bare:
         raise ValueError(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_drt.forms import FactoredLinear, trainable_weights
 from hf_drt.optim.groups import FROBENIUS, LR_SCALE
-from hf_drt.optim.matrices import MatrixStep
+from hf_drt.optim.matrix_step import MatrixStep
 from hf_drt.optim.nested_steps import outermost
 from hf_drt.optim.owners import owners, rewarmup_factors
 from hf_drt.optim.rates import check_matrix_rates

@@ -9,7 +9,7 @@ from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
-from hf_drt.optim import GROUP_SETTINGS, form_group_options
+from hf_drt.optim import form_group_options, group_settings
 from hf_drt.planning import LayersOf, resolved_plan
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Run
@@ -112,7 +112,8 @@ class DRTCallback(DriverEvents):
             )
         if form_group_options(self.config):
             raise ValueError(
-                f"{GROUP_SETTINGS} need parameter groups from before the scheduler is made. Use DRTTrainer."
+                f"{group_settings(self.config)}: this needs parameter groups from before the scheduler is made. Use "
+                "DRTTrainer."
             )
         if not EXPORTERS[self.config.export].by_plain_trainer or self.config.tag_phases:
             raise ValueError(

@@ -14,9 +14,9 @@ from transformers.trainer_utils import HubStrategy
 from hf_drt.config import DRTConfig
 from hf_drt.forms import layer_of
 from hf_drt.optim import (
-    GROUP_SETTINGS,
     check_rate,
     form_group_options,
+    group_settings,
     known_rule,
     own_rate,
     refuse_sharded,
@@ -56,7 +56,7 @@ def refuse_unsupported(trainer: Any, config: DRTConfig) -> None:
         refuse_sharded(config)
     if form_group_options(config) and trainer.lr_scheduler is not None:
         raise ValueError(
-            f"{GROUP_SETTINGS} add parameter groups, but a scheduler was passed that already counts "
+            f"{group_settings(config)}: this adds parameter groups, but a scheduler was passed that already counts "
             "them. Pass optimizers=(optimizer, None), or override create_scheduler."
         )
 

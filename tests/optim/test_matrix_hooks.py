@@ -385,5 +385,5 @@ def test_frobenius_decay_beside_it_would_have_no_effect():
 def test_a_callback_has_no_groups_for_it(tmp_path):
     args = T.TrainingArguments(output_dir=str(tmp_path), max_steps=4, report_to=[], use_cpu=True)
     callback = DRTCallback(DRTConfig(schedule="factored@0 dense@50%", rank=4, matrix_optimizer="muon"))
-    with pytest.raises(ValueError, match=r"matrix_optimizer need parameter groups from before .* Use DRTTrainer"):
+    with pytest.raises(ValueError, match=r"matrix_optimizer=muon: this needs parameter groups .* Use DRTT"):
         T.Trainer(tiny.llama(), args, train_dataset=tiny.dataset(), callbacks=[callback])

@@ -136,14 +136,14 @@ SETTINGS = {
     "group": (
         toys.KeepsGroups,
         {"factored_lr_scale": 2.0},
-        r"factored_lr_scale, .* in a trial of toys\.KeepsGroups on small parameters it did not train parameters that "
-        r"came to such a group\. Leave them out",
+        r"factored_lr_scale=2\.0: .* in a trial of toys\.KeepsGroups on small parameters it did not train parameters "
+        r"that came to such a group\. Leave the setting out",
     ),
     "groups": (
         toys.NoEmptyGroup,
         {"factored_lr_scale": 2.0},
-        r"factored_lr_scale, .* need parameter groups that are added to the optimizer, but in a trial of "
-        r"toys\.NoEmptyGroup on small parameters it raised ValueError: a group without parameters .*Leave them out",
+        r"factored_lr_scale=2\.0: this needs parameter groups that are added to the optimizer, but in a trial of "
+        r"toys\.NoEmptyGroup on small parameters it raised ValueError: a group without parameters .*the setting out",
     ),
     "first-rate": (
         lambda params: torch.optim.Rprop(params, lr=1e-3),

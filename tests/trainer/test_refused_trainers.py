@@ -154,7 +154,7 @@ def test_a_scheduler_made_before_the_form_groups_is_refused(tmp_path, setting):
     optimizer = torch.optim.AdamW(model.parameters())
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     with pytest.raises(
-        ValueError, match=r"add parameter groups, but a scheduler was passed .*optimizers=\(optimizer, Non"
+        ValueError, match=r": this adds parameter groups, but a scheduler was passed .*optimizers=\(optimizer, Non"
     ):
         DRTTrainer(
             model,

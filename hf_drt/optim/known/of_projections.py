@@ -4,8 +4,9 @@ Trainer has in their place where they update layer by layer."""
 import torch
 from torch import nn
 
+from hf_drt.optim.known.of_transformers import RELATIVE_STEP
 from hf_drt.optim.registry import OPTIMIZERS
-from hf_drt.optim.rule import OptimizerRule, OwnRate, State
+from hf_drt.optim.rule import OptimizerRule, State
 
 _UNSAVED = "a projector for each weight, a Python object that torch.load(weights_only=True) does not read"
 
@@ -37,11 +38,7 @@ OPTIMIZERS.add(
         imported="galore_torch.GaLoreAdafactor",
         picks_layers=True,
         unsaved=_UNSAVED,
-        own_rate=OwnRate(
-            lambda group: bool(group.get("relative_step")),
-            "relative_step=True",
-            "lr=1e-3, relative_step=False, scale_parameter=False",
-        ),
+        own_rate=RELATIVE_STEP,
         nearest="adafactor",
     ),
 )

@@ -1,5 +1,7 @@
 """The schedule-free optimizers of Meta's package schedulefree (Defazio et al. 2024)."""
 
+from typing import Any
+
 from hf_drt.optim.registry import OPTIMIZERS
 from hf_drt.optim.rule import Group, OptimizerRule
 
@@ -12,35 +14,20 @@ def _warm_up_of_the_run(group: Group) -> Group:
     return {"lr": group["lr"] * min(1.0, (done + 1) / steps), "warmup_steps": 0} if steps else {}
 
 
-OPTIMIZERS.add(
-    "schedulefree.adamw_schedulefree.AdamWScheduleFree",
-    OptimizerRule(
-        "schedule-free AdamW: layers change form at their average, which begins anew with the rest",
-        tested="schedulefree 1.4.1",
-        optim={"schedule_free_adamw": {}},
-        counts=_COUNTS,
-        late=_warm_up_of_the_run,
-        averages=True,
-    ),
+def _add(name: str, optim: str, what: str, **more: Any) -> None:
+    rule = OptimizerRule(what, tested="schedulefree 1.4.1", optim={optim: {}}, counts=_COUNTS, averages=True, **more)
+    OPTIMIZERS.add(f"schedulefree.{name.lower()}_schedulefree.{name}ScheduleFree", rule)
+
+
+_add(
+    "AdamW",
+    "schedule_free_adamw",
+    "schedule-free AdamW: layers change form at their average, which begins anew with the rest",
+    late=_warm_up_of_the_run,
 )
-OPTIMIZERS.add(
-    "schedulefree.radam_schedulefree.RAdamScheduleFree",
-    OptimizerRule(
-        "schedule-free RAdam: as schedule-free AdamW; new weights rest for its first four steps",
-        tested="schedulefree 1.4.1",
-        optim={"schedule_free_radam": {}},
-        counts=_COUNTS,
-        averages=True,
-    ),
+_add(
+    "RAdam",
+    "schedule_free_radam",
+    "schedule-free RAdam: as schedule-free AdamW; new weights rest for its first four steps",
 )
-OPTIMIZERS.add(
-    "schedulefree.sgd_schedulefree.SGDScheduleFree",
-    OptimizerRule(
-        "schedule-free SGD: as schedule-free AdamW",
-        tested="schedulefree 1.4.1",
-        optim={"schedule_free_sgd": {}},
-        counts=_COUNTS,
-        late=_warm_up_of_the_run,
-        averages=True,
-    ),
-)
+_add("SGD", "schedule_free_sgd", "schedule-free SGD: as schedule-free AdamW", late=_warm_up_of_the_run)

@@ -3,6 +3,12 @@
 from hf_drt.optim.registry import OPTIMIZERS
 from hf_drt.optim.rule import OptimizerRule, OwnRate, Shape
 
+RELATIVE_STEP = OwnRate(
+    lambda group: bool(group.get("relative_step")),
+    "relative_step=True",
+    "lr=1e-3, relative_step=False, scale_parameter=False",
+)
+
 
 def _adafactor_shape(key: str, shape: Shape) -> Shape:
     """Of a matrix it keeps the means of rows and columns."""
@@ -16,10 +22,6 @@ OPTIMIZERS.add(
         optim={"adafactor": {"lr": 1e-3, "scale_parameter": False, "relative_step": False}},
         tested="transformers 5.24",
         state_shape=_adafactor_shape,
-        own_rate=OwnRate(
-            lambda group: bool(group.get("relative_step")),
-            "relative_step=True",
-            "lr=1e-3, relative_step=False, scale_parameter=False",
-        ),
+        own_rate=RELATIVE_STEP,
     ),
 )
