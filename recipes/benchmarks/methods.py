@@ -6,7 +6,11 @@ from typing import Any
 from store import Store, task_file
 from tuning import SEED, rates
 
-SECTIONS = {"model", "training", "peft", "like", "as_long_as", "label", "tuned", "trial"}
+SECTIONS = {
+    "model", "training", "peft", "extras", "like", "as_long_as", "in_seconds_of", "times", "label", "tuned", "trial",
+}  # fmt: skip
+LENGTHS = {"as_long_as", "in_seconds_of", "times", "label", "like"}
+PILOT_STEPS = 24
 
 
 class Missing(Exception):
@@ -16,22 +20,52 @@ class Missing(Exception):
 def settings_of(name: str, method: str, seed: int, store: Store) -> dict[str, Any]:
     """The settings of a run, in full; see :class:`experiment.Settings`.
 
-    A method may change ``model`` and ``training``, name ``peft``, be ``like`` another method, and take ``as_long_as``
-    another one's seconds on this machine, with the learning-rate schedule fitted to that length. A tuned one takes the
-    best of its learning rates.
+    A method may change ``model`` and ``training``, name ``peft``, have ``extras``, be ``like`` another method, and take
+    as many seconds as another one, with the learning-rate schedule fitted to that length: ``as_long_as`` that one's run
+    on this machine, or ``in_seconds_of`` it, or a multiple of that (``times``), by the seconds of an update step that a
+    pilot has measured (:mod:`pilot`). A tuned one takes the best of its learning rates.
 
     Raises:
         ValueError: The task has no such method, or a method has an unknown section.
-        Missing: It is as long as a run that has not been made, or a learning rate has not been tried.
+        Missing: It is as long as a run that has not been made, a learning rate has not been tried, or there was no
+            pilot.
     """
-    task = task_file(name)
-    methods = task["methods"]
+    change = change_of(name, method)
+    settings = base_settings(name, method) | {"seed": seed}
+    if tuned := tuned_as(name, method):
+        entry = task_file(name)["tuned"]["methods"][tuned]
+        loss_of = partial(trial_loss, name, store)
+        settings["training"] |= rates(entry, tuned, change.get("trial"), loss_of)
+    if "as_long_as" in change:
+        dense = _record(name, change.get("like", "dense"), seed, store)
+        other = _record(name, change["as_long_as"], seed, store)
+        share = other["cpu_seconds"] / dense["cpu_seconds"]
+        settings["training"]["max_steps"] = round(share * dense["steps"])
+    if "in_seconds_of" in change:
+        other = change["in_seconds_of"]
+        seconds = seconds_of(name, other, settings_of(name, other, seed, store)["training"]["max_steps"], store)
+        settings["training"]["max_steps"] = round(change.get("times", 1) * seconds / step_seconds(name, method, store))
+    return settings
+
+
+def change_of(name: str, method: str) -> dict[str, Any]:
+    """A method's entry in the task.
+
+    Raises:
+        ValueError: The task has no such method, or it has an unknown section.
+    """
+    methods = task_file(name)["methods"]
     if method not in methods:
         raise ValueError(f"task {name} has no method {method!r}; it has {', '.join(methods)}.")
-    change = methods[method]
-    if unknown := set(change) - SECTIONS:
+    if unknown := set(methods[method]) - SECTIONS:
         raise ValueError(f"method {method!r} of {name} has unknown sections: {', '.join(sorted(unknown))}.")
-    base = settings_of(name, change["like"], seed, store) if "like" in change else task
+    return methods[method]
+
+
+def base_settings(name: str, method: str) -> dict[str, Any]:
+    """The settings of a method but for seed, tuned rates and fitted length."""
+    task, change = task_file(name), change_of(name, method)
+    base = base_settings(name, change["like"]) if "like" in change else task
     settings = {
         "task": name,
         "kind": task["kind"],
@@ -39,19 +73,61 @@ def settings_of(name: str, method: str, seed: int, store: Store) -> dict[str, An
         "data": task["data"],
         "training": base["training"] | change.get("training", {}),
         "peft": change.get("peft", base.get("peft")),
-        "seed": seed,
         "measure": {"points": 1} if "trial" in change else task["measure"],
     }
-    if tuned := change.get("tuned"):
-        entry = task["tuned"]["methods"][tuned]
-        loss_of = partial(trial_loss, name, store)
-        settings["training"] |= rates(entry, tuned, change.get("trial", {}), loss_of)
-    if "as_long_as" in change:
-        dense = _record(name, change.get("like", "dense"), seed, store)
-        other = _record(name, change["as_long_as"], seed, store)
-        share = other["cpu_seconds"] / dense["cpu_seconds"]
-        settings["training"]["max_steps"] = round(share * dense["steps"])
-    return settings
+    extras = base.get("extras", {}) | change.get("extras", {})
+    return settings | ({"extras": extras} if extras else {})
+
+
+def tuned_as(name: str, method: str) -> str | None:
+    """The tuned method whose rates a method has: its own, or those of the one that it is like."""
+    change = change_of(name, method)
+    return change.get("tuned") or (tuned_as(name, change["like"]) if "like" in change else None)
+
+
+# ---- the seconds of a step
+
+
+def timed(name: str, method: str) -> str:
+    """The method whose update steps a method's steps are, apart from its rates: itself, or the one that it is like
+    where they differ in length alone."""
+    change = change_of(name, method)
+    if "trial" in change:
+        return change["tuned"]
+    return timed(name, change["like"]) if "like" in change and set(change) <= LENGTHS else method
+
+
+def pilot_settings(name: str, method: str) -> dict[str, Any]:
+    """Of the short run in which a method's update steps are timed."""
+    settings = base_settings(name, timed(name, method))
+    short = {"max_steps": PILOT_STEPS, "warmup_steps": 2}
+    return settings | {"training": settings["training"] | short, "seed": SEED, "measure": {"points": 1}}
+
+
+def step_seconds(name: str, method: str, store: Store) -> float:
+    """CPU seconds of an update step, the mean over the phases of a run; from the pilot.
+
+    Raises:
+        Missing: There was none.
+    """
+    record = pilot_store(name, store).find(timed(name, method), pilot_settings(name, method))
+    if record is None:
+        raise Missing(f"the pilot of {timed(name, method)}: benchmark.py pilot {name}")
+    phases = record["phases"]
+    return sum(p["steps"] * p["step_seconds"] for p in phases) / sum(p["steps"] for p in phases)
+
+
+def seconds_of(name: str, method: str, steps: int, store: Store) -> float:
+    """CPU seconds of a run of so many update steps, by the pilot."""
+    return steps * step_seconds(name, method, store)
+
+
+def pilot_store(name: str, store: Store) -> Store:
+    """The records of the pilot, beside those of the runs."""
+    return Store(store.path.parent, f"{name}-pilot")
+
+
+# ---- records
 
 
 def record_of(name: str, method: str, seed: int, store: Store) -> dict[str, Any] | None:

@@ -1,12 +1,10 @@
 """Tables of a task from its records: mean and spread over the seeds, ratios to dense of the same seed, memory."""
 
 import statistics
-from functools import partial
 from typing import Any
 
-from methods import Missing, record_of, trial_loss
+from methods import record_of
 from store import Store, task_file
-from tuning import best_others, trial_name
 
 MIB = 2**20
 BYTES = ("parameter_bytes", "gradient_bytes", "optimizer_bytes")
@@ -81,57 +79,6 @@ def print_table(name: str, store: Store, seeds: list[int]) -> None:
             f"| {row['flops']:.2f} | {row['trainable']:.2f} | {row['peak']:,.0f} | {rank} | {row['hours']:.2f} |"
         )
     print(f"\n{sum(row['hours'] for row in table):.2f} hours of training in all.")
-
-
-# ---- learning rates
-
-
-def print_rates(name: str, store: Store, seeds: list[int]) -> None:
-    """Of every tuned method the losses of its trials, which all have one seed, the lowest in bold; then the losses of
-    the whole runs."""
-    print(f"| {name} | the others' rates, beside the first of the matrices | the matrices' rates, beside the best |")
-    print("|---|---|---|")
-    for method, entry in task_file(name).get("tuned", {}).get("methods", {}).items():
-        others = {rate: _loss(name, store, f"{method}_o{rate:g}") for rate in entry["others"]}
-        matrices: dict[float, float | None] = {}
-        if None not in others.values():
-            best = best_others(entry, method, partial(trial_loss, name, store))
-            for rate in sorted(entry["matrices"]):
-                matrices[rate] = _loss(name, store, trial_name(entry, method, rate, best))
-        print(f"| {method} | {_losses(others)} | {_losses(matrices)} |")
-    _print_whole(name, store, seeds)
-
-
-def _print_whole(name: str, store: Store, seeds: list[int]) -> None:
-    print(f"\n| {name} | loss | CPU s | steps | rate of the matrices, of the others |")
-    print("|---|---|---|---|---|")
-    for method, change in whole_methods(name).items():
-        records = [r for seed in seeds if (r := record_of(name, method, seed, store))]
-        if records:
-            losses = [r["curve"][-1]["loss"] for r in records]
-            spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
-            seconds, steps = (statistics.fmean(r[key] for r in records) for key in ("cpu_seconds", "steps"))
-            training = records[0]["settings"]["training"]
-            rate = training.get("drt_matrix_lr", training.get("matrix_rate"))
-            print(
-                f"| {change.get('label', method)} | {statistics.fmean(losses):.3f}{spread} | {seconds:.0f} "
-                f"| {steps:.0f} | {rate:g}, {training['learning_rate']:g} |"
-            )
-
-
-def _loss(name: str, store: Store, trial: str) -> float | None:
-    try:
-        return trial_loss(name, store, trial)
-    except Missing:
-        return None
-
-
-def _losses(found: dict[float, float | None]) -> str:
-    known = {rate: loss for rate, loss in found.items() if loss is not None}
-    cells = (f"{rate:g}: {loss:.3f}" for rate, loss in known.items())
-    return ", ".join(
-        f"**{c}**" if loss == min(known.values()) else c for c, loss in zip(cells, known.values(), strict=True)
-    )
 
 
 # ---- memory

@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # data and models that recipes 
 KINDS = {
     "causal_lm": "text_tasks",
     "masked_lm": "text_tasks",
+    "tagger": "tagging_task",
     "image_classifier": "image_tasks",
     "text_classifier": "pretrained_tasks",
     "pretrained_lm": "pretrained_tasks",

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from corpora import brown_documents, gcide_entries
+from minimal_pairs import minimal_pairs, share_right
 from task import Task
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
@@ -43,7 +44,7 @@ def _documents(cache: Path) -> tuple[list[str], list[str]]:
     return [text for i, text in enumerate(documents) if i % 20], held_out
 
 
-def _tokens(cache: Path, vocab_size: int) -> tuple[PreTrainedTokenizerFast, np.ndarray, np.ndarray]:
+def tokens_of(cache: Path, vocab_size: int) -> tuple[PreTrainedTokenizerFast, np.ndarray, np.ndarray]:
     """A byte-level BPE trained on the training documents, and both splits in its tokens; cached."""
     training, held_out = _documents(cache)
     digest = hashlib.sha256("\n".join([*training, *held_out]).encode()).hexdigest()[:8]
@@ -62,21 +63,30 @@ def _tokens(cache: Path, vocab_size: int) -> tuple[PreTrainedTokenizerFast, np.n
 
 def causal_lm(model: dict[str, Any], data: dict[str, Any], cache: Path) -> Task:
     """A Llama-shaped language model on Brown and GCIDE."""
-    tokenizer, train, evaluation = _tokens(cache, data["vocab_size"])
+    tokenizer, train, evaluation = tokens_of(cache, data["vocab_size"])
     config = LlamaConfig(
         vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, tie_word_embeddings=True, pad_token_id=None, **model
     )
     size = data["block_size"]
+    pairs = minimal_pairs(_documents(cache)[1], data["pairs"]) if "pairs" in data else []
     return Task(
         lambda: AutoModelForCausalLM.from_config(config),
-        Blocks(train, size),
+        Blocks(train, size, data.get("train_blocks")),
         Blocks(evaluation, size, data["eval_blocks"]),
+        metrics=next_token_accuracy,
+        predict=lambda logits, labels: logits.argmax(-1),
+        probe=(lambda model: {"minimal_pairs": share_right(model, tokenizer, pairs)}) if pairs else None,
     )
+
+
+def next_token_accuracy(prediction: Any) -> dict[str, float]:
+    """Share of tokens that are the most likely ones after those before them."""
+    return {"accuracy": float((prediction.predictions[:, :-1] == prediction.label_ids[:, 1:]).mean())}
 
 
 def masked_lm(model: dict[str, Any], data: dict[str, Any], cache: Path) -> Task:
     """A BERT-shaped encoder that fills in masked tokens of Brown and GCIDE. The masks of the evaluation are fixed."""
-    tokenizer, train, evaluation = _tokens(cache, data["vocab_size"])
+    tokenizer, train, evaluation = tokens_of(cache, data["vocab_size"])
     config = BertConfig(vocab_size=len(tokenizer), pad_token_id=0, **model)
     size, share, mask = data["block_size"], data["mask_share"], tokenizer.mask_token_id
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import benchmark
 import experiment
+import methods
 import plots
 import pretrained_tasks
 import pytest
@@ -17,7 +18,7 @@ import tiny
 import torch
 from benchmark import Missing, settings_of
 from store import Store
-from tables import print_rates, print_table, rows
+from tables import print_table, rows
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -110,7 +111,7 @@ def test_a_line_cut_short_by_a_kill_is_made_again_and_others_are_refused(folder)
 def test_only_what_is_missing_is_run(folder, monkeypatch, capsys):
     made = []
 
-    def run_apart(settings, cache):
+    def run_apart(settings, cache, core):
         method = "dense" if "drt_schedule" not in settings["training"] else "late"
         made.append((method, settings["seed"], settings["training"]["max_steps"]))
         return record(method, settings["seed"], Store(folder, "made_up"), seconds=10.0) | {"settings": settings}
@@ -118,10 +119,11 @@ def test_only_what_is_missing_is_run(folder, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "run_apart", run_apart)
     command = ["run", "made_up", "--results", str(folder), "--methods", "dense_equal", "dense", "late", "--seeds", "1"]
     benchmark.main(command)
-    assert made == [("dense", 1, 100), ("late", 1, 100)]
+    # The last one is as long as 'late', which took as long as 'dense'; it had to wait for both.
+    assert made == [("dense", 1, 100), ("late", 1, 100), ("dense", 1, 100)]
     assert "dense_equal, seed 1: waits for dense, seed 1" in capsys.readouterr().out
     benchmark.main(command)
-    assert made[2:] == [("dense", 1, 100)]  # as long as 'late', which took as long as 'dense'
+    assert len(made) == 3
 
 
 def test_rows_are_means_and_ratios_of_equal_seeds(folder, capsys):
@@ -164,8 +166,8 @@ GRID = {"before": "factored", "after": "adapter", "I": [0, 40], "D": [40, 100], 
 
 def test_a_grid_makes_a_method_of_each_window(folder):
     (folder / "tasks" / "made_up.json").write_text(json.dumps(TASK | {"grid": {"w": GRID}}))
-    methods = store.task_file("made_up")["methods"]
-    made = {name: change["training"] for name, change in methods.items() if name not in TASK["methods"]}
+    found = store.task_file("made_up")["methods"]
+    made = {name: change["training"] for name, change in found.items() if name not in TASK["methods"]}
     assert {name: training["drt_schedule"] for name, training in made.items()} == {
         "w_0_40": "dense@0 adapter@40%", "w_0_100": "dense@0", "w_40_100": "factored@0 dense@40%",
     }  # fmt: skip
@@ -199,92 +201,6 @@ def test_a_grid_lacks_nothing_and_names_nothing_twice(folder):
         store.task_file("made_up")
 
 
-# ---- learning rates
-
-TUNED = {
-    "training": {"drt_schedule": "fixed"},
-    "rate": "matrix_rate",
-    "matrices": [0.2, 0.1, 0.4],
-    "others": [0.01, 0.03],
-}
-
-
-def with_rates(folder, **change) -> Store:
-    section = {"share": 0.25, "methods": {"pair": TUNED | change}}
-    (folder / "tasks" / "made_up.json").write_text(json.dumps(TASK | {"tuned": section}))
-    return Store(folder, "made_up")
-
-
-def with_losses(results: Store, losses: dict[str, float]) -> None:
-    for method, loss in losses.items():
-        results.add(method, record(method, 1, results) | {"curve": [{"effective_rank": 7.0, "loss": loss}]})
-
-
-def test_a_tuned_method_takes_the_best_of_its_rates(folder, capsys):
-    results = with_rates(folder)
-    own = {"max_steps": 25, "drt_schedule": "fixed"}
-    trial = settings_of("made_up", "pair_o0.01", 2, results)
-    assert trial["training"] == own | {"learning_rate": 0.01, "matrix_rate": 0.2}
-    assert trial["measure"] == {"points": 1}
-    with_losses(results, {"pair_o0.01": 2.5})
-    with pytest.raises(Missing, match=r"pair_o0\.03, seed 1"):
-        settings_of("made_up", "pair_m0.1", 1, results)
-    with_losses(results, {"pair_o0.03": 2.0})
-    trial = settings_of("made_up", "pair_m0.1", 1, results)
-    assert trial["training"] == own | {"learning_rate": 0.03, "matrix_rate": 0.1}
-    with pytest.raises(Missing, match=r"pair_m0\.1, seed 1"):
-        settings_of("made_up", "pair", 2, results)
-    with_losses(results, {"pair_m0.1": 1.5, "pair_m0.4": 1.9})
-    best = settings_of("made_up", "pair", 2, results)["training"]
-    assert best == own | {"max_steps": 100, "learning_rate": 0.03, "matrix_rate": 0.1}
-    print_rates("made_up", results, [2])
-    row = "| pair | 0.01: 2.500, **0.03: 2.000** | **0.1: 1.500**, 0.2: 2.000, 0.4: 1.900 |"
-    assert capsys.readouterr().out.splitlines()[2] == row
-    for seed, loss in ((1, 1.25), (2, 1.35)):
-        whole = record("pair", seed, results, seconds=20.0)
-        results.add("pair", whole | {"curve": [{"effective_rank": 7.0, "loss": loss}]})
-    print_rates("made_up", results, [1, 2])
-    assert capsys.readouterr().out.splitlines()[-1] == "| pair | 1.300 ± 0.071 | 20 | 100 | 0.1, 0.03 |"
-
-
-def test_trials_are_made_with_one_seed_and_stay_out_of_the_table(folder, monkeypatch, capsys):
-    with_rates(folder)
-    made = []
-
-    def one(settings, cache):
-        made.append((settings["seed"], settings["training"].get("matrix_rate")))
-        row = {"effective_rank": 7.0, "loss": settings["training"].get("matrix_rate", 1.0)}
-        phase = {"trainable": 10, "steps": 100, "peak_mib": 50.0}
-        return {"settings": settings, "value": 1.0, "seconds": 2.0, "cpu_seconds": 1.0, "flops": 5.0, "steps": 100,
-                "phases": [phase], "curve": [row]}  # fmt: skip
-
-    monkeypatch.setattr(benchmark, "run_apart", one)
-    trials = ["pair_o0.01", "pair_o0.03", "pair_m0.1", "pair_m0.4"]
-    arguments = ["run", "made_up", "--seeds", "1", "2", "--results", str(folder)]
-    benchmark.main([*arguments, "--methods", *trials, "pair", "dense"])
-    assert made == [(1, 0.2), (1, 0.2), (1, 0.1), (1, 0.4), (1, 0.1), (1, None), (2, 0.1), (2, None)]
-    capsys.readouterr()
-    print_table("made_up", Store(folder, "made_up"), [1, 2])
-    assert "| pair | " in (table := capsys.readouterr().out)
-    assert "pair_" not in table
-
-
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [
-        ({"share": 0}, r"tuned of made_up: share must be in \(0, 1\], got 0"),
-        ({"share": 0.5, "methods": {"a": {"rate": "x"}}}, r"tuned method 'a' of made_up lacks matrices, others, train"),
-        ({"share": 0.5, "methods": {"a": TUNED | {"lr": 1}}}, r"tuned method 'a' of made_up has unknown entries: lr"),
-        ({"share": 0.5, "methods": {"a": TUNED | {"others": [1, 1]}}}, r"others must be different rates above 0, got"),
-        ({"share": 0.5, "methods": {"a": TUNED | {"matrices": []}}}, r"matrices must be different rates above 0, got"),
-    ],
-)
-def test_malformed_rates_are_named(folder, section, message):
-    (folder / "tasks" / "made_up.json").write_text(json.dumps(TASK | {"tuned": section}))
-    with pytest.raises(ValueError, match=message):
-        store.task_file("made_up")
-
-
 @pytest.mark.parametrize("form", ["dense", "factored"])
 def test_matrices_have_a_rate_of_their_own(form, tmp_path):
     model = tiny.llama()
@@ -303,12 +219,12 @@ def test_matrices_have_a_rate_of_their_own(form, tmp_path):
 def test_every_task_file_has_settings_and_plans(path, tmp_path):
     results = Store(tmp_path, path.stem)
     for method, change in store.task_file(path.stem)["methods"].items():
-        if "as_long_as" in change:
-            assert change["as_long_as"] in store.task_file(path.stem)["methods"]
-            continue
-        like = store.task_file(path.stem)["methods"].get(change.get("like"), {})
-        if "tuned" in change or "tuned" in like:  # which waits for the trials
-            training = like.get("training", {}) | change["training"] | {"max_steps": 8}
+        if longer := change.get("as_long_as", change.get("in_seconds_of")):
+            assert longer in store.task_file(path.stem)["methods"]
+            if "as_long_as" in change:
+                continue
+        if methods.tuned_as(path.stem, method):  # which waits for the trials
+            training = methods.base_settings(path.stem, method)["training"]
         else:
             training = settings_of(path.stem, method, 1, results)["training"]
         config = DRTConfig(**{name[4:]: value for name, value in training.items() if name.startswith("drt_")})

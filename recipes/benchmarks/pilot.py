@@ -1,0 +1,72 @@
+"""What an update step of each method takes, measured side by side: the methods take turns, a step each.
+
+Each method is a process of its own, as in its runs, and waits for its turn before every step; all of them share one
+core. What else the machine does at a time falls on all methods alike.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+TURN, DONE = "turn\n", "done\n"
+
+
+class Turns(TrainerCallback):
+    """In the process of a method: says that a step is over, and waits until the next one may begin."""
+
+    def __init__(self) -> None:
+        self._running = False
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._over()
+        self._running = sys.stdin.readline() == TURN
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._over()
+
+    def _over(self) -> None:
+        if self._running:
+            print(DONE, end="", flush=True)
+        self._running = False
+
+
+def measured(commands: dict[str, list[str]], answers: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """The records of processes that take turns.
+
+    Args:
+        commands: Of each method's process, whose trainer has :class:`Turns`.
+        answers: Where each writes its record at its end.
+
+    Raises:
+        RuntimeError: A process fails.
+    """
+    processes = {
+        method: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                 stderr=answers[method].with_suffix(".err").open("w"), text=True)
+        for method, command in commands.items()
+    }  # fmt: skip
+    waiting = dict(processes)
+    while waiting:
+        for method, process in list(waiting.items()):
+            if not _step(process):
+                del waiting[method]
+    for method, process in processes.items():
+        process.communicate()
+        if process.returncode:
+            said = answers[method].with_suffix(".err").read_text()
+            raise RuntimeError(f"the pilot of {method} failed:\n{said[-3000:]}")
+    return {method: json.loads(path.read_text()) for method, path in answers.items()}
+
+
+def _step(process: subprocess.Popen[str]) -> bool:
+    """Give the turn to a process, and wait until its step is over; False if it has ended."""
+    try:
+        process.stdin.write(TURN)
+        process.stdin.flush()
+    except BrokenPipeError:
+        return False
+    return any(line == DONE for line in process.stdout)  # of which a Trainer may print others

@@ -1,0 +1,121 @@
+"""Tables of a task whose methods are tuned: what each ends with in how many seconds, and what its rates gave."""
+
+import statistics
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from methods import Missing, record_of, seconds_of, trial_loss
+from store import Store, task_file
+from tables import deviation, whole_methods
+from tuning import pairs_of, trial_name
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method's runs, means over the seeds.
+
+    Attributes:
+        label: Of the method.
+        losses: Of the evaluation at the end, by seed.
+        seconds: CPU seconds of the update steps: their number times what the pilot has measured; None without a pilot.
+        measured: CPU seconds of the update steps and switches, as the runs have measured them.
+        steps: Update steps.
+        rates: Of the matrices and of the others.
+        others: Further metrics, each by seed: ``accuracy``, and what the task's probe gives.
+    """
+
+    label: str
+    losses: list[float]
+    seconds: float | None
+    measured: float
+    steps: float
+    rates: tuple[float | None, float]
+    others: dict[str, list[float]]
+
+
+def rows_of(name: str, store: Store, seeds: list[int]) -> dict[str, Row]:
+    """One row per method that has records."""
+    found = {}
+    for method, change in whole_methods(name).items():
+        records = [r for seed in seeds if (r := record_of(name, method, seed, store))]
+        if records:
+            found[method] = _row(name, method, change.get("label", method), records, store)
+    return found
+
+
+def _row(name: str, method: str, label: str, records: list[dict[str, Any]], store: Store) -> Row:
+    steps = statistics.fmean(r["steps"] for r in records)
+    training = records[0]["settings"]["training"]
+    others = [{"accuracy": r["curve"][-1].get("accuracy")} | r.get("probe", {}) for r in records]
+    return Row(
+        label=label,
+        losses=[r["curve"][-1]["loss"] for r in records],
+        seconds=_known(lambda: seconds_of(name, method, round(steps), store)),
+        measured=statistics.fmean(r["cpu_seconds"] for r in records),
+        steps=steps,
+        rates=(training.get("drt_matrix_lr", training.get("matrix_rate")), training["learning_rate"]),
+        others={key: [o[key] for o in others] for key in others[0] if all(o.get(key) is not None for o in others)},
+    )
+
+
+def _known(value: Any) -> Any:
+    try:
+        return value()
+    except Missing:
+        return None
+
+
+def print_tuned(name: str, store: Store, seeds: list[int]) -> None:
+    """The table, in Markdown: loss, further metrics, seconds relative to those of dense AdamW, rates."""
+    rows = rows_of(name, store, seeds)
+    names = list(dict.fromkeys(key for row in rows.values() for key in row.others))
+    dense = rows["dense"].seconds if "dense" in rows else None
+    header = [
+        "loss",
+        *(key.replace("_", " ") for key in names),
+        "seconds",
+        "of dense AdamW's",
+        "steps",
+        "rates",
+        "seeds",
+    ]
+    print(f"| {name} | {' | '.join(header)} |\n|{'---|' * (len(header) + 1)}")
+    for row in rows.values():
+        cells = [mean_text(row.losses), *(mean_text(row.others.get(key, [])) for key in names)]
+        known = row.seconds is not None
+        cells += [f"{row.seconds:.0f}" if known else f"({row.measured:.0f})"]
+        cells += [f"{row.seconds / dense:.2f}" if known and dense else "–", f"{row.steps:.0f}"]
+        matrices, others = row.rates
+        cells += [f"{others:g}" if matrices is None else f"{matrices:g}, {others:g}", str(len(row.losses))]
+        print(f"| {row.label} | {' | '.join(cells)} |")
+
+
+def mean_text(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    spread = deviation(values)
+    return "–" if not values else f"{statistics.fmean(values):.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
+
+
+def print_rates(name: str, store: Store, seeds: list[int]) -> None:
+    """Of every tuned method the losses of its trials, which all have one seed: a line per rate of the matrices, a
+    column per rate of the others. The lowest is in bold."""
+    for method, entry in task_file(name).get("tuned", {}).get("methods", {}).items():
+        losses = {pair: _known(partial(trial_loss, name, store, trial_name(method, pair))) for pair in pairs_of(entry)}
+        known = [loss for loss in losses.values() if loss is not None]
+        if not known:
+            continue
+        others = sorted(entry["others"])
+        _print_header(entry.get("label", method), *(f"{o:g}" for o in others))
+        for m in sorted(entry["matrices"]):
+            print(f"| {m:g} | {' | '.join(_loss(losses.get((m, o)), min(known)) for o in others)} |")
+        print()
+
+
+def _print_header(*cells: str) -> None:
+    print(f"| {' | '.join(cells)} |\n|{'---|' * len(cells)}")
+
+
+def _loss(loss: float | None, best: float) -> str:
+    text = "–" if loss is None else f"{loss:.3f}"
+    return f"**{text}**" if loss == best else text

@@ -1,0 +1,54 @@
+"""A pilot's processes take turns."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pilot
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
+METHOD = f"""
+import json, sys
+sys.path.insert(0, {str(BENCHMARKS)!r})
+from pilot import Turns
+name, steps, log, answer = sys.argv[1:]
+turns = Turns()
+for step in range(int(steps)):
+    turns.on_step_begin()
+    print("a line of the Trainer")
+    with open(log, "a") as file:
+        file.write(f"{{name}}{{step}} begins\\n")
+        file.write(f"{{name}}{{step}} ends\\n")
+turns.on_train_end()
+open(answer, "w").write(json.dumps({{"steps": int(steps)}}))
+"""
+
+
+def test_steps_alternate_and_never_overlap(tmp_path):
+    log = tmp_path / "log"
+    answers = {name: tmp_path / name for name in ("a", "b")}
+    commands = {
+        name: [sys.executable, "-c", METHOD, name, steps, str(log), str(answers[name])]
+        for name, steps in (("a", "2"), ("b", "3"))
+    }
+    assert pilot.measured(commands, answers) == {"a": {"steps": 2}, "b": {"steps": 3}}
+    order = ["a0", "b0", "a1", "b1", "b2"]
+    assert log.read_text().split("\n")[:-1] == [f"{step} {what}" for step in order for what in ("begins", "ends")]
+
+
+def test_a_process_that_fails_is_named_with_what_it_said(tmp_path):
+    commands = {"bad": [sys.executable, "-c", "raise SystemExit('no such model')"]}
+    with pytest.raises(RuntimeError, match=r"the pilot of bad failed:\nno such model"):
+        pilot.measured(commands, {"bad": tmp_path / "bad.json"})
+
+
+@pytest.mark.slow
+def test_a_real_pilot_times_every_phase(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "benchmark.py"), "pilot", "brown_lm_small", "--results", str(tmp_path)]
+    subprocess.run([*command, "--methods", "dense", "late"], check=True)
+    found = [json.loads(line) for line in (tmp_path / "brown_lm_small-pilot.jsonl").read_text().splitlines()]
+    phases = {record["method"]: record["phases"] for record in found}
+    assert [phase["kind"] for phase in phases["late"]] == ["factored", "dense"]
+    assert 0 < phases["late"][0]["step_seconds"] < phases["dense"][0]["step_seconds"]

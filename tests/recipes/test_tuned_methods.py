@@ -1,0 +1,183 @@
+"""Methods whose learning rates are tuned, and lengths that are fitted to another method's seconds."""
+
+import json
+import threading
+
+import benchmark
+import methods
+import pytest
+import store
+from benchmark import Missing, settings_of
+from store import Store
+from tuned_tables import print_rates, print_tuned
+
+TUNED = {"training": {"drt_schedule": "fixed"}, "rate": "matrix_rate", "matrices": [0.2, 0.1], "others": [0.01, 0.03]}
+TASK = {
+    "kind": "causal_lm",
+    "model": {"hidden_size": 64},
+    "data": {"block_size": 32},
+    "training": {"max_steps": 100, "learning_rate": 1e-3},
+    "measure": {"points": 2},
+    "tuned": {"share": 0.25, "methods": {"pair": TUNED, "dense": TUNED | {"training": {}, "label": "dense, AdamW"}}},
+    "methods": {
+        "dense_in_pair": {"like": "dense", "in_seconds_of": "pair"},
+        "pair_in_dense": {"like": "pair", "in_seconds_of": "dense", "times": 0.5},
+        "pair_window": {"like": "pair", "training": {"drt_schedule": "factored@0 dense@80%"}, "in_seconds_of": "pair"},
+    },
+}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """The records of the one task 'made_up'."""
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "made_up.json").write_text(json.dumps(TASK))
+    monkeypatch.setattr(store, "HERE", tmp_path)
+    return Store(tmp_path, "made_up")
+
+
+def record(method: str, seed: int, results: Store, loss: float = 1.0, **more: object) -> dict:
+    settings = settings_of("made_up", method, seed, results)
+    steps = settings["training"]["max_steps"]
+    return {
+        "settings": settings, "value": loss, "seconds": 20.0, "cpu_seconds": 10.0, "flops": 5.0, "steps": steps,
+        "phases": [{"trainable": 10, "steps": steps, "peak_mib": 50.0}], "curve": [{"loss": loss, "accuracy": 0.5}],
+    } | more  # fmt: skip
+
+
+def with_losses(results: Store, losses: dict[str, float]) -> None:
+    for method, loss in losses.items():
+        results.add(method, record(method, 1, results, loss))
+
+
+def tried(results: Store, method: str, best: str) -> None:
+    """All trials of a method, of which one is the best."""
+    names = [f"{method}_m{m:g}_o{o:g}" for m in TUNED["matrices"] for o in TUNED["others"]]
+    with_losses(results, {name: 1.5 if name == best else 2.0 for name in names})
+
+
+def timed(results: Store, **phases: list[tuple[int, float]]) -> None:
+    """A pilot's records: (steps, seconds of one) of each phase."""
+    for method, found in phases.items():
+        settings = methods.pilot_settings("made_up", method)
+        made = [{"kind": "dense", "steps": steps, "step_seconds": seconds} for steps, seconds in found]
+        methods.pilot_store("made_up", results).add(method, {"settings": settings, "phases": made})
+
+
+def test_every_pair_of_rates_is_tried_and_the_best_is_taken(results, capsys):
+    own = {"max_steps": 25, "drt_schedule": "fixed"}
+    trial = settings_of("made_up", "pair_m0.2_o0.01", 2, results)
+    assert trial["training"] == own | {"learning_rate": 0.01, "matrix_rate": 0.2}
+    assert trial["measure"] == {"points": 1}
+    with_losses(results, {"pair_m0.2_o0.01": 2.5, "pair_m0.2_o0.03": 2.25, "pair_m0.1_o0.03": 1.75})
+    with pytest.raises(Missing, match=r"pair_m0\.1_o0\.01, seed 1"):
+        settings_of("made_up", "pair", 2, results)
+    with_losses(results, {"pair_m0.1_o0.01": 1.5})
+    best = settings_of("made_up", "pair", 2, results)["training"]
+    assert best == own | {"max_steps": 100, "learning_rate": 0.01, "matrix_rate": 0.1}
+    print_rates("made_up", results, [2])
+    assert capsys.readouterr().out.splitlines() == [
+        "| pair | 0.01 | 0.03 |", "|---|---|---|", "| 0.1 | **1.500** | 1.750 |", "| 0.2 | 2.500 | 2.250 |", "",
+    ]  # fmt: skip
+
+
+def test_a_part_of_the_grid_can_be_named(results, capsys):
+    changed = json.loads(json.dumps(TASK))
+    changed["tuned"]["methods"]["pair"]["pairs"] = [[0.2, 0.01], [0.1, 0.03]]
+    (store.HERE / "tasks" / "made_up.json").write_text(json.dumps(changed))
+    with_losses(results, {"pair_m0.2_o0.01": 2.5, "pair_m0.1_o0.03": 1.75})
+    assert settings_of("made_up", "pair", 1, results)["training"]["matrix_rate"] == 0.1
+    print_rates("made_up", results, [1])
+    assert "| 0.1 | – | **1.750** |\n| 0.2 | 2.500 | – |" in capsys.readouterr().out
+
+
+def test_a_method_like_a_tuned_one_has_its_rates(results):
+    tried(results, "pair", "pair_m0.1_o0.03")
+    timed(results, pair=[(24, 1.0)], pair_window=[(20, 1.0), (4, 6.0)])
+    training = settings_of("made_up", "pair_window", 3, results)["training"]
+    assert (training["learning_rate"], training["matrix_rate"]) == (0.03, 0.1)
+    assert training["drt_schedule"] == "factored@0 dense@80%"
+    assert training["max_steps"] == round(100 / ((20 + 4 * 6) / 24))
+
+
+def test_lengths_are_fitted_to_the_seconds_of_a_pilot(results):
+    tried(results, "pair", "pair_m0.1_o0.03")
+    tried(results, "dense", "dense_m0.2_o0.01")
+    with pytest.raises(Missing, match=r"the pilot of pair: benchmark\.py pilot made_up"):
+        settings_of("made_up", "dense_in_pair", 1, results)
+    timed(results, pair=[(24, 0.5)])
+    with pytest.raises(Missing, match=r"the pilot of dense: benchmark\.py pilot made_up"):
+        settings_of("made_up", "dense_in_pair", 1, results)
+    timed(results, dense=[(24, 1.25)])
+    assert settings_of("made_up", "dense_in_pair", 1, results)["training"]["max_steps"] == 40
+    assert settings_of("made_up", "pair_in_dense", 1, results)["training"]["max_steps"] == 125
+
+
+def test_a_pilot_counts_while_the_steps_are_the_same(results, monkeypatch):
+    timed(results, pair=[(24, 0.5)])
+    assert methods.step_seconds("made_up", "pair_in_dense", results) == 0.5
+    assert methods.step_seconds("made_up", "pair_m0.1_o0.03", results) == 0.5
+    changed = json.loads(json.dumps(TASK))
+    changed["model"]["hidden_size"] = 128
+    (store.HERE / "tasks" / "made_up.json").write_text(json.dumps(changed))
+    with pytest.raises(Missing, match="the pilot of pair"):
+        methods.step_seconds("made_up", "pair", results)
+
+
+def test_trials_are_made_with_one_seed_before_what_waits_for_them(results, monkeypatch):
+    timed(results, pair=[(24, 0.5)], dense=[(24, 1.25)])
+    made, lock = [], threading.Lock()
+
+    def one(settings, cache, core):
+        training = settings["training"]
+        with lock:
+            made.append((settings["seed"], training["max_steps"], core))
+        row = {"loss": training["matrix_rate"] + training["learning_rate"], "accuracy": 0.5}
+        phase = {"trainable": 10, "steps": training["max_steps"], "peak_mib": 50.0}
+        return {"settings": settings, "value": 1.0, "seconds": 2.0, "cpu_seconds": 1.0, "flops": 5.0,
+                "steps": training["max_steps"], "phases": [phase], "curve": [row]}  # fmt: skip
+
+    monkeypatch.setattr(benchmark, "run_apart", one)
+    arguments = ["run", "made_up", "--seeds", "1", "2", "--results", str(results.path.parent), "--jobs", "2"]
+    benchmark.main(arguments)
+    assert sorted(made[:8])[0][:2] == (1, 25)
+    assert {(seed, steps) for seed, steps, _ in made[:8]} == {(1, 25)}
+    assert sorted((steps, seed) for seed, steps, _ in made[8:]) == sorted(
+        (steps, seed) for steps in (100, 100, 40, 125) for seed in (1, 2)
+    )  # the window waits for a pilot of its own
+    assert {core for *_, core in made} == {0, 1}
+
+
+def test_the_table_counts_the_seconds_of_the_pilot(results, capsys):
+    for method in ("pair", "dense"):
+        tried(results, method, f"{method}_m0.1_o0.03")
+    timed(results, pair=[(24, 0.5)])
+    for seed, loss in ((1, 1.25), (2, 1.35)):
+        results.add("pair", record("pair", seed, results, loss, probe={"minimal_pairs": 0.5 + seed / 10}))
+    results.add("dense", record("dense", 1, results, 1.5, probe={"minimal_pairs": 0.5}))
+    print_tuned("made_up", results, [1, 2])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == (
+        "| made_up | loss | accuracy | minimal pairs | seconds | of dense AdamW's | steps | rates | seeds |"
+    )
+    assert "| pair | 1.300 ± 0.071 | 0.500 ± 0.000 | 0.650 ± 0.071 | 50 | – | 100 | 0.1, 0.03 | 2 |" in lines
+    assert "| dense, AdamW | 1.500 | 0.500 | 0.500 | (10) | – | 100 | 0.1, 0.03 | 1 |" in lines
+    timed(results, dense=[(24, 1.25)])
+    benchmark.main(["table", "made_up", "--seeds", "1", "2", "--results", str(results.path.parent)])
+    assert "| 50 | 0.40 | 100 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"share": 0}, r"tuned of made_up: share must be in \(0, 1\], got 0"),
+        ({"share": 0.5, "methods": {"a": {"rate": "x"}}}, r"tuned method 'a' of made_up lacks matrices, others, train"),
+        ({"share": 0.5, "methods": {"a": TUNED | {"lr": 1}}}, r"tuned method 'a' of made_up has unknown entries: lr"),
+        ({"share": 0.5, "methods": {"a": TUNED | {"others": [1, 1]}}}, r"others must be different rates above 0, got"),
+        ({"share": 0.5, "methods": {"a": TUNED | {"matrices": []}}}, r"matrices must be different rates above 0, got"),
+    ],
+)
+def test_malformed_rates_are_named(results, section, message):
+    (store.HERE / "tasks" / "made_up.json").write_text(json.dumps(TASK | {"tuned": section}))
+    with pytest.raises(ValueError, match=message):
+        store.task_file("made_up")
