@@ -90,18 +90,20 @@ def _finish(
 def run_apart(settings: dict[str, Any], cache: str, core: int) -> dict[str, Any]:
     """One run in a process of its own, so that its peak of memory is its own."""
     with tempfile.TemporaryDirectory() as folder:
-        result = subprocess.run(command_of(settings, folder, cache, core), capture_output=True, text=True)
+        result = subprocess.run(
+            command_of(settings, folder, cache, "--core", str(core)), capture_output=True, text=True
+        )
         answer = Path(folder, "record.json")
         if result.returncode or not answer.is_file():
             raise RuntimeError(f"a run failed: {json.dumps(settings)}\n{result.stderr[-3000:]}")
         return json.loads(answer.read_text())
 
 
-def command_of(settings: dict[str, Any], folder: str, cache: str, core: int, *flags: str) -> list[str]:
+def command_of(settings: dict[str, Any], folder: str, cache: str, *flags: str) -> list[str]:
     """The command of a run's process, which writes ``record.json`` into the folder."""
     request = Path(folder, "settings.json")
     request.write_text(json.dumps(settings))
-    return [sys.executable, __file__, "one", str(request), "--cache_dir", cache, "--core", str(core), *flags]
+    return [sys.executable, __file__, "one", str(request), "--cache_dir", cache, *flags]
 
 
 def pilot(options: argparse.Namespace) -> None:
@@ -116,19 +118,19 @@ def pilot(options: argparse.Namespace) -> None:
         for method in settings:
             Path(folder, method).mkdir()
         commands = {
-            method: command_of(own, str(Path(folder, method)), options.cache_dir, 0, "--turns")
+            method: command_of(own, str(Path(folder, method)), options.cache_dir, "--turns")
             for method, own in settings.items()
         }
-        records = measured(commands, {method: Path(folder, method, "record.json") for method in settings})
-    for method, record in records.items():
-        kept.add(method, record)
-        steps = ", ".join(f"{p['kind']} {p['step_seconds']:.3f}" for p in record["phases"])
-        print(f"{options.task} {method}: {steps} s of computing a step")
+        answers = {method: Path(folder, method, "record.json") for method in settings}
+        for method, record in measured(commands, answers):
+            kept.add(method, record)
+            steps = ", ".join(f"{p['kind']} {p['step_seconds']:.3f}" for p in record["phases"])
+            print(f"{options.task} {method}: {steps} s of computing a step", flush=True)
 
 
 def one(options: argparse.Namespace) -> None:
     """The process of one run."""
-    if hasattr(os, "sched_setaffinity"):
+    if options.core is not None and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[options.core % len(cores)]})
     import torch
@@ -196,7 +198,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(call=plot)
     command = commands.add_parser("one", parents=[common], help=argparse.SUPPRESS)
     command.add_argument("request", type=Path)
-    command.add_argument("--core", type=int, default=0)
+    command.add_argument("--core", type=int)
     command.add_argument("--turns", action="store_true")
     command.set_defaults(call=one)
     return top

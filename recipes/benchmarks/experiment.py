@@ -160,11 +160,12 @@ def run(settings: Settings, cache: Path, folder: str, turns: TrainerCallback | N
     training |= {"output_dir": folder, "seed": settings.seed}
     callbacks = [watch] if turns is None else [turns, watch]
     data = {"train_dataset": task.train, "data_collator": task.collate}
+    rate = training.get("drt_matrix_lr", DRTConfig().matrix_lr)
     if profile := settings.extras.get("profile"):
-        training["drt_rank_pattern"] = profiled_ranks(deepcopy(model), names, data, training, profile)
+        training["drt_rank_pattern"] = profiled_ranks(deepcopy(model), names, data, training, rate, profile)
         set_seed(settings.seed)
     if guide := settings.extras.get("guide"):
-        callbacks.append(Guide(model, names, guide["share"], training["drt_matrix_lr"]))
+        callbacks.append(Guide(model, names, guide["share"], rate))
     trainer = DRTTrainer(
         model=model,
         args=DRTTrainingArguments(**training),

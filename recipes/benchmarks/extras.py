@@ -66,7 +66,12 @@ class Guide(TrainerCallback):
 
 
 def profiled_ranks(
-    model: nn.Module, names: list[str], data: dict[str, Any], settings: dict[str, Any], profile: dict[str, Any]
+    model: nn.Module,
+    names: list[str],
+    data: dict[str, Any],
+    settings: dict[str, Any],
+    rate: float,
+    profile: dict[str, Any],
 ) -> dict[str, int]:
     """Patterns of the layers' names and their ranks, after some steps of dense training of ``model``.
 
@@ -75,11 +80,11 @@ def profiled_ranks(
         names: Of its target layers.
         data: Of the trainer: dataset, collator.
         settings: Training arguments of the method, whose schedule, length and rank are replaced or read.
+        rate: Of Muon.
         profile: ``steps``, and ``of``.
     """
     before = {name: model.get_submodule(name).weight.detach().clone() for name in names}
     plain = {key: value for key, value in settings.items() if not key.startswith("drt_")}
-    rate = settings["drt_matrix_lr"]
     dense = {"drt_schedule": "dense@0", "drt_matrix_optimizer": "muon", "drt_matrix_lr": rate}
     args = DRTTrainingArguments(**plain | dense | {"max_steps": profile["steps"], "warmup_steps": 0})
     gradients: dict[str, Tensor] = {}

@@ -10,7 +10,7 @@ SECTIONS = {
     "model", "training", "peft", "extras", "like", "as_long_as", "in_seconds_of", "times", "label", "tuned", "trial",
 }  # fmt: skip
 LENGTHS = {"as_long_as", "in_seconds_of", "times", "label", "like"}
-PILOT_STEPS = 24
+PILOT_STEPS = 20
 
 
 class Missing(Exception):

@@ -1,12 +1,13 @@
 """What an update step of each method takes, measured side by side: the methods take turns, a step each.
 
-Each method is a process of its own, as in its runs, and waits for its turn before every step; all of them share one
-core. What else the machine does at a time falls on all methods alike.
+Each method is a process of its own, as in its runs, and waits for its turn before every step. What else the machine
+does at a time falls on all methods alike.
 """
 
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ class Turns(TrainerCallback):
         self._running = False
 
 
-def measured(commands: dict[str, list[str]], answers: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    """The records of processes that take turns.
+def measured(commands: dict[str, list[str]], answers: dict[str, Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The records of processes that take turns, each with its method's name; all that there are, before an error.
 
     Args:
         commands: Of each method's process, whose trainer has :class:`Turns`.
@@ -54,12 +55,12 @@ def measured(commands: dict[str, list[str]], answers: dict[str, Path]) -> dict[s
         for method, process in list(waiting.items()):
             if not _step(process):
                 del waiting[method]
-    for method, process in processes.items():
-        process.communicate()
-        if process.returncode:
-            said = answers[method].with_suffix(".err").read_text()
-            raise RuntimeError(f"the pilot of {method} failed:\n{said[-3000:]}")
-    return {method: json.loads(path.read_text()) for method, path in answers.items()}
+    failed = [method for method, process in processes.items() if process.wait()]
+    for method in processes.keys() - set(failed):
+        yield method, json.loads(answers[method].read_text())
+    for method in failed:
+        said = answers[method].with_suffix(".err").read_text()
+        raise RuntimeError(f"the pilot of {method} failed:\n{said[-3000:]}")
 
 
 def _step(process: subprocess.Popen[str]) -> bool:

@@ -1,4 +1,4 @@
-"""A BERT-shaped encoder from scratch that names the part of speech of every word of the Brown corpus."""
+"""An encoder from scratch, BERT or ModernBERT, that names the part of speech of every word of the Brown corpus."""
 
 import re
 from collections import Counter
@@ -9,8 +9,9 @@ import torch
 from corpora import brown_tagged
 from task import Task
 from text_tasks import tokens_of
-from transformers import AutoModelForTokenClassification, BertConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForTokenClassification, BertConfig, ModernBertConfig, PreTrainedTokenizerBase
 
+FAMILIES = {"bert": BertConfig, "modernbert": ModernBertConfig}
 IGNORED = -100
 RAREST = 50  # words of a part of speech; rarer ones are one class together
 HELD_OUT = 20  # one document in so many
@@ -33,14 +34,16 @@ class Blocks(torch.utils.data.Dataset):
 
 
 def tagger(model: dict[str, Any], data: dict[str, Any], cache: Path) -> Task:
-    """The model, its samples of ``block_size`` tokens, and the share of words that are tagged right."""
+    """The model (``family`` bert or modernbert), its samples of ``block_size`` tokens, and the share of words that are
+    tagged right."""
+    family = FAMILIES[model.pop("family", "bert")]
     tokenizer = tokens_of(cache, data["vocab_size"])[0]
     documents = [[(word, plain_tag(tag)) for word, tag in document] for document in brown_tagged(cache)]
     counts = Counter(tag for document in documents for _, tag in document)
     classes = {tag: i for i, tag in enumerate(sorted(tag for tag, count in counts.items() if count >= RAREST))}
     size = data["block_size"]
     training = [document for i, document in enumerate(documents) if i % HELD_OUT]
-    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=0, num_labels=len(classes) + 1, **model)
+    config = family(vocab_size=len(tokenizer), pad_token_id=0, num_labels=len(classes) + 1, **model)
     return Task(
         lambda: AutoModelForTokenClassification.from_config(config),
         Blocks(rows_of(training, tokenizer, classes, size)),

@@ -61,7 +61,7 @@ def test_a_profile_gives_every_layer_a_rank(tmp_path, of):
     data = {"train_dataset": tiny.dataset()}
     own = settings(drt_rank_ratio=0.5, drt_rank_multiple=4, output_dir=str(tmp_path), report_to="none", use_cpu=True)
     del own["drt_rank"]
-    ranks = extras.profiled_ranks(model, names, data, own, {"steps": 2, "of": of})
+    ranks = extras.profiled_ranks(model, names, data, own, 0.02, {"steps": 2, "of": of})
     shapes = {name: tiny.llama().get_submodule(name).weight.shape for name in names}
     assert len(ranks) == len(names)
     cost = sum(rank * sum(shape) for rank, shape in zip(ranks.values(), shapes.values(), strict=True))

@@ -33,15 +33,21 @@ def test_steps_alternate_and_never_overlap(tmp_path):
         name: [sys.executable, "-c", METHOD, name, steps, str(log), str(answers[name])]
         for name, steps in (("a", "2"), ("b", "3"))
     }
-    assert pilot.measured(commands, answers) == {"a": {"steps": 2}, "b": {"steps": 3}}
+    assert dict(pilot.measured(commands, answers)) == {"a": {"steps": 2}, "b": {"steps": 3}}
     order = ["a0", "b0", "a1", "b1", "b2"]
     assert log.read_text().split("\n")[:-1] == [f"{step} {what}" for step in order for what in ("begins", "ends")]
 
 
 def test_a_process_that_fails_is_named_with_what_it_said(tmp_path):
-    commands = {"bad": [sys.executable, "-c", "raise SystemExit('no such model')"]}
+    answers = {name: tmp_path / f"{name}.json" for name in ("bad", "good")}
+    commands = {
+        "bad": [sys.executable, "-c", "raise SystemExit('no such model')"],
+        "good": [sys.executable, "-c", METHOD, "good", "1", str(tmp_path / "log"), str(answers["good"])],
+    }
+    records = pilot.measured(commands, answers)
+    assert next(records) == ("good", {"steps": 1})  # is not lost
     with pytest.raises(RuntimeError, match=r"the pilot of bad failed:\nno such model"):
-        pilot.measured(commands, {"bad": tmp_path / "bad.json"})
+        next(records)
 
 
 @pytest.mark.slow

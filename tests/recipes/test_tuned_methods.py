@@ -93,11 +93,11 @@ def test_a_part_of_the_grid_can_be_named(results, capsys):
 
 def test_a_method_like_a_tuned_one_has_its_rates(results):
     tried(results, "pair", "pair_m0.1_o0.03")
-    timed(results, pair=[(24, 1.0)], pair_window=[(20, 1.0), (4, 6.0)])
+    timed(results, pair=[(20, 1.0)], pair_window=[(16, 1.0), (4, 6.0)])
     training = settings_of("made_up", "pair_window", 3, results)["training"]
     assert (training["learning_rate"], training["matrix_rate"]) == (0.03, 0.1)
     assert training["drt_schedule"] == "factored@0 dense@80%"
-    assert training["max_steps"] == round(100 / ((20 + 4 * 6) / 24))
+    assert training["max_steps"] == round(100 / ((16 + 4 * 6) / 20))
 
 
 def test_lengths_are_fitted_to_the_seconds_of_a_pilot(results):
@@ -105,16 +105,16 @@ def test_lengths_are_fitted_to_the_seconds_of_a_pilot(results):
     tried(results, "dense", "dense_m0.2_o0.01")
     with pytest.raises(Missing, match=r"the pilot of pair: benchmark\.py pilot made_up"):
         settings_of("made_up", "dense_in_pair", 1, results)
-    timed(results, pair=[(24, 0.5)])
+    timed(results, pair=[(20, 0.5)])
     with pytest.raises(Missing, match=r"the pilot of dense: benchmark\.py pilot made_up"):
         settings_of("made_up", "dense_in_pair", 1, results)
-    timed(results, dense=[(24, 1.25)])
+    timed(results, dense=[(20, 1.25)])
     assert settings_of("made_up", "dense_in_pair", 1, results)["training"]["max_steps"] == 40
     assert settings_of("made_up", "pair_in_dense", 1, results)["training"]["max_steps"] == 125
 
 
 def test_a_pilot_counts_while_the_steps_are_the_same(results, monkeypatch):
-    timed(results, pair=[(24, 0.5)])
+    timed(results, pair=[(20, 0.5)])
     assert methods.step_seconds("made_up", "pair_in_dense", results) == 0.5
     assert methods.step_seconds("made_up", "pair_m0.1_o0.03", results) == 0.5
     changed = json.loads(json.dumps(TASK))
@@ -125,7 +125,7 @@ def test_a_pilot_counts_while_the_steps_are_the_same(results, monkeypatch):
 
 
 def test_trials_are_made_with_one_seed_before_what_waits_for_them(results, monkeypatch):
-    timed(results, pair=[(24, 0.5)], dense=[(24, 1.25)])
+    timed(results, pair=[(20, 0.5)], dense=[(20, 1.25)])
     made, lock = [], threading.Lock()
 
     def one(settings, cache, core):
@@ -151,7 +151,7 @@ def test_trials_are_made_with_one_seed_before_what_waits_for_them(results, monke
 def test_the_table_counts_the_seconds_of_the_pilot(results, capsys):
     for method in ("pair", "dense"):
         tried(results, method, f"{method}_m0.1_o0.03")
-    timed(results, pair=[(24, 0.5)])
+    timed(results, pair=[(20, 0.5)])
     for seed, loss in ((1, 1.25), (2, 1.35)):
         results.add("pair", record("pair", seed, results, loss, probe={"minimal_pairs": 0.5 + seed / 10}))
     results.add("dense", record("dense", 1, results, 1.5, probe={"minimal_pairs": 0.5}))
@@ -162,7 +162,7 @@ def test_the_table_counts_the_seconds_of_the_pilot(results, capsys):
     )
     assert "| pair | 1.300 ± 0.071 | 0.500 ± 0.000 | 0.650 ± 0.071 | 50 | – | 100 | 0.1, 0.03 | 2 |" in lines
     assert "| dense, AdamW | 1.500 | 0.500 | 0.500 | (10) | – | 100 | 0.1, 0.03 | 1 |" in lines
-    timed(results, dense=[(24, 1.25)])
+    timed(results, dense=[(20, 1.25)])
     benchmark.main(["table", "made_up", "--seeds", "1", "2", "--results", str(results.path.parent)])
     assert "| 50 | 0.40 | 100 |" in capsys.readouterr().out
 
