@@ -154,8 +154,8 @@ def run(settings: Settings, cache: Path, folder: str, turns: TrainerCallback | N
     watch = Watch(names, settings.measure["points"], metric)
     training = {**QUIET, **used(settings.training, model)}
     matrix_rate = training.pop("matrix_rate", None)
-    galore = str(training.get("optim", "")).startswith("galore")
-    if str(training.get("optim", "")).startswith(("galore", "apollo")):
+    projected = str(training.get("optim", "")).startswith(("galore", "apollo"))
+    if projected:
         training.setdefault("optim_target_modules", names)
     training |= {"output_dir": folder, "seed": settings.seed}
     callbacks = [watch] if turns is None else [turns, watch]
@@ -177,7 +177,7 @@ def run(settings: Settings, cache: Path, folder: str, turns: TrainerCallback | N
     )
     watch.trainer = trainer
     start = mean(ranks(model, names))
-    if galore:
+    if projected:
         with_adam_settings(trainer)
     if matrix_rate is not None:
         with_matrix_rate(trainer, names, matrix_rate)
@@ -209,7 +209,8 @@ def with_lora(model: nn.Module, names: list[str], options: dict[str, Any]) -> nn
 
 
 def with_adam_settings(trainer: DRTTrainer) -> None:
-    """Give GaLore the betas, epsilon and weight decay of the run, which transformers does not pass to it."""
+    """Give GaLore or APOLLO the betas, epsilon and weight decay of the run, which transformers does not pass to all
+    weights."""
     args, optimizer = trainer.args, trainer.create_optimizer()
     decayed = set(trainer.get_decay_parameter_names(trainer.model))
     ids = {id(p) for name, p in trainer.model.named_parameters() if name in decayed}
