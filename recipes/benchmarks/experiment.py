@@ -104,7 +104,7 @@ class Watch(TrainerCallback):
         phase = self.phases[-1]
         phase["steps"] += 1
         self._times.append(cpu)
-        phase["step_seconds"] = statistics.median(self._times[1:] or self._times)  # the first one makes the state
+        phase["step_seconds"] = statistics.fmean(self._times[1:] or self._times)  # the first one makes the state
         phase["seconds"] += wall
         phase["cpu_seconds"] += cpu
         phase["peak_mib"] = max(phase["peak_mib"], read_peak(CPU) or 0.0)
