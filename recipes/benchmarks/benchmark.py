@@ -37,6 +37,9 @@ SEEDS = (1, 2, 3)
 def run(options: argparse.Namespace) -> None:
     """Make the runs that are missing: those that wait for others after them, until none can be made any more."""
     store = Store(options.results, options.task)
+    most = os.cpu_count() or 1
+    if not 1 <= options.jobs <= most:
+        raise ValueError(f"--jobs must be from 1 to {most}, the cores of this machine, got {options.jobs}.")
     with ThreadPoolExecutor(options.jobs) as pool:
         cores: Queue[int] = Queue()
         for core in range(options.jobs):
@@ -90,9 +93,8 @@ def _finish(
 def run_apart(settings: dict[str, Any], cache: str, core: int) -> dict[str, Any]:
     """One run in a process of its own, so that its peak of memory is its own."""
     with tempfile.TemporaryDirectory() as folder:
-        result = subprocess.run(
-            command_of(settings, folder, cache, "--core", str(core)), capture_output=True, text=True
-        )
+        command = command_of(settings, folder, cache, "--core", str(core))
+        result = subprocess.run(command, capture_output=True, text=True)
         answer = Path(folder, "record.json")
         if result.returncode or not answer.is_file():
             raise RuntimeError(f"a run failed: {json.dumps(settings)}\n{result.stderr[-3000:]}")

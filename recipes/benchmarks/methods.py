@@ -9,6 +9,7 @@ from tuning import SEED, rates
 SECTIONS = {
     "model", "training", "peft", "extras", "like", "as_long_as", "in_seconds_of", "times", "label", "tuned", "trial",
 }  # fmt: skip
+EXTRAS = {"guide", "profile"}  # of :mod:`extras`
 LENGTHS = {"as_long_as", "in_seconds_of", "times", "label", "like"}
 PILOT_STEPS = 20
 
@@ -57,6 +58,8 @@ def change_of(name: str, method: str) -> dict[str, Any]:
     methods = task_file(name)["methods"]
     if method not in methods:
         raise ValueError(f"task {name} has no method {method!r}; it has {', '.join(methods)}.")
+    if unknown := set(methods[method].get("extras", {})) - EXTRAS:
+        raise ValueError(f"method {method!r} of {name} has unknown extras: {', '.join(sorted(unknown))}.")
     if unknown := set(methods[method]) - SECTIONS:
         raise ValueError(f"method {method!r} of {name} has unknown sections: {', '.join(sorted(unknown))}.")
     return methods[method]

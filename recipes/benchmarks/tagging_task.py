@@ -17,37 +17,29 @@ RAREST = 50  # words of a part of speech; rarer ones are one class together
 HELD_OUT = 20  # one document in so many
 
 Document = list[tuple[str, str]]
-Rows = dict[str, torch.Tensor]
-
-
-class Blocks(torch.utils.data.Dataset):
-    """Samples of equal length."""
-
-    def __init__(self, rows: Rows, limit: int | None = None):
-        self.rows = {name: column[:limit] for name, column in rows.items()}
-
-    def __len__(self) -> int:
-        return len(self.rows["labels"])
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {name: column[index] for name, column in self.rows.items()}
+Samples = list[dict[str, torch.Tensor]]
 
 
 def tagger(model: dict[str, Any], data: dict[str, Any], cache: Path) -> Task:
     """The model (``family`` bert or modernbert), its samples of ``block_size`` tokens, and the share of words that are
-    tagged right."""
-    family = FAMILIES[model.pop("family", "bert")]
+    tagged right.
+
+    Raises:
+        ValueError: There is no such family.
+    """
+    if (family := model.pop("family", "bert")) not in FAMILIES:
+        raise ValueError(f"the family of a tagger must be one of {', '.join(FAMILIES)}, got {family!r}.")
     tokenizer = tokens_of(cache, data["vocab_size"])[0]
     documents = [[(word, plain_tag(tag)) for word, tag in document] for document in brown_tagged(cache)]
     counts = Counter(tag for document in documents for _, tag in document)
     classes = {tag: i for i, tag in enumerate(sorted(tag for tag, count in counts.items() if count >= RAREST))}
     size = data["block_size"]
     training = [document for i, document in enumerate(documents) if i % HELD_OUT]
-    config = family(vocab_size=len(tokenizer), pad_token_id=0, num_labels=len(classes) + 1, **model)
+    config = FAMILIES[family](vocab_size=len(tokenizer), pad_token_id=0, num_labels=len(classes) + 1, **model)
     return Task(
         lambda: AutoModelForTokenClassification.from_config(config),
-        Blocks(rows_of(training, tokenizer, classes, size)),
-        Blocks(rows_of(documents[::HELD_OUT], tokenizer, classes, size), data["eval_blocks"]),
+        samples_of(training, tokenizer, classes, size),
+        samples_of(documents[::HELD_OUT], tokenizer, classes, size)[: data["eval_blocks"]],
         metrics=word_accuracy,
         predict=lambda logits, labels: logits.argmax(-1),
     )
@@ -60,7 +52,9 @@ def plain_tag(tag: str) -> str:
     return tag.partition("+")[0].rstrip("*") or tag
 
 
-def rows_of(documents: list[Document], tokenizer: PreTrainedTokenizerBase, classes: dict[str, int], size: int) -> Rows:
+def samples_of(
+    documents: list[Document], tokenizer: PreTrainedTokenizerBase, classes: dict[str, int], size: int
+) -> Samples:
     """Tokens of all words in samples of ``size``, and as labels the class at the first token of each word."""
     pieces: dict[str, list[int]] = {}
     ids, labels = [], []
@@ -72,10 +66,8 @@ def rows_of(documents: list[Document], tokenizer: PreTrainedTokenizerBase, class
             ids += own
             labels += [classes.get(tag, len(classes)), *[IGNORED] * (len(own) - 1)]
     whole = len(ids) // size * size
-    return {
-        "input_ids": torch.tensor(ids[:whole]).view(-1, size),
-        "labels": torch.tensor(labels[:whole]).view(-1, size),
-    }
+    rows = (torch.tensor(column[:whole]).view(-1, size) for column in (ids, labels))
+    return [{"input_ids": own, "labels": classes} for own, classes in zip(*rows, strict=True)]
 
 
 def word_accuracy(prediction: Any) -> dict[str, float]:

@@ -71,7 +71,7 @@ def causal_lm(model: dict[str, Any], data: dict[str, Any], cache: Path) -> Task:
     pairs = minimal_pairs(_documents(cache)[1], data["pairs"]) if "pairs" in data else []
     return Task(
         lambda: AutoModelForCausalLM.from_config(config),
-        Blocks(train, size, data.get("train_blocks")),
+        Blocks(train, size),
         Blocks(evaluation, size, data["eval_blocks"]),
         metrics=next_token_accuracy,
         predict=lambda logits, labels: logits.argmax(-1),

@@ -1,13 +1,14 @@
 """Tables of a task whose methods are tuned: what each ends with in how many seconds, and what its rates gave."""
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from methods import Missing, record_of, seconds_of, trial_loss
 from store import Store, task_file
-from tables import deviation, whole_methods
+from tables import deviation, metric, whole_methods
 from tuning import pairs_of, trial_name
 
 
@@ -47,7 +48,7 @@ def rows_of(name: str, store: Store, seeds: list[int]) -> dict[str, Row]:
 def _row(name: str, method: str, label: str, records: list[dict[str, Any]], store: Store) -> Row:
     steps = statistics.fmean(r["steps"] for r in records)
     training = records[0]["settings"]["training"]
-    others = [{"accuracy": r["curve"][-1].get("accuracy")} | r.get("probe", {}) for r in records]
+    others = [{"accuracy": _accuracy(name, r)} | r.get("probe", {}) for r in records]
     return Row(
         label=label,
         losses=[r["curve"][-1]["loss"] for r in records],
@@ -59,7 +60,13 @@ def _row(name: str, method: str, label: str, records: list[dict[str, Any]], stor
     )
 
 
-def _known(value: Any) -> Any:
+def _accuracy(name: str, record: dict[str, Any]) -> float | None:
+    """At the end of a run; a classifier's is the value that it is judged by."""
+    return record["value"] if metric(name) == "accuracy" else record["curve"][-1].get("accuracy")
+
+
+def _known(value: Callable[[], float]) -> float | None:
+    """What a function of the records gives; None while a record is missing."""
     try:
         return value()
     except Missing:
@@ -71,16 +78,8 @@ def print_tuned(name: str, store: Store, seeds: list[int]) -> None:
     rows = rows_of(name, store, seeds)
     names = list(dict.fromkeys(key for row in rows.values() for key in row.others))
     dense = rows["dense"].seconds if "dense" in rows else None
-    header = [
-        "loss",
-        *(key.replace("_", " ") for key in names),
-        "seconds",
-        "of dense AdamW's",
-        "steps",
-        "rates",
-        "seeds",
-    ]
-    print(f"| {name} | {' | '.join(header)} |\n|{'---|' * (len(header) + 1)}")
+    metrics = (key.replace("_", " ") for key in names)
+    _print_header(name, "loss", *metrics, "seconds", "of dense AdamW's", "steps", "rates", "seeds")
     for row in rows.values():
         cells = [mean_text(row.losses), *(mean_text(row.others.get(key, [])) for key in names)]
         known = row.seconds is not None

@@ -46,7 +46,7 @@ def tuned_methods(name: str, section: dict[str, Any], steps: int) -> dict[str, d
 def pairs_of(entry: dict[str, Any]) -> list[Pair]:
     """The grid: every rate of the matrices beside every one of the others, or those pairs that are named."""
     grid = list(itertools.product(entry["matrices"], entry["others"]))
-    return [pair for pair in grid if list(pair) in entry.get("pairs", map(list, grid))]
+    return [(matrices, others) for matrices, others in entry.get("pairs", grid)]
 
 
 def trial_name(method: str, pair: Pair) -> str:
@@ -74,3 +74,6 @@ def _check(what: str, entry: dict[str, Any]) -> None:
         rates = entry[key]
         if not rates or len(set(rates)) < len(rates) or not all(rate > 0 for rate in rates):
             raise ValueError(f"{what}: {key} must be different rates above 0, got {rates}.")
+    grid = list(itertools.product(entry["matrices"], entry["others"]))
+    if outside := [pair for pair in entry.get("pairs", ()) if tuple(pair) not in grid]:
+        raise ValueError(f"{what}: pairs must be of matrices and others, got {outside}.")

@@ -91,8 +91,8 @@ def test_tags_are_parts_of_speech(tag, plain):
 
 def test_a_word_is_labelled_at_its_first_token(tokenizer):
     document = [("The", "at"), ("houses", "nns"), ("glorbled", "vbd"), ("dog", "nn")]
-    rows = tagging_task.rows_of([document], tokenizer, {"at": 0, "nn": 1, "nns": 2}, size=4)
-    ids, labels = rows["input_ids"].flatten().tolist(), rows["labels"].flatten().tolist()
+    samples = tagging_task.samples_of([document], tokenizer, {"at": 0, "nn": 1, "nns": 2}, size=4)
+    ids, labels = (torch.cat([sample[key] for sample in samples]).tolist() for key in ("input_ids", "labels"))
     pieces = [tokenizer(f" {word}")["input_ids"] for word, _ in document]
     whole = [token for piece in pieces for token in piece]
     assert ids == whole[: len(ids)]
@@ -100,6 +100,11 @@ def test_a_word_is_labelled_at_its_first_token(tokenizer):
                 for label in [label, *[-100] * (len(piece) - 1)]]  # fmt: skip
     assert labels == expected[: len(labels)]
     assert len(ids) == len(whole) // 4 * 4
+
+
+def test_an_unknown_family_is_named(tmp_path):
+    with pytest.raises(ValueError, match="the family of a tagger must be one of bert, modernbert, got 'gpt2'"):
+        tagging_task.tagger({"family": "gpt2"}, {}, tmp_path)
 
 
 def test_words_without_a_label_do_not_count():

@@ -138,6 +138,7 @@ def test_trials_are_made_with_one_seed_before_what_waits_for_them(results, monke
                 "steps": training["max_steps"], "phases": [phase], "curve": [row]}  # fmt: skip
 
     monkeypatch.setattr(benchmark, "run_apart", one)
+    monkeypatch.setattr(benchmark.os, "cpu_count", lambda: 2)
     arguments = ["run", "made_up", "--seeds", "1", "2", "--results", str(results.path.parent), "--jobs", "2"]
     benchmark.main(arguments)
     assert sorted(made[:8])[0][:2] == (1, 25)
@@ -175,9 +176,31 @@ def test_the_table_counts_the_seconds_of_the_pilot(results, capsys):
         ({"share": 0.5, "methods": {"a": TUNED | {"lr": 1}}}, r"tuned method 'a' of made_up has unknown entries: lr"),
         ({"share": 0.5, "methods": {"a": TUNED | {"others": [1, 1]}}}, r"others must be different rates above 0, got"),
         ({"share": 0.5, "methods": {"a": TUNED | {"matrices": []}}}, r"matrices must be different rates above 0, got"),
+        ({"share": 0.5, "methods": {"a": TUNED | {"pairs": [[9, 0.01]]}}}, "pairs must be of matrices and others"),
     ],
 )
 def test_malformed_rates_are_named(results, section, message):
     (store.HERE / "tasks" / "made_up.json").write_text(json.dumps(TASK | {"tuned": section}))
     with pytest.raises(ValueError, match=message):
         store.task_file("made_up")
+
+
+def test_unknown_extras_are_named(results):
+    changed = TASK | {"methods": {"odd": {"like": "pair", "extras": {"magic": 1}}}}
+    (store.HERE / "tasks" / "made_up.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="method 'odd' of made_up has unknown extras: magic"):
+        settings_of("made_up", "odd", 1, results)
+
+
+@pytest.mark.parametrize("jobs", [0, 100_000])
+def test_runs_at_a_time_are_as_many_as_cores(results, jobs):
+    with pytest.raises(SystemExit, match=rf"--jobs must be from 1 to \d+, the cores of this machine, got {jobs}"):
+        benchmark.main(["run", "made_up", "--results", str(results.path.parent), "--jobs", str(jobs)])
+
+
+def test_the_accuracy_of_a_classifier_is_its_value(results, capsys):
+    (store.HERE / "tasks" / "made_up.json").write_text(json.dumps(TASK | {"kind": "image_classifier"}))
+    tried(results, "pair", "pair_m0.1_o0.03")
+    results.add("pair", record("pair", 1, results, 0.5) | {"value": 0.8, "curve": [{"loss": 0.5}]})
+    print_tuned("made_up", results, [1])
+    assert "| pair | 0.500 | 0.800 |" in capsys.readouterr().out
