@@ -143,7 +143,7 @@ def one(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     folder = options.request.parent
     settings = json.loads(options.request.read_text())
-    turns = Turns() if options.turns else None
+    turns = Turns(settings["measure"]["turn"]) if options.turns else None
     record = experiment(Settings(**settings), Path(options.cache_dir).expanduser(), str(folder), turns)
     (folder / "record.json").write_text(json.dumps({"settings": settings, **record}))
 

@@ -41,7 +41,8 @@ class Settings:
             learning rate of the target layers' weights.
         peft: Arguments of PEFT's LoraConfig; None for no PEFT.
         seed: Of initialisation, order of the data, dropout.
-        measure: ``points``: how often the run is evaluated, and effective ranks are taken.
+        measure: ``points``: how often the run is evaluated, and effective ranks are taken; of a pilot also ``turn``,
+            the steps of a turn.
         extras: What a method has beside (:mod:`extras`).
     """
 
@@ -63,8 +64,8 @@ class Watch(TrainerCallback):
     that the process has computed, which other work on the machine hardly changes.
     """
 
-    def __init__(self, names: list[str], points: int, metric: str):
-        self.names, self.points, self.metric = names, points, metric
+    def __init__(self, names: list[str], points: int, metric: str, turn: int | None = None):
+        self.names, self.points, self.metric, self.turn = names, points, metric, turn
         self.wall = self.cpu = self.flops = 0.0
         self.gradients = 0
         self.phases: list[dict[str, Any]] = []
@@ -99,15 +100,21 @@ class Watch(TrainerCallback):
                 {"kind": kind, "start": step - 1, "steps": 0, "seconds": 0.0, "cpu_seconds": 0.0, "first_seconds": wall,
                  "flops_per_step": flops, "trainable": trainable, "peak_mib": 0.0, **self._bytes()}
             )  # fmt: skip
-            self._times = []
+            self._times, self._warm = [], []
             reset_peak(CPU)
         phase = self.phases[-1]
         phase["steps"] += 1
         self._times.append(cpu)
-        phase["step_seconds"] = statistics.fmean(self._times[1:] or self._times)  # the first one makes the state
+        self._warm += [cpu] if self._is_warm(step, phase) else []
+        phase["step_seconds"] = statistics.fmean(self._warm or self._times)
         phase["seconds"] += wall
         phase["cpu_seconds"] += cpu
         phase["peak_mib"] = max(phase["peak_mib"], read_peak(CPU) or 0.0)
+
+    def _is_warm(self, step: int, phase: dict[str, Any]) -> bool:
+        """Whether a step is like most: the first one of a phase makes the optimizer's state, and that of a turn finds
+        the processor's caches filled by others."""
+        return phase["steps"] > 1 and (self.turn is None or (step - 1) % self.turn > 0)
 
     def _bytes(self) -> dict[str, int]:
         """What the tensors of the phase take, exactly; the optimizer's state is there after its first step."""
@@ -151,7 +158,7 @@ def run(settings: Settings, cache: Path, folder: str, turns: TrainerCallback | N
     if settings.peft is not None:
         model = with_lora(model, names, settings.peft)
     metric = "eval_accuracy" if settings.kind.endswith("classifier") else "eval_loss"
-    watch = Watch(names, settings.measure["points"], metric)
+    watch = Watch(names, settings.measure["points"], metric, settings.measure.get("turn"))
     training = {**QUIET, **used(settings.training, model)}
     matrix_rate = training.pop("matrix_rate", None)
     projected = str(training.get("optim", "")).startswith(("galore", "apollo"))
@@ -185,7 +192,7 @@ def run(settings: Settings, cache: Path, folder: str, turns: TrainerCallback | N
     trainer.train()
     return {
         "value": watch.curve[-1]["value"],
-        "probe": task.probe(trainer.model) if task.probe is not None else {},
+        "probe": task.probe(trainer.model) if task.probe is not None and settings.measure["points"] > 1 else {},
         "seconds": watch.wall,
         "cpu_seconds": watch.cpu,
         "flops": watch.flops,

@@ -11,7 +11,7 @@ SECTIONS = {
 }  # fmt: skip
 EXTRAS = {"guide", "profile"}  # of :mod:`extras`
 LENGTHS = {"as_long_as", "in_seconds_of", "times", "label", "like"}
-PILOT_STEPS = 20
+PILOT_STEPS, TURN_STEPS = 20, 5
 
 
 class Missing(Exception):
@@ -104,7 +104,7 @@ def pilot_settings(name: str, method: str) -> dict[str, Any]:
     """Of the short run in which a method's update steps are timed."""
     settings = base_settings(name, timed(name, method))
     short = {"max_steps": PILOT_STEPS, "warmup_steps": 2}
-    return settings | {"training": settings["training"] | short, "seed": SEED, "measure": {"points": 1}}
+    return settings | {"training": settings["training"] | short, "seed": SEED, "measure": {"points": 1, "turn": TURN_STEPS}}
 
 
 def step_seconds(name: str, method: str, store: Store) -> float:

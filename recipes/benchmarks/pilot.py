@@ -1,7 +1,8 @@
-"""What an update step of each method takes, measured side by side: the methods take turns, a step each.
+"""What an update step of each method takes, measured side by side: the methods take turns, some steps each.
 
-Each method is a process of its own, as in its runs, and waits for its turn before every step. What else the machine
-does at a time falls on all methods alike.
+Each method is a process of its own, as in its runs, and waits for its turn. What else the machine does at a time falls
+on all methods alike. The first step of a turn finds the caches of the processor filled by another method; it is not
+counted.
 """
 
 import json
@@ -17,14 +18,16 @@ TURN, DONE = "turn\n", "done\n"
 
 
 class Turns(TrainerCallback):
-    """In the process of a method: says that a step is over, and waits until the next one may begin."""
+    """In the process of a method: says that ``steps`` steps are over, and waits until the next ones may begin."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
         self._running = False
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._over()
-        self._running = sys.stdin.readline() == TURN
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.steps == 0:
+            self._over()
+            self._running = sys.stdin.readline() == TURN
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._over()
@@ -53,7 +56,7 @@ def measured(commands: dict[str, list[str]], answers: dict[str, Path]) -> Iterat
     waiting = dict(processes)
     while waiting:
         for method, process in list(waiting.items()):
-            if not _step(process):
+            if not _turn(process):
                 del waiting[method]
     failed = [method for method, process in processes.items() if process.wait()]
     for method in processes.keys() - set(failed):
@@ -63,8 +66,8 @@ def measured(commands: dict[str, list[str]], answers: dict[str, Path]) -> Iterat
         raise RuntimeError(f"the pilot of {method} failed:\n{said[-3000:]}")
 
 
-def _step(process: subprocess.Popen[str]) -> bool:
-    """Give the turn to a process, and wait until its step is over; False if it has ended."""
+def _turn(process: subprocess.Popen[str]) -> bool:
+    """Give the turn to a process, and wait until its steps are over; False if it has ended."""
     try:
         process.stdin.write(TURN)
         process.stdin.flush()

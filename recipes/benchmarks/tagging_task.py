@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from corpora import brown_tagged
 from task import Task
@@ -29,20 +30,34 @@ def tagger(model: dict[str, Any], data: dict[str, Any], cache: Path) -> Task:
     """
     if (family := model.pop("family", "bert")) not in FAMILIES:
         raise ValueError(f"the family of a tagger must be one of {', '.join(FAMILIES)}, got {family!r}.")
-    tokenizer = tokens_of(cache, data["vocab_size"])[0]
-    documents = [[(word, plain_tag(tag)) for word, tag in document] for document in brown_tagged(cache)]
-    counts = Counter(tag for document in documents for _, tag in document)
-    classes = {tag: i for i, tag in enumerate(sorted(tag for tag, count in counts.items() if count >= RAREST))}
+    (train, evaluation), labels = tagged_tokens(cache, data["vocab_size"])
     size = data["block_size"]
-    training = [document for i, document in enumerate(documents) if i % HELD_OUT]
-    config = FAMILIES[family](vocab_size=len(tokenizer), pad_token_id=0, num_labels=len(classes) + 1, **model)
+    config = FAMILIES[family](vocab_size=data["vocab_size"], pad_token_id=0, num_labels=labels, **model)
     return Task(
         lambda: AutoModelForTokenClassification.from_config(config),
-        samples_of(training, tokenizer, classes, size),
-        samples_of(documents[::HELD_OUT], tokenizer, classes, size)[: data["eval_blocks"]],
+        samples_of(train, size),
+        samples_of(evaluation, size)[: data["eval_blocks"]],
         metrics=word_accuracy,
         predict=lambda logits, labels: logits.argmax(-1),
     )
+
+
+def tagged_tokens(cache: Path, vocab_size: int) -> tuple[list[np.ndarray], int]:
+    """Both splits as arrays (2, tokens) of tokens and labels, and how many labels there are; cached, since it takes ten
+    seconds."""
+    tokenizer = tokens_of(cache, vocab_size)[0]
+    path = Path(tokenizer.name_or_path, f"tags-{RAREST}-{HELD_OUT}.npz")
+    if not path.exists():
+        documents = [[(word, plain_tag(tag)) for word, tag in document] for document in brown_tagged(cache)]
+        counts = Counter(tag for document in documents for _, tag in document)
+        classes = {tag: i for i, tag in enumerate(sorted(tag for tag, count in counts.items() if count >= RAREST))}
+        splits = [d for i, d in enumerate(documents) if i % HELD_OUT], documents[::HELD_OUT]
+        train, evaluation = (labelled(split, tokenizer, classes) for split in splits)
+        part = path.with_suffix(".part.npz")  # complete or not at all
+        np.savez(part, train=train, evaluation=evaluation, labels=len(classes) + 1)
+        part.replace(path)
+    with np.load(path) as kept:
+        return [kept["train"], kept["evaluation"]], int(kept["labels"])
 
 
 def plain_tag(tag: str) -> str:
@@ -52,10 +67,8 @@ def plain_tag(tag: str) -> str:
     return tag.partition("+")[0].rstrip("*") or tag
 
 
-def samples_of(
-    documents: list[Document], tokenizer: PreTrainedTokenizerBase, classes: dict[str, int], size: int
-) -> Samples:
-    """Tokens of all words in samples of ``size``, and as labels the class at the first token of each word."""
+def labelled(documents: list[Document], tokenizer: PreTrainedTokenizerBase, classes: dict[str, int]) -> np.ndarray:
+    """Tokens of all words, and as labels the class at the first token of each word."""
     pieces: dict[str, list[int]] = {}
     ids, labels = [], []
     for document in documents:
@@ -65,9 +78,14 @@ def samples_of(
             own = pieces[word]
             ids += own
             labels += [classes.get(tag, len(classes)), *[IGNORED] * (len(own) - 1)]
-    whole = len(ids) // size * size
-    rows = (torch.tensor(column[:whole]).view(-1, size) for column in (ids, labels))
-    return [{"input_ids": own, "labels": classes} for own, classes in zip(*rows, strict=True)]
+    return np.array([ids, labels], np.int16)
+
+
+def samples_of(tokens: np.ndarray, size: int) -> Samples:
+    """Samples of ``size`` tokens."""
+    whole = tokens.shape[1] // size * size
+    ids, labels = torch.from_numpy(tokens[:, :whole].astype(np.int64)).view(2, -1, size)
+    return [{"input_ids": own, "labels": classes} for own, classes in zip(ids, labels, strict=True)]
 
 
 def word_accuracy(prediction: Any) -> dict[str, float]:

@@ -11,30 +11,31 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
 METHOD = f"""
 import json, sys
+from types import SimpleNamespace
 sys.path.insert(0, {str(BENCHMARKS)!r})
 from pilot import Turns
 name, steps, log, answer = sys.argv[1:]
-turns = Turns()
+turns = Turns(2)
 for step in range(int(steps)):
-    turns.on_step_begin()
+    turns.on_step_begin(None, SimpleNamespace(global_step=step), None)
     print("a line of the Trainer")
     with open(log, "a") as file:
         file.write(f"{{name}}{{step}} begins\\n")
         file.write(f"{{name}}{{step}} ends\\n")
-turns.on_train_end()
+turns.on_train_end(None, None, None)
 open(answer, "w").write(json.dumps({{"steps": int(steps)}}))
 """
 
 
-def test_steps_alternate_and_never_overlap(tmp_path):
+def test_turns_alternate_and_never_overlap(tmp_path):
     log = tmp_path / "log"
     answers = {name: tmp_path / name for name in ("a", "b")}
     commands = {
         name: [sys.executable, "-c", METHOD, name, steps, str(log), str(answers[name])]
-        for name, steps in (("a", "2"), ("b", "3"))
+        for name, steps in (("a", "3"), ("b", "5"))
     }
-    assert dict(pilot.measured(commands, answers)) == {"a": {"steps": 2}, "b": {"steps": 3}}
-    order = ["a0", "b0", "a1", "b1", "b2"]
+    assert dict(pilot.measured(commands, answers)) == {"a": {"steps": 3}, "b": {"steps": 5}}
+    order = ["a0", "a1", "b0", "b1", "a2", "b2", "b3", "b4"]
     assert log.read_text().split("\n")[:-1] == [f"{step} {what}" for step in order for what in ("begins", "ends")]
 
 

@@ -91,7 +91,8 @@ def test_tags_are_parts_of_speech(tag, plain):
 
 def test_a_word_is_labelled_at_its_first_token(tokenizer):
     document = [("The", "at"), ("houses", "nns"), ("glorbled", "vbd"), ("dog", "nn")]
-    samples = tagging_task.samples_of([document], tokenizer, {"at": 0, "nn": 1, "nns": 2}, size=4)
+    tokens = tagging_task.labelled([document], tokenizer, {"at": 0, "nn": 1, "nns": 2})
+    samples = tagging_task.samples_of(tokens, size=4)
     ids, labels = (torch.cat([sample[key] for sample in samples]).tolist() for key in ("input_ids", "labels"))
     pieces = [tokenizer(f" {word}")["input_ids"] for word, _ in document]
     whole = [token for piece in pieces for token in piece]
