@@ -45,8 +45,15 @@ def settings_of(name: str, method: str, seed: int, store: Store) -> dict[str, An
     if "in_seconds_of" in change:
         other = change["in_seconds_of"]
         seconds = seconds_of(name, other, settings_of(name, other, seed, store)["training"]["max_steps"], store)
-        settings["training"]["max_steps"] = round(change.get("times", 1) * seconds / step_seconds(name, method, store))
+        _fit(settings["training"], round(change.get("times", 1) * seconds / step_seconds(name, method, store)))
     return settings
+
+
+def _fit(training: dict[str, Any], steps: int) -> None:
+    """Make the learning-rate schedule so many update steps long, its warm-up the same share of them."""
+    if "warmup_steps" in training:
+        training["warmup_steps"] = round(training["warmup_steps"] * steps / training["max_steps"])
+    training["max_steps"] = steps
 
 
 def change_of(name: str, method: str) -> dict[str, Any]:
@@ -104,7 +111,8 @@ def pilot_settings(name: str, method: str) -> dict[str, Any]:
     """Of the short run in which a method's update steps are timed."""
     settings = base_settings(name, timed(name, method))
     short = {"max_steps": PILOT_STEPS, "warmup_steps": 2}
-    return settings | {"training": settings["training"] | short, "seed": SEED, "measure": {"points": 1, "turn": TURN_STEPS}}
+    measure = {"points": 1, "turn": TURN_STEPS}
+    return settings | {"training": settings["training"] | short, "seed": SEED, "measure": measure}
 
 
 def step_seconds(name: str, method: str, store: Store) -> float:

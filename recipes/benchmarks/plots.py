@@ -5,18 +5,19 @@ Needs ``matplotlib`` (extra ``report``).
 
 import math
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from grids import method_name, pairs
+from labels import label
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
 from methods import record_of
 from store import Store, task_file
 from tables import deviation, metric
+from tuned_plots import tuned_quality
+from tuned_tables import rows_of
 
 from hf_drt.report.figures import STYLE
 
@@ -34,7 +35,7 @@ def write_plots(
         store: Its records.
         seeds: Which of them.
         folder: Is made if it is not there.
-        methods: Of the task; all but those of a grid if left out.
+        methods: Of the task; all but those of a grid and the trials of learning rates if left out.
 
     Raises:
         ValueError: The task has no such method, or there is no record.
@@ -48,11 +49,13 @@ def write_plots(
     found = {method: records for method, records in found.items() if records}
     if not found:
         raise ValueError(f"{store.path} has no record of {name} with seeds {seeds}. Make some: benchmark.py run {name}")
-    gridded = {method_name(g, *pair) for g, section in task.get("grid", {}).items() for pair in pairs(section)}
-    shown = {m: r for m, r in found.items() if (m in methods if methods else m not in gridded)}
+    left_out = {method_name(g, *pair) for g, section in task.get("grid", {}).items() for pair in pairs(section)}
+    left_out |= {method for method, change in task["methods"].items() if "trial" in change}
+    shown = {m: r for m, r in found.items() if (m in methods if methods else m not in left_out)}
     written = []
     with rc_context(STYLE):
-        figures = {"quality": quality(name, shown), "rank": rank_over_time(name, shown)}
+        points = tuned_quality(name, rows_of(name, store, seeds), methods) if "tuned" in task else quality(name, shown)
+        figures = {"quality": points, "rank": rank_over_time(name, shown)}
         figures |= {g: heat_map(name, g, section, found) for g, section in task.get("grid", {}).items()}
         folder.mkdir(parents=True, exist_ok=True)
         for kind, figure in figures.items():
@@ -89,50 +92,9 @@ def quality(name: str, found: Records) -> Figure | None:
     panels[0].set_title(name)
     figure.draw_without_rendering()  # settles the layout, on which the places of the labels depend
     for panel, key in zip(panels, ("cpu_seconds", "flops"), strict=True):
-        _label(panel, {m: (statistics.fmean(r[key] for r in rs), statistics.fmean(r["value"] for r in rs))
+        label(panel, {m: (statistics.fmean(r[key] for r in rs), statistics.fmean(r["value"] for r in rs))
                        for m, rs in found.items()})  # fmt: skip
     return figure
-
-
-def _label(panel: Axes, points: dict[str, tuple[float, float]]) -> None:
-    """Write each name at the nearest free place around its point, with a thin line where that is not beside it."""
-    pixel = panel.figure.dpi / 72
-    places = {method: panel.transData.transform(point) for method, point in points.items()}
-    taken = [Bbox.from_bounds(x - 3 * pixel, y - 3 * pixel, 6 * pixel, 6 * pixel) for x, y in places.values()]
-    frame = panel.get_window_extent()
-    for method, (x, y) in sorted(places.items(), key=lambda item: -item[1][1]):
-        text = panel.annotate(method, points[method], (0, 0), textcoords="offset points", fontsize=6.5, ha="center",
-                              va="center", annotation_clip=False,
-                              bbox={"color": "white", "pad": 0.3, "alpha": 0.8})  # fmt: skip
-        box = text.get_window_extent()
-        dx, dy = next(
-            (offset for offset in _offsets(box.width, box.height, pixel)
-             if not any(_moved(box, *offset).overlaps(other) for other in taken)
-             and _inside(_moved(box, *offset), frame)),
-            (0.0, 10 * pixel),
-        )  # fmt: skip
-        text.set_position((dx / pixel, dy / pixel))
-        taken.append(_moved(box, dx, dy))
-        if max(abs(dx) - box.width / 2, abs(dy) - box.height / 2) > 6 * pixel:
-            end = panel.transData.inverted().transform((x + dx, y + dy))
-            panel.plot(*zip(points[method], end, strict=True), color="#909090", linewidth=0.4, zorder=0)
-
-
-def _offsets(width: float, height: float, pixel: float) -> Iterator[tuple[float, float]]:
-    """Offsets of a label's middle from its point, in pixels: sideways first, then in growing rings."""
-    for ring in range(12):
-        gap = (5 + 7 * ring) * pixel
-        for angle in range(0, 360, 30):
-            across, up = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-            yield across * (gap + width / 2), up * (gap + height / 2)
-
-
-def _moved(box: Bbox, dx: float, dy: float) -> Bbox:
-    return box.translated(dx, dy).padded(1)
-
-
-def _inside(box: Bbox, frame: Bbox) -> bool:
-    return frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
 
 
 # ---- effective rank over time

@@ -16,7 +16,7 @@ TASK = {
     "kind": "causal_lm",
     "model": {"hidden_size": 64},
     "data": {"block_size": 32},
-    "training": {"max_steps": 100, "learning_rate": 1e-3},
+    "training": {"max_steps": 100, "warmup_steps": 10, "learning_rate": 1e-3},
     "measure": {"points": 2},
     "tuned": {"share": 0.25, "methods": {"pair": TUNED, "dense": TUNED | {"training": {}, "label": "dense, AdamW"}}},
     "methods": {
@@ -65,7 +65,7 @@ def timed(results: Store, **phases: list[tuple[int, float]]) -> None:
 
 
 def test_every_pair_of_rates_is_tried_and_the_best_is_taken(results, capsys):
-    own = {"max_steps": 25, "drt_schedule": "fixed"}
+    own = {"max_steps": 25, "warmup_steps": 10, "drt_schedule": "fixed"}
     trial = settings_of("made_up", "pair_m0.2_o0.01", 2, results)
     assert trial["training"] == own | {"learning_rate": 0.01, "matrix_rate": 0.2}
     assert trial["measure"] == {"points": 1}
@@ -109,8 +109,11 @@ def test_lengths_are_fitted_to_the_seconds_of_a_pilot(results):
     with pytest.raises(Missing, match=r"the pilot of dense: benchmark\.py pilot made_up"):
         settings_of("made_up", "dense_in_pair", 1, results)
     timed(results, dense=[(20, 1.25)])
-    assert settings_of("made_up", "dense_in_pair", 1, results)["training"]["max_steps"] == 40
-    assert settings_of("made_up", "pair_in_dense", 1, results)["training"]["max_steps"] == 125
+    lengths = {}
+    for method in ("pair", "dense", "dense_in_pair", "pair_in_dense"):
+        training = settings_of("made_up", method, 1, results)["training"]
+        lengths[method] = training["max_steps"], training["warmup_steps"]
+    assert lengths == {"pair": (100, 10), "dense": (100, 10), "dense_in_pair": (40, 4), "pair_in_dense": (125, 12)}
 
 
 def test_a_pilot_counts_while_the_steps_are_the_same(results, monkeypatch):
