@@ -55,7 +55,7 @@ def test_layers_together_move_as_each_would_alone(schedule, config, sizes, monke
 
 
 def test_dense_weights_are_updated_one_by_one(sizes):
-    after_two_steps("dense@0")
+    after_two_steps("dense@0 factored@9")
     assert set(sizes) == {1}
 
 
