@@ -1,4 +1,4 @@
-"""The matrix optimizer's update of one layer, whatever its form.
+"""The matrix optimizer's update of layers, whatever their form.
 
 A dense W moves as under :class:`torch.optim.Muon`, in float32 to the same bits; factors and adapters by
 :mod:`hf_drt.optim.pair_rule`. One rate holds for all, since in every form it bounds, to first order, the spectral norm
@@ -7,7 +7,10 @@ each weight's own gradient; decay is decoupled and acts on W, or on the product 
 lambda`` shrinks in every form.
 """
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,53 +27,101 @@ MATRIX_LR = "drt_matrix_lr"
 MATRIX, MOMENTUM = "drt_matrix_momentum", "drt_momentum"
 
 
+# Entries of the factors, L's and R's, that are stacked at most: their copies take a few times as many bytes.
+STACKED = 2**22
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """One layer's part in a step: its trainable weights, their gradients (None of a frozen one) and their group, which
+    has the learning rate, the weight decay and, as MATRIX, the momentum's beta."""
+
+    layer: nn.Module
+    weights: tuple[nn.Parameter, ...]
+    gradients: list[Tensor | None]
+    group: Group
+
+
 @torch.no_grad()
 @full_precision()
-def update_layer(
-    optimizer: torch.optim.Optimizer,
-    layer: nn.Module,
-    gradients: list[Tensor | None],
-    group: Group,
-    scale: Tensor | None = None,
+def update_layers(
+    optimizer: torch.optim.Optimizer, updates: Sequence[LayerUpdate], scale: Tensor | None = None
 ) -> None:
-    """Update one layer by the gradients of its trainable weights.
+    """Update layers by the gradients of their trainable weights, pairs of factors of equal shapes together.
 
     Args:
         optimizer: Its state takes the momentum.
-        layer: In any form.
-        gradients: In the order of :func:`hf_drt.forms.trainable_weights`; None of a frozen weight.
-        group: Learning rate, weight decay and, as MATRIX, the momentum's beta.
+        updates: Of layers in any form.
         scale: Of the loss, where the gradients still have it.
     """
-    weights, lr = trainable_weights(layer), float(group["lr"])
-    kept = max(0.0, 1 - lr * group.get("weight_decay", 0.0))  # of W, or of the product
-    trained = sum(gradient is not None for gradient in gradients)
-    # The step may stand in the caller's autocast, where products would be of half precision.
-    with torch.autocast(weights[0].device.type, enabled=False):
-        steps = _steps(optimizer, layer, gradients, lr, group, scale)
-        for weight, gradient, (step, amount) in zip(weights, gradients, steps, strict=True):
-            if gradient is not None:
-                _take(weight, step, amount, kept ** (1 / trained))
+    for batch in _batches(updates):
+        # The step may stand in the caller's autocast, where products would be of half precision.
+        with torch.autocast(batch[0].weights[0].device.type, enabled=False):
+            for update, steps in zip(batch, _steps(optimizer, batch, scale), strict=True):
+                _apply(update, steps)
+
+
+def update_layer(
+    optimizer: torch.optim.Optimizer, layer: nn.Module, gradients: list[Tensor | None], group: Group
+) -> None:
+    """:func:`update_layers` of one; the gradients are in the order of :func:`hf_drt.forms.trainable_weights`."""
+    update_layers(optimizer, [LayerUpdate(layer, trainable_weights(layer), gradients, group)])
+
+
+def _batches(updates: Sequence[LayerUpdate]) -> Iterator[list[LayerUpdate]]:
+    """Pairs of factors that one call can update, since each is small and the calls are what takes the time; all else
+    layer by layer."""
+    batches: dict[Any, list[LayerUpdate]] = {}
+    for update in updates:
+        key = _alike(update)
+        batch = batches.setdefault(key, [])
+        if batch and (key is None or sum(_size(u) for u in (*batch, update)) > STACKED):
+            yield batches.pop(key)
+            batch = batches.setdefault(key, [])
+        batch.append(update)
+    yield from batches.values()
+
+
+def _alike(update: LayerUpdate) -> Any:
+    """Equal of pairs of factors that can be stacked; None of other layers."""
+    layer, group = update.layer, update.group
+    if not isinstance(layer, LowRankLinear) or update.weights[0].ndim > 2:
+        return None
+    L, R, scale = layer.pair()
+    return type(layer), L.shape, R.shape, scale, id(group), *((w.dtype, w.device) for w in (L, R))
+
+
+def _size(update: LayerUpdate) -> int:
+    return sum(weight.numel() for weight in update.weights)
+
+
+def _apply(update: LayerUpdate, steps: list[tuple[Tensor, float]]) -> None:
+    """Take from each trainable weight its step, so many times, and decay the product."""
+    kept = max(0.0, 1 - float(update.group["lr"]) * update.group.get("weight_decay", 0.0))  # of W, or of the product
+    trained = sum(gradient is not None for gradient in update.gradients)
+    for weight, gradient, (step, amount) in zip(update.weights, update.gradients, steps, strict=True):
+        if gradient is not None:
+            _take(weight, step, amount, kept ** (1 / trained))
 
 
 def _steps(
-    optimizer: torch.optim.Optimizer,
-    layer: nn.Module,
-    gradients: list[Tensor | None],
-    lr: float,
-    group: Group,
-    scale: Tensor | None,
-) -> list[tuple[Tensor, float]]:
-    """What is taken from each of a layer's trainable weights, and how many times. The momenta are gone by then."""
-    directions = [
-        _direction(optimizer, weight, gradient, scale, group)
-        for weight, gradient in zip(trainable_weights(layer), gradients, strict=True)
-    ]
+    optimizer: torch.optim.Optimizer, batch: list[LayerUpdate], scale: Tensor | None
+) -> Iterator[list[tuple[Tensor, float]]]:
+    """Of each layer of a batch what is taken from each of its trainable weights, and how many times."""
+    directions = [list(_directions(optimizer, update, scale)) for update in batch]
+    layer, lr = batch[0].layer, float(batch[0].group["lr"])
     if isinstance(layer, LowRankLinear):
-        return [(step, 1.0) for step in _pair_steps(layer, directions, lr)]
-    layout = layout_of(layer)
-    W = layout.matrix(directions[0])
-    return [(layout.stored(polar(W)), _rate(W.shape[-2], W.shape[-1], lr))]
+        yield from ([(step, 1.0) for step in steps] for steps in _pair_steps(batch, directions, lr))
+    else:
+        layout = layout_of(layer)
+        W = layout.matrix(directions.pop()[0])
+        yield [(layout.stored(polar(W)), _rate(W.shape[-2], W.shape[-1], lr))]
+
+
+def _directions(optimizer: torch.optim.Optimizer, update: LayerUpdate, scale: Tensor | None) -> Iterator[Tensor]:
+    """Of each trainable weight, in which direction it goes."""
+    for weight, gradient in zip(update.weights, update.gradients, strict=True):
+        yield _direction(optimizer, weight, gradient, scale, update.group)
 
 
 def _direction(
@@ -93,14 +144,25 @@ def _direction(
     return gradient.lerp(average, beta)
 
 
-def _pair_steps(layer: LowRankLinear, directions: list[Tensor], lr: float) -> list[Tensor]:
-    """The steps of a layer's two factors, in the order of its trainable weights."""
-    L, R, scale = layer.pair()
-    left_first = trainable_weights(layer)[0] is L
-    M_L, M_R = directions if left_first else directions[::-1]
-    dtype = M_L.dtype
-    steps = pair_update(L.to(dtype), R.to(dtype), M_L, M_R, _rate(L.shape[-2], R.shape[-1], lr) / scale)
-    return list(steps if left_first else steps[::-1])
+def _pair_steps(batch: list[LayerUpdate], directions: list[list[Tensor]], lr: float) -> list[list[Tensor]]:
+    """The steps of each layer's two factors, in the order of its trainable weights."""
+    L, _, scale = batch[0].layer.pair()
+    left_first = batch[0].weights[0] is L
+    order = slice(None) if left_first else slice(None, None, -1)
+    dtype = directions[0][0].dtype
+    factors = zip(*(update.layer.pair()[:2] for update in batch), strict=True)
+    momenta = zip(*(direction[order] for direction in directions), strict=True)
+    stacks = [_stack([one.to(dtype) for one in side]) for side in (*factors, *momenta)]
+    directions.clear()
+    L, R, M_L, M_R = stacks
+    dL, dR = pair_update(L, R, M_L, M_R, _rate(L.shape[-2], R.shape[-1], lr) / scale)
+    if len(batch) == 1:
+        return [[dL, dR][order]]
+    return [list(pair)[order] for pair in zip(dL, dR, strict=True)]
+
+
+def _stack(matrices: list[Tensor]) -> Tensor:
+    return torch.stack(matrices) if len(matrices) > 1 else matrices[0]
 
 
 def _rate(d_out: int, d_in: int, lr: float) -> float:

@@ -5,7 +5,6 @@ change of form see one optimizer. Its own step does not see their gradients, whi
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,28 +12,18 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from hf_drt.forms import trainable_weights
-from hf_drt.optim.matrices import MATRIX, update_layer
+from hf_drt.optim.matrices import MATRIX, LayerUpdate, update_layers
 from hf_drt.optim.owners import form_groups, owners
 from hf_drt.optim.rule import Group
 
 _Layer = tuple[nn.Module, tuple[nn.Parameter, ...]]  # with its trainable weights
 
 
-@dataclass(frozen=True)
-class _Update:
-    """One layer's part in a step: its trainable weights, their gradients (None of a frozen one) and their group."""
-
-    layer: nn.Module
-    weights: tuple[nn.Parameter, ...]
-    gradients: list[Tensor | None]
-    group: Group
-
-
 class MatrixStep:
     """What the optimizer's step does not do: :meth:`before` it takes the gradients aside, :meth:`after` it updates."""
 
     def __init__(self) -> None:
-        self._updates: list[_Update] = []
+        self._updates: list[LayerUpdate] = []
         self._others: list[_Seen] = []
 
     def before(self, optimizer: torch.optim.Optimizer, closure: Any = None) -> None:
@@ -82,8 +71,8 @@ class MatrixStep:
         updates, self._updates, self._others = self._updates, [], []
         _put_back(updates)
         scale, overflow = _left_to_step(optimizer)
-        for update in updates if not overflow else ():
-            update_layer(optimizer, update.layer, update.gradients, update.group, scale)
+        if not overflow:
+            update_layers(optimizer, updates, scale)
 
 
 class _Seen:
@@ -110,13 +99,13 @@ def _seen(optimizer: torch.optim.Optimizer) -> list[_Seen]:
     return [_Seen(weight, weight.grad) for weight in weights if weight.grad is not None]
 
 
-def _put_back(updates: list[_Update]) -> None:
+def _put_back(updates: list[LayerUpdate]) -> None:
     for update in updates:
         for weight, gradient in zip(update.weights, update.gradients, strict=True):
             weight.grad = gradient
 
 
-def _updates(optimizer: torch.optim.Optimizer) -> Iterator[_Update]:
+def _updates(optimizer: torch.optim.Optimizer) -> Iterator[LayerUpdate]:
     for owner in owners(optimizer):
         groups = {id(p): g for g in form_groups(optimizer, owner.number) if MATRIX in g for p in g["params"]}
         if groups and owner.model() is not None:
@@ -135,11 +124,11 @@ def _check_found(groups: dict[int, Group], layers: list[_Layer]) -> None:
         )
 
 
-def _updates_of(layers: list[_Layer], groups: dict[int, Group]) -> Iterator[_Update]:
+def _updates_of(layers: list[_Layer], groups: dict[int, Group]) -> Iterator[LayerUpdate]:
     for layer, weights in layers:
         gradients = [weight.grad for weight in weights]
         if id(weights[0]) in groups and any(gradient is not None for gradient in gradients):
-            yield _Update(layer, weights, gradients, groups[id(weights[0])])
+            yield LayerUpdate(layer, weights, gradients, groups[id(weights[0])])
 
 
 def _left_to_step(optimizer: torch.optim.Optimizer) -> tuple[Tensor | None, bool]:
