@@ -1,9 +1,10 @@
 """Tables of a task whose methods are tuned: what each ends with in how many seconds, and what its rates gave."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from methods import Missing, record_of, seconds_of, trial_loss
@@ -33,6 +34,10 @@ class Row:
     steps: float
     rates: tuple[float | None, float]
     others: dict[str, list[float]]
+
+    def metric(self, name: str) -> list[float]:
+        """``loss``, or a further metric, by seed."""
+        return self.losses if name == "loss" else self.others[name]
 
 
 def rows_of(name: str, store: Store, seeds: list[int]) -> dict[str, Row]:
@@ -88,6 +93,32 @@ def print_tuned(name: str, store: Store, seeds: list[int]) -> None:
         matrices, others = row.rates
         cells += [f"{others:g}" if matrices is None else f"{matrices:g}, {others:g}", str(len(row.losses))]
         print(f"| {row.label} | {' | '.join(cells)} |")
+
+
+SUMMARY = {  # method: heading
+    "dense": "dense, AdamW",
+    "default": "default, 0.40 of those seconds",
+    "dense_in_default": "AdamW in the default's seconds",
+    "dense_muon_in_default": "Muon in the default's seconds",
+    "dense_muon": "dense, Muon",
+    "default_in_muon": "default, 0.70 of those seconds",
+}
+
+
+def summary_rows(names: dict[str, tuple[str, str]], folder: Path, seeds: list[int]) -> Iterator[tuple[str, ...]]:
+    """The default beside dense AdamW and dense Muon, at their full lengths and in its own seconds: a row per task.
+
+    Args:
+        names: Of the tasks; each with its title, and the metric that is shown: ``loss``, or a further one.
+        folder: Of the records.
+        seeds: Of the runs.
+    """
+    for name, (title, shown) in names.items():
+        rows = rows_of(name, Store(folder, name), seeds)
+        values = (
+            (row.losses if shown == "loss" else row.others[shown]) if row else [] for row in map(rows.get, SUMMARY)
+        )
+        yield title, *map(mean_text, values)
 
 
 def mean_text(values: list[float]) -> str:

@@ -9,7 +9,8 @@ import pytest
 import store
 from benchmark import Missing, settings_of
 from store import Store
-from tuned_tables import print_rates, print_tuned
+from tuned_plots import tuned_quality
+from tuned_tables import SUMMARY, print_rates, print_tuned, rows_of, summary_rows
 
 TUNED = {"training": {"drt_schedule": "fixed"}, "rate": "matrix_rate", "matrices": [0.2, 0.1], "others": [0.01, 0.03]}
 TASK = {
@@ -207,3 +208,40 @@ def test_the_accuracy_of_a_classifier_is_its_value(results, capsys):
     results.add("pair", record("pair", 1, results, 0.5) | {"value": 0.8, "curve": [{"loss": 0.5}]})
     print_tuned("made_up", results, [1])
     assert "| pair | 0.500 | 0.800 |" in capsys.readouterr().out
+
+
+def test_the_summary_shows_one_metric_of_each_method_that_was_run(results):
+    tried(results, "pair", "pair_m0.1_o0.03")
+    tried(results, "dense", "dense_m0.1_o0.03")
+    for seed, loss in ((1, 1.25), (2, 1.35)):
+        results.add("dense", record("dense", seed, results, loss, probe={"minimal_pairs": 0.5 + seed / 10}))
+    titles = {"made_up": ("a task", "loss")}, {"made_up": ("a task", "minimal_pairs")}
+    by_loss, by_pairs = (list(summary_rows(names, results.path.parent, [1, 2])) for names in titles)
+    assert by_loss == [("a task", "1.300 ± 0.071", *["–"] * (len(SUMMARY) - 1))]
+    assert by_pairs == [("a task", "0.650 ± 0.071", *["–"] * (len(SUMMARY) - 1))]
+
+
+def test_the_picture_has_a_panel_per_metric_and_the_methods_that_were_in_the_pilot(results):
+    for method in ("pair", "dense"):
+        tried(results, method, f"{method}_m0.1_o0.03")
+        results.add(method, record(method, 1, results, probe={"minimal_pairs": 0.5}))
+    assert tuned_quality("made_up", rows_of("made_up", results, [1])) is None
+    timed(results, pair=[(20, 0.5)])
+    figure = tuned_quality("made_up", rows_of("made_up", results, [1]))
+    assert [panel.get_ylabel() for panel in figure.axes] == ["loss", "accuracy", "minimal pairs"]
+    assert [[text.get_text() for text in panel.texts] for panel in figure.axes] == [["pair"]] * 3
+    timed(results, dense=[(20, 1.25)])
+    both = tuned_quality("made_up", rows_of("made_up", results, [1]))
+    assert {text.get_text() for text in both.axes[0].texts} == {"pair", "dense"}
+    only = tuned_quality("made_up", rows_of("made_up", results, [1]), ["dense"])
+    assert [text.get_text() for text in only.axes[0].texts] == ["dense"]
+
+
+def test_plots_leave_out_the_trials(results, tmp_path):
+    tried(results, "pair", "pair_m0.1_o0.03")
+    point = {"cpu_seconds": 5.0, "effective_rank": 3.0, "loss": 1.0, "accuracy": 0.5}
+    phases = [{"kind": "factored", "cpu_seconds": 5.0}]
+    results.add("pair", record("pair", 1, results, curve=[point, point], phases=phases))
+    timed(results, pair=[(20, 0.5)])
+    benchmark.main(["plot", "made_up", "--seeds", "1", "--results", str(tmp_path), "--output", str(tmp_path / "p")])
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["made_up-quality.png", "made_up-rank.png"]
