@@ -7,7 +7,7 @@ from store import Store, task_file
 from tuning import SEED, rates
 
 SECTIONS = {
-    "model", "training", "peft", "extras", "like", "as_long_as", "in_seconds_of", "times", "label", "tuned", "trial",
+    "model", "training", "peft", "extras", "like", "as_long_as", "in_seconds_of", "times", "timed_as", "label", "tuned", "trial",
 }  # fmt: skip
 EXTRAS = {"guide", "profile"}  # of :mod:`extras`
 LENGTHS = {"as_long_as", "in_seconds_of", "times", "label", "like"}
@@ -99,9 +99,11 @@ def tuned_as(name: str, method: str) -> str | None:
 
 
 def timed(name: str, method: str) -> str:
-    """The method whose update steps a method's steps are, apart from its rates: itself, or the one that it is like
-    where they differ in length alone."""
+    """The method whose update steps a method's steps are, apart from its rates: itself, the one that it is like where
+    they differ in length alone, or the one that it names (``timed_as``)."""
     change = change_of(name, method)
+    if "timed_as" in change:
+        return timed(name, change["timed_as"])
     if "trial" in change:
         return change["tuned"]
     return timed(name, change["like"]) if "like" in change and set(change) <= LENGTHS else method

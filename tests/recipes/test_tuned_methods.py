@@ -23,6 +23,12 @@ TASK = {
     "methods": {
         "dense_in_pair": {"like": "dense", "in_seconds_of": "pair"},
         "pair_in_dense": {"like": "pair", "in_seconds_of": "dense", "times": 0.5},
+        "pair_calm": {
+            "like": "pair",
+            "training": {"drt_matrix_momentum": 0.9},
+            "timed_as": "pair",
+            "in_seconds_of": "pair",
+        },
         "pair_window": {"like": "pair", "training": {"drt_schedule": "factored@0 dense@80%"}, "in_seconds_of": "pair"},
     },
 }
@@ -111,10 +117,11 @@ def test_lengths_are_fitted_to_the_seconds_of_a_pilot(results):
         settings_of("made_up", "dense_in_pair", 1, results)
     timed(results, dense=[(20, 1.25)])
     lengths = {}
-    for method in ("pair", "dense", "dense_in_pair", "pair_in_dense"):
+    for method in ("pair", "dense", "dense_in_pair", "pair_in_dense", "pair_calm"):
         training = settings_of("made_up", method, 1, results)["training"]
         lengths[method] = training["max_steps"], training["warmup_steps"]
-    assert lengths == {"pair": (100, 10), "dense": (100, 10), "dense_in_pair": (40, 4), "pair_in_dense": (125, 12)}
+    fitted = {"dense_in_pair": (40, 4), "pair_in_dense": (125, 12), "pair_calm": (100, 10)}
+    assert lengths == {"pair": (100, 10), "dense": (100, 10)} | fitted
 
 
 def test_a_pilot_counts_while_the_steps_are_the_same(results, monkeypatch):
@@ -148,7 +155,7 @@ def test_trials_are_made_with_one_seed_before_what_waits_for_them(results, monke
     assert sorted(made[:8])[0][:2] == (1, 25)
     assert {(seed, steps) for seed, steps, _ in made[:8]} == {(1, 25)}
     assert sorted((steps, seed) for seed, steps, _ in made[8:]) == sorted(
-        (steps, seed) for steps in (100, 100, 40, 125) for seed in (1, 2)
+        (steps, seed) for steps in (100, 100, 40, 125, 100) for seed in (1, 2)
     )  # the window waits for a pilot of its own
     assert {core for *_, core in made} == {0, 1}
 
