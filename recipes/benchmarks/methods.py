@@ -7,7 +7,8 @@ from store import Store, task_file
 from tuning import SEED, rates
 
 SECTIONS = {
-    "model", "training", "peft", "extras", "like", "as_long_as", "in_seconds_of", "times", "timed_as", "label", "tuned", "trial",
+    "model", "training", "peft", "extras", "like", "as_long_as", "in_seconds_of", "times", "timed_as", "label",
+    "tuned", "trial",
 }  # fmt: skip
 EXTRAS = {"guide", "profile"}  # of :mod:`extras`
 LENGTHS = {"as_long_as", "in_seconds_of", "times", "label", "like"}
