@@ -5,15 +5,21 @@ on its own; this script writes it anew, and a test says where one is out of date
 
     python docs/machinery/page_tables.py
 
-A new member of a registry is a new row. A new table is a function here, with its name in ``TABLES``.
+What a command of the benchmarks prints from the records stands after ``<!-- benchmark: ARGUMENTS -->``. A new member of
+a registry is a new row. A new table is a function here, with its name in ``TABLES``.
 """
 
 import importlib
 import inspect
+import io
 import re
+import shlex
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
+
+from benchmark_results import BENCHMARKS, HEAD, result_rows
 
 from hf_drt.cli.app import COMMANDS
 from hf_drt.config import DRTConfig
@@ -26,6 +32,7 @@ from hf_drt.tables import markdown_table
 
 ROOT = Path(__file__).parents[2]
 _PLACE = re.compile(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+_PRINTED = re.compile(r"(<!-- benchmark: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 Rows = Iterable[Iterable[object]]
 
 
@@ -129,8 +136,6 @@ def commands() -> str:
 
 def results() -> str:
     """The default against dense training, as the benchmarks have recorded it."""
-    from benchmark_results import HEAD, result_rows
-
     return table(HEAD, result_rows())
 
 
@@ -153,12 +158,22 @@ def filled(text: str) -> str:
     Raises:
         KeyError: The page has a table that is not in TABLES.
     """
-    return _PLACE.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
+    text = _PLACE.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
+    return _PRINTED.sub(lambda match: match[1] + printed(match[2]) + match[3], text)
+
+
+def printed(arguments: str) -> str:
+    """What ``benchmark.py`` prints, which must read records only."""
+    import benchmark
+
+    with redirect_stdout(io.StringIO()) as out:
+        benchmark.main(shlex.split(arguments))
+    return out.getvalue().rstrip("\n") + "\n"
 
 
 def pages() -> list[Path]:
     """All that may hold a table."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "README.md", BENCHMARKS / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def own_members():
 
 
 @pytest.mark.usefixtures("own_members")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, page_tables.BENCHMARKS / "RESULTS.md"], ids=lambda page: page.name)
 def test_the_page_is_up_to_date(page):
     text = page.read_text(encoding="utf-8")
     assert page_tables.filled(text) == text, "run: python docs/machinery/page_tables.py"
@@ -83,3 +83,12 @@ def test_a_new_member_is_a_new_row(table, registry):
 def test_a_page_with_an_unknown_table_is_an_error():
     with pytest.raises(KeyError, match="nothing"):
         page_tables.filled("<!-- table: nothing -->\n<!-- end of table -->")
+
+
+def test_what_the_benchmarks_print_from_the_records_stands_in_a_page():
+    text = "before\n<!-- benchmark: table brown_lm_small --seeds 1 -->\nold\n<!-- end of table -->\nafter\n"
+    lines = page_tables.filled(text).splitlines()
+    assert lines[0:2] == text.splitlines()[:2]
+    assert lines[-2:] == text.splitlines()[-2:]
+    assert lines[2].startswith("| brown_lm_small | value |")
+    assert any(line.startswith("| dense | ") for line in lines)
