@@ -50,7 +50,7 @@ TEXTS = [
     # presets
     (
         "factored",
-        r"'factored' is neither a preset \(paper, paper_conv, fixed, warmup, cyclic, decay, auto, auto_late, adaptive\) n",
+        r"'factored' is neither a preset \(paper, paper_conv, fixed, .*, auto, auto_late, adaptive\) nor",
     ),
     ("Paper", r"'Paper' is neither a preset"),
     ("relora(every=5)", r"'relora' is neither a preset"),
