@@ -305,7 +305,7 @@ class DRTConfig:
         """What a message that refuses ``matrix_optimizer`` adds where it is the preset that brings it: how to do
         without. Empty where the user has set it."""
         preset = self.preset
-        if preset is None or "matrix_optimizer" not in self.brought:
+        if preset is None or "matrix_optimizer" not in self.brought or not self.uses_matrix_optimizer:
             return ""
         other = f", or schedule='{preset.instead}'" if preset.instead is not None else ""
         return (

@@ -154,7 +154,7 @@ def _parsed(values: dict[str, Any], origin: str) -> DRTConfig:
     propose a rank by."""
     try:
         given: dict[str, Any] = {name: value if value != [] else None for name, value in values.items()}
-        schedule = schedule_of(DRTConfig(**given | {"budget": None}))
+        schedule = schedule_of(DRTConfig(schedule=given["schedule"]))
         if schedule.writes_lowrank:
             given["start"] = origin
         if not schedule.uses_budget:

@@ -166,7 +166,7 @@ class Schedule:
     def _forms(self, run: Run, lowrank: str) -> tuple[list[Kind], list[int | float | None]]:
         if run.max_steps < 1:
             raise ValueError(f"the schedule '{self}' never trains: the run has {run.max_steps} update steps.")
-        kinds = [cast(Kind, kind) for kind in self.kinds(lowrank)]
+        kinds: list[Kind] = [cast(Kind, kind) for kind in self.kinds(lowrank)]
         full_rank = full_rank_share(kinds, run)
         ranks = [
             budget_rank(kind, run, full_rank) if isinstance(entry.rank, str) else entry.rank

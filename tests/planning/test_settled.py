@@ -181,6 +181,8 @@ def test_one_that_brings_it_in_any_case_is_named_too(presets):
     found = DRTConfig(schedule="own").settled("adapter")
     assert found.matrix_optimizer == "muon"
     assert found.without_matrix_optimizer.endswith("(factors under the run's own optimizer).")
+    presets(own(name="other", settings={"matrix_optimizer": "none"}))
+    assert DRTConfig(schedule="other").settled("factored").without_matrix_optimizer == ""
 
 
 def test_one_with_a_budget_of_its_own_has_it_in_force(presets):
