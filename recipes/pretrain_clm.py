@@ -1,8 +1,8 @@
 """Pretrain a causal language model in dynamic rank.
 
 With no argument: a small Llama-style model from scratch on the source text of Python's standard library, with a
-tokenizer trained on it, by the schedule `auto`: in low rank throughout, the factors trained by the matrix optimizer; two
-to five minutes on two cores.
+tokenizer trained on it, by the schedule `auto`: in low rank throughout, the factors trained by the matrix optimizer;
+two to five minutes on two cores.
 
     python recipes/pretrain_clm.py
     python recipes/pretrain_clm.py --drt_schedule auto_late
