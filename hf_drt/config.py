@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal, TypeGuard, get_args
 
@@ -53,11 +53,24 @@ def _schedule_help() -> str:
     )
 
 
+def _budget_help() -> str:
+    own = ", ".join(f"{preset.budget:g} in '{name}'" for name, preset in PRESETS.items() if preset.budget is not None)
+    return (
+        "Share of the dense training FLOPs of the selected layers that the run may take, in (0, 1]. It decides rank "
+        "and boundary of 'auto' and 'auto_late', or just the boundary at 'budget' of a schedule such as "
+        "'factored@0 dense@budget', and limits the windows of 'adaptive'. Unset: 0.9 where low rank means adapters; "
+        f"else {own}, 0.3 elsewhere where the budget chooses the rank (in narrow models the least that a rank allows), "
+        "and 0.4 where it does not."
+    )
+
+
 @dataclass(frozen=True)
 class DRTConfig:
     """Settings of dynamic-rank training; each field's meaning, unit and interval is its ``help`` metadata.
 
     The same fields, prefixed with ``drt_``, are those of :class:`hf_drt.DRTTrainingArguments`.
+
+    What a preset brings may depend on the model, on which a plan is resolved: :meth:`settled` has it.
 
     Raises:
         ValueError: A value is outside its interval; the message names the field, the value and the interval.
@@ -96,16 +109,13 @@ class DRTConfig:
     )
     budget: float | None = _option(
         None,
-        "Share of the dense training FLOPs of the selected layers that the run may take, in (0, 1]. It decides rank "
-        "and boundary of 'auto', or just the boundary at 'budget' of a schedule such as 'factored@0 dense@budget', and "
-        "limits the windows of 'adaptive'. "
-        "Unset: 0.9 where low rank means adapters, 0.3 where the budget chooses the rank (in narrow models the least "
-        "that a rank allows), else 0.4.",
+        _budget_help,
     )
     dense_query_key: bool | None = _option(
         None,
         "Keep the query and key projections of attention dense in factored phases; rank_pattern comes first. "
-        "Unset: yes where the budget chooses the rank, as in the preset 'auto', no elsewhere.",
+        "Unset: what the preset brings ('auto' keeps none), else yes where the budget chooses the rank, as in the "
+        "preset 'auto_late', and no elsewhere.",
     )
     start: Start = _option(
         "auto",
@@ -138,11 +148,12 @@ class DRTConfig:
     right_lr_scale: float = _option(
         1.0, "Multiplier on the scheduled LR of the right factor alone, V or lora_A, above 0; as left_lr_scale."
     )
-    matrix_optimizer: MatrixOptimizer = _option(
-        "none",
+    matrix_optimizer: MatrixOptimizer | None = _option(
+        None,
         "Optimizer of the selected layers' weights in every form, in place of the run's own: 'muon' moves dense "
         "weights as torch.optim.Muon does, and factors and adapters by a rule that bounds the change of their product "
-        "alike; 'none' leaves them to the run's own.",
+        "alike; 'none' leaves them to the run's own. Unset: what the preset brings ('muon' by 'auto', where low rank "
+        "means factors), else 'none'.",
     )
     matrix_lr: float = _option(
         0.04,
@@ -192,7 +203,9 @@ class DRTConfig:
             ("moments", Moments),
             ("matrix_optimizer", MatrixOptimizer),
         ):
-            _require(getattr(self, name) in get_args(choices), self, name, f"one of {', '.join(get_args(choices))}")
+            unset = name == "matrix_optimizer" and self.matrix_optimizer is None
+            allowed = get_args(choices)
+            _require(unset or getattr(self, name) in allowed, self, name, f"one of {', '.join(allowed)}")
         for name, default, registry in (("export", "dense", EXPORTERS), ("decomposition", "svd", PRODUCTS)):
             if getattr(self, name) != default:  # which is known without a look
                 registry.find(getattr(self, name))
@@ -231,10 +244,77 @@ class DRTConfig:
     @cached_property
     def parsed(self) -> Schedule | None:
         """The schedule as it was read, once; None without one."""
-        return None if self.schedule is None else Schedule.parse(self.schedule)
+        schedule = None if self.schedule is None else Schedule.parse(self.schedule)
+        return schedule if schedule is None or self.lowrank is None else schedule.where(self.lowrank)
+
+    @property
+    def preset(self) -> Preset | None:
+        """The preset that the schedule is; None where it is written phase by phase, or there is none."""
+        return self.parsed.preset if self.parsed is not None else None
+
+    def settled(self, lowrank: str | None) -> "DRTConfig":
+        """The settings where it is known what 'lowrank' stands for: with those that the preset brings for it, and a
+        definite ``matrix_optimizer``. The schedule has the phases of that case alone.
+
+        Args:
+            lowrank: 'factored' or 'adapter'; None where no phase is in low rank, and nothing is brought.
+
+        Raises:
+            ValueError: The preset brings a value outside its interval.
+        """
+        if self.given is not None:
+            return self if self.lowrank == lowrank else self.given.settled(lowrank)
+        brought = self.preset.settings_for(self, lowrank) if self.preset is not None and lowrank is not None else {}
+        unset = {name: value for name, value in brought.items() if getattr(self, name) is None}
+        made = replace(self, **{"matrix_optimizer": self.matrix_optimizer or "none"} | unset)
+        vars(made).update(_lowrank=lowrank, _given=self, _brought=self.brought | unset.keys())
+        vars(made).pop("parsed", None)  # which was read without it
+        return made
+
+    @property
+    def lowrank(self) -> str | None:
+        """What 'lowrank' stands for, 'factored' or 'adapter', in settled settings; else None."""
+        return vars(self).get("_lowrank")
+
+    @property
+    def given(self) -> "DRTConfig | None":
+        """What settled settings were made of; else None."""
+        return vars(self).get("_given")
+
+    @property
+    def brought(self) -> frozenset[str]:
+        """Names of the fields whose value the preset has brought."""
+        return vars(self).get("_brought", frozenset())
+
+    @property
+    def uses_matrix_optimizer(self) -> bool:
+        """Whether a matrix optimizer trains the selected layers' weights.
+
+        Raises:
+            RuntimeError: That depends on the model (:meth:`settled`).
+        """
+        if self.matrix_optimizer is None and self.preset is not None and "matrix_optimizer" in self.preset.settings:
+            raise RuntimeError(
+                f"whether the preset {self.preset.name} brings a matrix_optimizer depends on the model. Ask "
+                "config.settled('factored') or config.settled('adapter')."
+            )
+        return self.matrix_optimizer not in (None, "none")
+
+    @property
+    def without_matrix_optimizer(self) -> str:
+        """What a message that refuses ``matrix_optimizer`` adds where it is the preset that brings it: how to do
+        without. Empty where the user has set it."""
+        preset = self.preset
+        if preset is None or "matrix_optimizer" not in self.brought or not self.uses_matrix_optimizer:
+            return ""
+        other = f", or schedule='{preset.instead}'" if preset.instead is not None else ""
+        return (
+            f" The preset {preset.name} brings matrix_optimizer={self.matrix_optimizer}: to do without, set "
+            f"matrix_optimizer='none' (factors under the run's own optimizer){other}."
+        )
 
     def _take_from_preset(self, preset: Preset | None) -> None:
-        """Fill what is unset with the settings that go with the preset.
+        """Fill what is unset with the settings that go with the preset, whatever the model is.
 
         Raises:
             ValueError: It brings a value of a field that is never unset.
@@ -242,14 +322,16 @@ class DRTConfig:
         if preset is None:
             return
         open_to_it = [f.name for f in fields(self) if f.default is None and f.name != "schedule"]
-        for name, value in preset.settings_for(self).items():
+        for name, value in preset.settings.items():
             if name not in open_to_it:
                 raise ValueError(
                     f"preset '{preset.name}' brings {name}={value!r}, which would take the place of the user's own "
                     f"value. A preset may bring what can be left unset: {', '.join(open_to_it)}."
                 )
+        for name, value in preset.settings_for(self).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+                vars(self)["_brought"] = self.brought | {name}
 
     @property
     def patterns(self) -> dict[str, float]:
@@ -274,14 +356,16 @@ class DRTConfig:
         return {name: getattr(self, name) for name in ("include", "exclude", "blocks", "ignore_source")}
 
     def changed(self) -> dict[str, Any]:
-        """The settings that differ from their defaults, by name, without the schedule."""
+        """The settings that differ from their defaults, by name, without the schedule; of settled settings also those
+        that the preset brings by what 'lowrank' stands for."""
         default = DRTConfig(schedule=self.schedule)
+        default = default if self.given is None else default.settled(None)
         names = (f.name for f in fields(self) if f.name != "schedule")
         return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(default, name)}
 
     @property
     def budget_chooses_rank(self) -> bool:
-        """Whether the schedule leaves a rank to the budget, as the preset ``auto`` does."""
+        """Whether the schedule leaves a rank to the budget, as the presets ``auto`` and ``auto_late`` do."""
         return self.parsed is not None and self.parsed.budget_chooses_rank
 
     @classmethod

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_drt.checkpoint import LASTING, check_plan, check_structure, declare, stored_plan, structure
+from hf_drt.checkpoint import LASTING, check_plan, check_preset, check_structure, declare, stored_plan, structure
 from hf_drt.config import DRTConfig
 from hf_drt.engines import engine_of
 from hf_drt.forms import (
@@ -76,6 +76,7 @@ class DynamicRank:
         in_trainer: Whether a Trainer drives it, which alone uses the settings on evaluating, saving and logging.
 
     Attributes:
+        config: The settings, settled for this model (:meth:`hf_drt.DRTConfig.settled`).
         resolved: The plan on this model: phases, with the windows that a trigger has added so far, layers, forms, cost.
         initial: The same, before any window.
         targets: ``(out, in)`` of every layer that changes form, by name.
@@ -105,7 +106,7 @@ class DynamicRank:
         config = DRTConfig.of(config)
         check_arguments(model, max_steps, plan, trigger, seed)
         resolved = resolved_for(model, config, max_steps, plan, trigger)
-        self.model, self.config = model, config
+        self.model, self.config = model, (config := resolved.config)
         self.resolved = self.initial = resolved
         self.targets, self.copies = resolved.targets.shapes, resolved.targets.copies
         self.skipped, self.fused_note = resolved.targets.skipped, resolved.targets.fused_note
@@ -187,7 +188,7 @@ class DynamicRank:
         if optimizer is None and self._installed is None and form_group_options(self.config):
             raise ValueError(
                 f"begin_step({step}) got no optimizer, so that {group_settings(self.config)} would have no effect. "
-                "Pass the optimizer, or call drt.install(optimizer) once before."
+                f"Pass the optimizer, or call drt.install(optimizer) once before.{self.config.without_matrix_optimizer}"
             )
         transition = self.apply(step, optimizer, probe) if changes else None
         self._step = step
@@ -297,6 +298,7 @@ class DynamicRank:
             ValueError: It belongs to another plan, model, selection or setting; the message names the difference.
         """
         plan = self._plan_of(state)
+        check_preset(state, self.config.parsed, self.config.lowrank)
         forms = self.resolved.with_plan(plan).forms_by_phase
         check_structure(state, plan, self._settings(), self.targets, lambda index: forms[index])
 
@@ -435,7 +437,8 @@ class DynamicRank:
         rewarms = bool(self.config.rewarmup_steps) and (len(self.plan) > 1 or self.windows is not None)
         scales = bool(form_group_options(self.config))
         made_in = self._copied[0] if self._copied else self.phase
-        return Owner.of(self.model, self.targets, self.lr_factor, rewarms, scales, made_in)
+        without = self.config.without_matrix_optimizer
+        return Owner.of(self.model, self.targets, self.lr_factor, rewarms, scales, made_in, without)
 
     def _staged(self, optimizer: torch.optim.Optimizer | None) -> Callable[[], None]:
         """Check an optimizer that is new before anything changes; the function returned makes this an owner of it."""

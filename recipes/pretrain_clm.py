@@ -1,10 +1,11 @@
 """Pretrain a causal language model in dynamic rank.
 
 With no argument: a small Llama-style model from scratch on the source text of Python's standard library, with a
-tokenizer trained on it, by the schedule `auto`: in low rank, and in full rank for the last tenth; two to five minutes
-on two cores.
+tokenizer trained on it, by the schedule `auto`: in low rank throughout, the factors trained by the matrix optimizer;
+two to five minutes on two cores.
 
     python recipes/pretrain_clm.py
+    python recipes/pretrain_clm.py --drt_schedule auto_late
     python recipes/pretrain_clm.py --drt_schedule paper
     python recipes/pretrain_clm.py --drt_schedule "factored@0 dense@30% factored@50%" --max_steps 1000
     python recipes/pretrain_clm.py --resume_from_checkpoint last
@@ -35,7 +36,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_drt import DRTTrainer, DRTTrainingArguments
+from hf_drt import DRTTrainer, DRTTrainingArguments, Schedule
 from hf_drt.trainer.arguments import turn_off
 
 EOS = "<|endoftext|>"
@@ -55,7 +56,7 @@ DEFAULTS = {
     "dataloader_pin_memory": torch.cuda.is_available(),
     "drt_schedule": "auto",
     "drt_log_rank_steps": 100,
-    "drt_evaluate_at_switch": True,
+    "drt_evaluate_at_switch": True,  # of a schedule of several phases
 }
 
 
@@ -170,6 +171,13 @@ def build_trainer(recipe: RecipeArguments, args: DRTTrainingArguments) -> DRTTra
     )
 
 
+def switches(recipe: RecipeArguments, args: DRTTrainingArguments) -> bool:
+    """Whether the schedule has more than one phase, on the model that is trained."""
+    schedule = Schedule.parse(args.drt_schedule)
+    pretrained = recipe.model_name_or_path if args.drt_start == "auto" else args.drt_start == "pretrained"
+    return schedule.trigger is not None or len(schedule.kinds("adapter" if pretrained else "factored")) > 1
+
+
 def main(arguments: list[str] | None = None) -> DRTTrainer:
     """Train, evaluate, print the table, save the dense model."""
     parser = HfArgumentParser((RecipeArguments, DRTTrainingArguments), description=__doc__.splitlines()[0])
@@ -177,6 +185,8 @@ def main(arguments: list[str] | None = None) -> DRTTrainer:
     recipe, args = parser.parse_args_into_dataclasses(arguments)
     if recipe.plain:
         turn_off(args)
+    elif args.drt_schedule is not None:
+        args.drt_evaluate_at_switch &= switches(recipe, args)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_drt").setLevel(logging.INFO)  # the plan and its cost, and every switch
     trainer = build_trainer(recipe, args)

@@ -58,7 +58,6 @@ FIELDS = [
     ("start", "finetune", r"start must be one of auto, scratch, pretrained, got 'finetune'"),
     ("start", None, r"start must be one of auto, scratch, pretrained, got None"),
     ("matrix_optimizer", "adam", r"matrix_optimizer must be one of none, muon, got 'adam'"),
-    ("matrix_optimizer", None, r"matrix_optimizer must be one of none, muon, got None"),
     ("matrix_lr", 0, r"matrix_lr must be a number above 0, got 0"),
     ("matrix_lr", None, r"matrix_lr must be a number above 0, got None"),
     ("matrix_momentum", 1, r"matrix_momentum must be in \[0, 1\), got 1"),

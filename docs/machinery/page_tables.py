@@ -85,7 +85,9 @@ def presets() -> str:
 
 def preset_text(name: str) -> str:
     """The schedule text of a preset; that of 'adaptive' is only its beginning."""
-    return code(" ".join(map(str, Schedule.parse(name).entries)))
+    schedule = Schedule.parse(name)
+    text = code(" ".join(map(str, schedule.entries)))
+    return text if schedule.adapters is None else f"{text}; with adapters {code(schedule.where('adapter'))}"
 
 
 def optimizers() -> str:

@@ -2,7 +2,15 @@
 
 from hf_drt.checkpoint.block import AGAIN, DeclaredLayer, read_block
 from hf_drt.checkpoint.declaration import METHOD, declare, transformers_models, undeclared
-from hf_drt.checkpoint.run_state import LASTING, MADE_IN, check_plan, check_structure, stored_plan, structure
+from hf_drt.checkpoint.run_state import (
+    LASTING,
+    MADE_IN,
+    check_plan,
+    check_preset,
+    check_structure,
+    stored_plan,
+    structure,
+)
 from hf_drt.checkpoint.safetensors_files import Shapes, shapes_by_file, stored_shapes, weight_files
 from hf_drt.checkpoint.state_file import STATE_NAME, CheckpointError, read_state, write_state
 
@@ -16,6 +24,7 @@ __all__ = [
     "DeclaredLayer",
     "Shapes",
     "check_plan",
+    "check_preset",
     "check_structure",
     "declare",
     "read_block",

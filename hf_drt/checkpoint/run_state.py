@@ -68,6 +68,30 @@ def stored_plan(state: dict[str, Any]) -> Plan | None:
         return None
 
 
+def check_preset(state: dict[str, Any], schedule: Schedule | None, lowrank: str | None) -> None:
+    """Whether a state is of the preset that a run's preset names as the one to take instead: an earlier version may
+    have meant that one by the same name.
+
+    Args:
+        state: Of :func:`structure`; one that cannot be read is left to :func:`check_structure`.
+        schedule: Of this run, where 'lowrank' stands for ``lowrank``; None without one.
+
+    Raises:
+        ValueError: It has the phases of that one, and not of this run's schedule.
+    """
+    preset = schedule.preset if schedule is not None else None
+    plan = stored_plan(state)
+    if schedule is None or preset is None or preset.instead is None or plan is None or lowrank is None:
+        return
+    kinds = [phase.kind for phase in plan.phases]
+    if kinds != schedule.kinds(lowrank) and kinds == Schedule.parse(preset.instead).kinds(lowrank):
+        raise ValueError(
+            f"the state is of the plan '{plan}', which has the phases of the preset {preset.instead}, not of "
+            f"{preset.name}: an earlier version may have meant them by that name. Resume with "
+            f"schedule='{preset.instead}', and the other settings as they were."
+        )
+
+
 def check_structure(
     state: dict[str, Any],
     plan: Plan,

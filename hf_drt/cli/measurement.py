@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback
 
 from hf_drt.config import DRTConfig
+from hf_drt.planning import settled
 from hf_drt.schedule import Plan, form_text
 from hf_drt.simulate import BatchSpec
 from hf_drt.trainer import DRTTrainer, DRTTrainingArguments, unused
@@ -82,11 +83,11 @@ def measured(
         model: With real weights; it is trained.
         batch: Of one forward pass.
         plan: Whose phases are made, each ``steps`` long.
-        config: Ranks and all else.
+        config: Ranks and all else, with the schedule of which the plan was made.
         steps: Update steps per phase, of which the first is not counted.
         settings: Training arguments: batch size, accumulation, optimizer, precision.
     """
-    phases = plan.phases
+    phases, config = plan.phases, settled(config, model)
     text = " ".join(f"{form_text(phase.kind, phase.rank)}@{index * steps}" for index, phase in enumerate(phases))
     own = replace(config, schedule=text, dense_query_key=config.keeps_query_key, log_rank_steps=0,
                   log_rank_per_layer=False, evaluate_at_switch=False, save_at_switch=False, tag_phases=False,

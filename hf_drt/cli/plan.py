@@ -154,11 +154,12 @@ def _parsed(values: dict[str, Any], origin: str) -> DRTConfig:
     propose a rank by."""
     try:
         given: dict[str, Any] = {name: value if value != [] else None for name, value in values.items()}
-        given["budget"] = None
-        config = DRTConfig(**given)
-        schedule = schedule_of(config)
-        start = {"start": origin} if values["start"] != "auto" or schedule.writes_lowrank else {}
-        return replace(config, **start, budget=values["budget"] if schedule.uses_budget else config.budget)
+        schedule = schedule_of(DRTConfig(schedule=given["schedule"]))
+        if schedule.writes_lowrank:
+            given["start"] = origin
+        if not schedule.uses_budget:
+            given["budget"] = None
+        return DRTConfig(**given)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="the plan") from None
 

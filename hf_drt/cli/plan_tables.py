@@ -42,7 +42,7 @@ def print_estimate(
         f"{run.trainable:.3f} of the whole model's on average; peak {mib(run.peak)} MiB, "
         f"{run.peak / run.dense.peak:.3f} of dense"
     )
-    if resolved.config.matrix_optimizer != "none":
+    if resolved.config.uses_matrix_optimizer:
         typer.echo(_update_line(run))
     if times is not None:
         total, steps, switches = _length(run, times)

@@ -10,7 +10,7 @@ multipliers, each side has its own.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -26,12 +26,12 @@ from hf_drt.optim.rule import Group
 from hf_drt.optim.sides import Side, side_scales
 
 LR_SCALE, FROBENIUS = "drt_lr_scale", "drt_frobenius_decay"
-# The rate that the matrices' groups were made with, whatever a scheduler has made of it.
-# The settings that need form groups.
-_NEED_GROUPS = (
-    "factored_lr_scale", "adapter_lr_scale", "left_lr_scale", "right_lr_scale", "frobenius_decay", "matrix_optimizer",
-)  # fmt: skip
-GROUP_SETTINGS = f"{', '.join(_NEED_GROUPS[:-1])} and {_NEED_GROUPS[-1]}"
+# The settings that need form groups, with the value at which they need none.
+NEED_GROUPS: dict[str, Any] = {
+    "factored_lr_scale": 1, "adapter_lr_scale": 1, "left_lr_scale": 1, "right_lr_scale": 1, "frobenius_decay": False,
+    "matrix_optimizer": "none",
+}  # fmt: skip
+GROUP_SETTINGS = "{}, {}, {}, {}, {} and {}".format(*NEED_GROUPS)
 # What a form group has of the settings, and a scheduler leaves as it is.
 _FIXED = (LR_SCALE, MATRIX, MATRIX_LR)
 
@@ -41,7 +41,7 @@ Options = dict[tuple[str, Side], dict[str, Any]]
 def form_group_options(config: DRTConfig) -> Options:
     """Options by form and side, of those that need a group of their own; side None is both."""
     options: Options = {}
-    if config.matrix_optimizer != "none":
+    if config.uses_matrix_optimizer:
         matrices = {"lr": config.matrix_lr, MATRIX_LR: config.matrix_lr, MATRIX: config.matrix_momentum}
         options = {(form, None): dict(matrices) for form in KINDS.values()}
     for side, scale in side_scales(config).items():
@@ -56,8 +56,14 @@ def form_group_options(config: DRTConfig) -> Options:
 
 def group_settings(config: DRTConfig) -> str:
     """The settings that need form groups, as they are given; empty if none is."""
-    given = ((name, getattr(config, name)) for name in _NEED_GROUPS)
-    return ", ".join(f"{name}={value}" for name, value in given if value != getattr(DRTConfig, name))
+    return ", ".join(given_of(config, NEED_GROUPS))
+
+
+def given_of(config: DRTConfig, off: Mapping[str, Any]) -> Iterator[str]:
+    """Those of some settings that are on, each with its value; ``off`` has the values at which they are not."""
+    for name, value in off.items():
+        if getattr(config, name) not in (None, value):
+            yield f"{name}={getattr(config, name)}"
 
 
 def add_form_groups(optimizer: torch.optim.Optimizer, owner: Owner, config: DRTConfig) -> Callable[[], None]:
@@ -79,6 +85,7 @@ def add_form_groups(optimizer: torch.optim.Optimizer, owner: Owner, config: DRTC
         raise ValueError(
             f"{group_settings(config)}: this adds parameter groups, but a learning-rate scheduler that counts them has "
             "been made already. Call drt.install(optimizer) before making the scheduler."
+            f"{config.without_matrix_optimizer}"
         )
     targets = {name: layer_of(model, name) for name in owner.names}
     index = GroupIndex(optimizer)

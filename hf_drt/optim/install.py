@@ -30,7 +30,7 @@ def staged(
     """
     OwnCounts.settle(optimizer)
     # Gradients of what the matrix optimizer trains are not seen by the optimizer's own step.
-    if rule_of(optimizer).matrices_alone and config.matrix_optimizer == "none":
+    if rule_of(optimizer).matrices_alone and not config.uses_matrix_optimizer:
         _check_matrices(type(optimizer).__name__, owner)
     model = owner.model()
     if model is not None and engine_of(model).sharded:
@@ -46,10 +46,11 @@ def refuse_sharded(config: DRTConfig) -> None:
     Raises:
         ValueError: The matrix optimizer is set.
     """
-    if config.matrix_optimizer != "none":
+    if config.uses_matrix_optimizer:
         raise ValueError(
             f"matrix_optimizer={config.matrix_optimizer} needs whole matrices, and FSDP shards them. Train with DDP "
             "(leave fsdp out of the training arguments), or set matrix_optimizer to 'none'."
+            f"{config.without_matrix_optimizer}"
         )
 
 

@@ -13,7 +13,7 @@ from torch.utils.weak import TensorWeakRef
 
 from hf_drt.forms import trainable_weights
 from hf_drt.optim.matrices import MATRIX, LayerUpdate, update_layers
-from hf_drt.optim.owners import form_groups, owners
+from hf_drt.optim.owners import form_groups, owners, without_matrices
 from hf_drt.optim.rule import Group
 
 _Layer = tuple[nn.Module, tuple[nn.Parameter, ...]]  # with its trainable weights
@@ -37,7 +37,7 @@ class MatrixStep:
         if closure is not None and any(MATRIX in group for group in optimizer.param_groups):
             raise ValueError(
                 "matrix_optimizer takes the gradients before optimizer.step(), and step(closure) computes them in it. "
-                "Call the closure first, then step() without it."
+                f"Call the closure first, then step() without it.{without_matrices(optimizer)}"
             )
         self._updates = list(_updates(optimizer))
         for update in self._updates:

@@ -18,25 +18,26 @@ def check_own(optimizer: torch.optim.Optimizer, config: DRTConfig) -> None:
     if known_rule(type(optimizer)) is not None:
         return
     name, found = qualified_name(type(optimizer)), tried(optimizer)
-    if config.moments == "project" and config.matrix_optimizer == "none":
+    if config.moments == "project" and not config.uses_matrix_optimizer:
         raise ValueError(
             f"moments='project' has no effect with the optimizer {name}: {_without_moments(name, found.kept)}"
         )
     if form_group_options(config) and found.apart:
         raise ValueError(
             f"{group_settings(config)}: this needs parameter groups that are added to the optimizer, but in a trial of "
-            f"{name} on small parameters {found.apart} Leave the setting out."
+            f"{name} on small parameters {found.apart} Leave the setting out.{config.without_matrix_optimizer}"
         )
-    if config.matrix_optimizer != "none" and found.bare:
+    if config.uses_matrix_optimizer and found.bare:
         raise ValueError(
             f"matrix_optimizer={config.matrix_optimizer} takes the gradients of its weights aside while the optimizer "
             f"makes its own step, but in a trial of {name} on small parameters {found.bare} Let it pass over "
-            "parameters whose grad is None, or set matrix_optimizer to 'none'."
+            f"parameters whose grad is None, or set matrix_optimizer to 'none'.{config.without_matrix_optimizer}"
         )
     if (scales := scaling(config)) and not found.reads_rate:
         raise ValueError(
             f"{scales}: this needs the learning rate of the optimizer's groups, but in a trial of {name} on small "
             "parameters lr made no difference after the first steps. Leave the setting out."
+            f"{config.without_matrix_optimizer}"
         )
 
 

@@ -31,6 +31,8 @@ class Owner:
         scales: Whether it has form groups.
         made_in: Phase that the model was in when the optimizer was made; None: before the first.
         number: What its form groups are marked with.
+        without_matrices: What a message that refuses its matrix optimizer adds
+            (:attr:`hf_drt.DRTConfig.without_matrix_optimizer`).
     """
 
     model: weakref.ref[nn.Module]
@@ -40,6 +42,7 @@ class Owner:
     scales: bool
     made_in: int | None = None
     number: int = 0
+    without_matrices: str = ""
 
     @classmethod
     def of(
@@ -50,9 +53,11 @@ class Owner:
         rewarms: bool,
         scales: bool,
         made_in: int | None,
+        without_matrices: str = "",
     ) -> "Owner":
         """An owner that has not entered an optimizer yet; ``factor`` is a method of its controller."""
-        return cls(weakref.ref(model), dict.fromkeys(names), weakref.WeakMethod(factor), rewarms, scales, made_in)
+        layers, share = dict.fromkeys(names), weakref.WeakMethod(factor)
+        return cls(weakref.ref(model), layers, share, rewarms, scales, made_in, without_matrices=without_matrices)
 
     def share(self) -> float:
         """Share of the scheduled LR in force; 1 once the controller is gone."""
@@ -89,6 +94,11 @@ _OWNERS: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[Owner]] = weakref
 def owners(optimizer: torch.optim.Optimizer) -> list[Owner]:
     """The owners in an optimizer, by number."""
     return list(_OWNERS.get(optimizer, []))
+
+
+def without_matrices(optimizer: torch.optim.Optimizer) -> str:
+    """What a message that refuses the matrix optimizer of any owner adds."""
+    return "".join(dict.fromkeys(owner.without_matrices for owner in owners(optimizer)))
 
 
 def set_owners(optimizer: torch.optim.Optimizer, found: list[Owner]) -> None:

@@ -6,14 +6,13 @@ import torch
 import torch.distributed as dist
 
 from hf_drt.config import DRTConfig
+from hf_drt.optim.groups import NEED_GROUPS, given_of
 from hf_drt.optim.matrices import MATRIX_LR
+from hf_drt.optim.owners import without_matrices
 from hf_drt.optim.registry import known_rule
 from hf_drt.optim.rule import OptimizerRule, OwnRate
 
-_OFF: dict[str, Any] = {
-    "rewarmup_steps": 0, "factored_lr_scale": 1, "adapter_lr_scale": 1, "left_lr_scale": 1, "right_lr_scale": 1,
-    "frobenius_decay": False, "matrix_optimizer": "none",
-}  # fmt: skip
+_OFF: dict[str, Any] = {"rewarmup_steps": 0, **NEED_GROUPS}
 
 
 def own_rate(optimizer: torch.optim.Optimizer, mine: set[int] | None = None) -> OwnRate | None:
@@ -31,7 +30,7 @@ def own_rate(optimizer: torch.optim.Optimizer, mine: set[int] | None = None) -> 
 
 def scaling(config: DRTConfig) -> str:
     """The settings that scale the learning rate, as they are given; empty if none is."""
-    return ", ".join(f"{key}={value}" for key, off in _OFF.items() if (value := getattr(config, key)) != off)
+    return ", ".join(given_of(config, _OFF))
 
 
 def check_rate(optimizer: torch.optim.Optimizer, config: DRTConfig, mine: set[int] | None = None) -> None:
@@ -51,7 +50,7 @@ def check_rate(optimizer: torch.optim.Optimizer, config: DRTConfig, mine: set[in
         raise ValueError(
             f"{found}: this needs the learning rate of the optimizer's groups, but {name} with {rate.option} "
             f"computes its own and does not read it. Use {name}(params, {rate.instead}), or AdamW; or leave the "
-            "setting out."
+            f"setting out.{config.without_matrix_optimizer}"
         )
 
 
@@ -74,6 +73,7 @@ def check_matrix_rates(optimizer: torch.optim.Optimizer) -> bool:
         f"matrix_lr={max(asked):g} has no effect: all parameter groups have the learning rate {max(rates):g}, as a "
         "scheduler that sets rates gives them (OneCycleLR, CyclicLR), or a loop with group['lr'] = lr. Take one that "
         "multiplies each group's own rate, as those of the Trainer and LambdaLR do, or set matrix_lr to that rate."
+        f"{without_matrices(optimizer)}"
     )
 
 
@@ -88,16 +88,17 @@ def check_step(rule: OptimizerRule, called: str, config: DRTConfig) -> None:
     Raises:
         ValueError: They cannot.
     """
-    if rule.averages and config.matrix_optimizer != "none":
+    if rule.averages and config.uses_matrix_optimizer:
         raise ValueError(
             f"matrix_optimizer={config.matrix_optimizer}: {called} averages the weights within its own "
             "step, and warms up there (warmup_steps). The matrices have no part in it, and would be evaluated as they "
             "are, next to averages. Leave the setting out, or take optim='adamw_torch' with a scheduler."
+            f"{config.without_matrix_optimizer}"
         )
-    if rule.picks_layers and config.matrix_optimizer != "none":
+    if rule.picks_layers and config.uses_matrix_optimizer:
         raise ValueError(
             f"matrix_optimizer={config.matrix_optimizer} and {called} are for the same weights, and only one can train "
-            "them. Leave the setting out, or take optim='adamw_torch' for the others."
+            f"them. Leave the setting out, or take optim='adamw_torch' for the others.{config.without_matrix_optimizer}"
         )
     if not rule.without_step:
         return
@@ -111,4 +112,5 @@ def check_step(rule: OptimizerRule, called: str, config: DRTConfig) -> None:
         raise ValueError(
             f"{found}: this acts around optimizer.step(), but {called} cannot be reached there: it updates the weights "
             f"{rule.without_step}. Leave the setting out, or take the nearest that can, optim='{rule.nearest}'."
+            f"{config.without_matrix_optimizer}"
         )

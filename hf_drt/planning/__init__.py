@@ -2,7 +2,7 @@
 
 from hf_drt.planning.checks import check_arguments, check_resolved
 from hf_drt.planning.cost import PlanCost
-from hf_drt.planning.description import description, facts, headline
+from hf_drt.planning.description import chosen, description, facts, headline
 from hf_drt.planning.idle_settings import Usage, idle_settings, refuse_idle, refuse_without_schedule, usage_of
 from hf_drt.planning.layers import LayersOf, TargetLayers
 from hf_drt.planning.origin import lowrank_kind
@@ -14,7 +14,15 @@ from hf_drt.planning.ranks import (
     resolve_rank,
     stays_dense,
 )
-from hf_drt.planning.resolve import Resolution, budget_of, resolution, resolved_for, resolved_plan, schedule_of
+from hf_drt.planning.resolve import (
+    Resolution,
+    budget_of,
+    resolution,
+    resolved_for,
+    resolved_plan,
+    schedule_of,
+    settled,
+)
 from hf_drt.planning.resolved import ResolvedPlan
 from hf_drt.planning.update_cost import update_multiply_adds, update_tokens
 
@@ -30,6 +38,7 @@ __all__ = [
     "budget_of",
     "check_arguments",
     "check_resolved",
+    "chosen",
     "description",
     "facts",
     "headline",
@@ -44,6 +53,7 @@ __all__ = [
     "resolved_for",
     "resolved_plan",
     "schedule_of",
+    "settled",
     "stays_dense",
     "update_multiply_adds",
     "update_tokens",

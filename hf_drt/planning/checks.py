@@ -104,9 +104,10 @@ def _check_products(forms: dict[str, Form], config: DRTConfig) -> None:
         ("right_lr_scale", 1, "is of the right factor of"),
     ):
         if getattr(config, name) != off:
+            brought = config.without_matrix_optimizer if name == "matrix_optimizer" else ""
             raise ValueError(
                 f"{name} {does} a product U V, and decomposition='{config.decomposition}' is of other tensors. Use "
-                f"decomposition='svd', or leave {name} out."
+                f"decomposition='svd', or leave {name} out.{brought}"
             )
 
 

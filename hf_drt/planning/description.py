@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from hf_drt.config import DRTConfig
 from hf_drt.forms import Dense
 from hf_drt.planning.ranks import stays_dense
 from hf_drt.planning.resolved import ResolvedPlan
@@ -25,6 +26,13 @@ def description(resolved: ResolvedPlan) -> list[str]:
     return [headline(resolved), *timeline(spans, marks=LETTERS).splitlines(), *facts(resolved)]
 
 
+def chosen(resolved: ResolvedPlan) -> list[str]:
+    """The lines of :func:`description` that tell of ranks, with the budget where it has decided them, and of the matrix
+    optimizer with its rate."""
+    uses = resolved.config.uses_matrix_optimizer
+    return [*_ranks(resolved), *([f"matrix_optimizer: {_rate(resolved.config)}"] if uses else [])]
+
+
 def headline(resolved: ResolvedPlan) -> str:
     """What was written, and the phases that it has come to."""
     plan, layers = resolved.plan, len(resolved.targets.shapes)
@@ -44,8 +52,8 @@ def facts(resolved: ResolvedPlan) -> list[str]:
 
 def _update_cost(resolved: ResolvedPlan) -> Iterator[str]:
     """What the matrix optimizer takes; its share depends on the tokens of an update, which are not known here."""
-    targets, name = resolved.targets, resolved.config.matrix_optimizer
-    if name == "none":
+    targets = resolved.targets
+    if not resolved.config.uses_matrix_optimizer:
         return
     shapes, copies = list(targets.shapes.values()), list(targets.copies.values())
     tokens = {
@@ -53,8 +61,14 @@ def _update_cost(resolved: ResolvedPlan) -> Iterator[str]:
         for phase, forms in zip(resolved.plan.phases, resolved.forms_by_phase, strict=True)
     }
     parts = ", ".join(f"{count:,.0f} / T ({form})" for form, count in tokens.items())
-    rate = f"{name} at matrix_lr={resolved.config.matrix_lr:g}"
+    rate = _rate(resolved.config)
     yield f"matrix_optimizer: {rate}, whose update of T tokens costs {parts} of the target layers' training"
+
+
+def _rate(config: DRTConfig) -> str:
+    """The matrix optimizer with its rate, and who has chosen it."""
+    by = f" (by the preset {config.preset.name})" if config.preset and "matrix_optimizer" in config.brought else ""
+    return f"{config.matrix_optimizer}{by} at matrix_lr={config.matrix_lr:g}"
 
 
 def _schedule(resolved: ResolvedPlan) -> Schedule | None:
@@ -83,8 +97,8 @@ def _decided(resolved: ResolvedPlan) -> Iterator[str]:
     if schedule.trigger is not None:
         yield f"windows: full rank as {schedule.trigger} asks for it (within the budget of {resolved.budget:.4g})"
     if (preset := schedule.preset) is not None:
-        for name, value in preset.settings_for(config).items():
-            if getattr(config, name) == value:
+        for name, value in preset.settings_for(config, resolved.lowrank).items():
+            if getattr(config, name) == value and name != "matrix_optimizer":  # which is told with its rate
                 yield f"{name}: {value} (by the preset {preset.name})"
 
 

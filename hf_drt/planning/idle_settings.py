@@ -24,7 +24,7 @@ class Usage:
     """What decides whether a setting has an effect.
 
     Attributes:
-        config: All settings.
+        config: All settings, settled.
         schedule: Of ``config.schedule``; None where a plan was made by hand.
         phases: Kind and rank of every phase; kind 'lowrank' is resolved, a rank 'budget' may not be.
         targets: Shape of every target layer, by name.
@@ -60,6 +60,7 @@ class Usage:
 
 def usage_of(config: DRTConfig, lowrank: str, targets: Shapes) -> Usage:
     """In a Trainer, of a schedule that is not resolved yet; ``lowrank`` is what 'lowrank' stands for."""
+    config = config.settled(lowrank)
     schedule = config.parsed
     entries = schedule.entries if schedule is not None else ()
     phases = [(lowrank if entry.kind == "lowrank" else entry.kind, entry.rank) for entry in entries]
@@ -108,10 +109,12 @@ def idle_settings(usage: Usage) -> Iterator[tuple[str, str]]:
 
 
 def settings_given(config: DRTConfig) -> list[str]:
-    """The fields, but for the schedule, whose value would be another if they were left out."""
-    values: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(config)}
+    """The fields, but for the schedule, whose value would be another if they were left out; of settings that are not
+    settled, with nothing of what the preset brings by what 'lowrank' stands for."""
+    config = config.settled(config.lowrank)
+    values: dict[str, Any] = {f.name: getattr(config.given, f.name) for f in fields(config)}
     defaults: dict[str, Any] = {f.name: f.default for f in fields(config) if f.name != "schedule"}
-    left_out = {name: replace(config, **{**values, name: default}) for name, default in defaults.items()}
+    left_out = {name: DRTConfig(**{**values, name: value}).settled(config.lowrank) for name, value in defaults.items()}
     given = [name for name, other in left_out.items() if _value(config, name) != _value(other, name)]
     # 16 may stand in a configuration that was another schedule's before.
     return [name for name in given if name != "adapter_alpha" or config.adapter_alpha != DRTConfig().adapter_alpha]
@@ -234,23 +237,26 @@ def _needs_trainer(usage: Usage) -> str | None:
 
 
 def _needs_matrix_optimizer(usage: Usage) -> str | None:
-    if usage.config.matrix_optimizer != "none":
+    if usage.config.uses_matrix_optimizer:
         return None
     return "the run's own optimizer trains all weights. Set matrix_optimizer, e.g. to 'muon'."
 
 
 def _frobenius_decay(usage: Usage) -> str | None:
-    if usage.config.matrix_optimizer == "none":
+    if not usage.config.uses_matrix_optimizer:
         return None
-    return f"matrix_optimizer={usage.config.matrix_optimizer} decays the product anyway. Give one of the two."
+    return (
+        f"matrix_optimizer={usage.config.matrix_optimizer} decays the product anyway. Give one of the two."
+        f"{usage.config.without_matrix_optimizer}"
+    )
 
 
 def _side_lr_scale(usage: Usage) -> str | None:
-    if usage.config.matrix_optimizer == "none":
+    if not usage.config.uses_matrix_optimizer:
         return None
     return (
         f"matrix_optimizer={usage.config.matrix_optimizer} moves both factors by one rate, so that each makes half of "
-        "the change that it bounds. Give one of the two."
+        f"the change that it bounds. Give one of the two.{usage.config.without_matrix_optimizer}"
     )
 
 

@@ -1,6 +1,6 @@
 """From a schedule to a resolved plan: what 'lowrank' and the budget stand for on a model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -11,7 +11,7 @@ from hf_drt.planning.cost import relative_flops
 from hf_drt.planning.layers import TargetLayers
 from hf_drt.planning.origin import decide, lowrank_kind
 from hf_drt.planning.resolved import ResolvedPlan, forms_of
-from hf_drt.schedule import Plan, Run, Schedule, Trigger, least_budget
+from hf_drt.schedule import Plan, Run, Schedule, Trigger
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Resolution:
     """A schedule on a model, as far as it can be resolved without the run's learning rate.
 
     Attributes:
-        config: All settings, with a schedule.
+        config: All settings, with a schedule, settled for ``lowrank``.
         targets: The model's target layers.
         run: The run, with budget and costs.
         lowrank: What 'lowrank' stands for.
@@ -63,15 +63,25 @@ def resolution(
     config: DRTConfig, run: Run, model: nn.Module, targets: TargetLayers | None = None, resumed: bool = False
 ) -> Resolution:
     """All of :func:`resolved_plan` that does not depend on the learning rate: the model may change form afterwards."""
-    schedule = schedule_of(config)
     targets = targets if targets is not None else TargetLayers.of(model, config)
-    lowrank = lowrank_kind(schedule, config, model, resumed)
+    lowrank = lowrank_kind(schedule_of(config), config, model, resumed)
+    config = config.settled(lowrank)
+    schedule = schedule_of(config)
     decide(lowrank, schedule, config, model, resumed)
     budget = budget_of(config, schedule.kinds(lowrank))
     run = replace(run, budget=budget, cost=_cost_of_forms(targets, config))
     if config.budget is None and config.budget_chooses_rank and lowrank == "factored":
-        run = replace(run, budget=max(budget, least_budget(lowrank, run)))
+        run = replace(run, budget=max(budget, schedule.least_budget(run, lowrank)))
     return Resolution(config, targets, run, lowrank)
+
+
+def settled(config: DRTConfig, model: nn.Module, resumed: bool = False) -> DRTConfig:
+    """The settings as a plan on a model has them (:meth:`hf_drt.DRTConfig.settled`); they have a schedule.
+
+    Raises:
+        ValueError: As :func:`lowrank_kind`.
+    """
+    return config.settled(lowrank_kind(schedule_of(config), config, model, resumed))
 
 
 def resolved_plan(
@@ -108,7 +118,7 @@ def resolved_for(
             has a trigger beside its own; and as :func:`resolved_plan`.
     """
     if isinstance(plan, ResolvedPlan):
-        if plan.config != config or trigger is not None:
+        if plan.config != config.settled(plan.config.lowrank) or trigger is not None:
             other = "with a trigger of its own" if trigger is not None else "under other settings"
             raise ValueError(
                 f"the plan '{plan.plan}' was resolved {other}. Pass the settings that it was made with (plan.config), "
@@ -133,13 +143,15 @@ def schedule_of(config: DRTConfig) -> Schedule:
     return config.parsed
 
 
-def budget_of(config: DRTConfig, kinds: set[str]) -> float:
+def budget_of(config: DRTConfig, kinds: Collection[str]) -> float:
     """The budget in force for phases of these kinds: an adapter alone takes more than 2/3 of the dense FLOPs, and where
-    the rank is free 0.3 was as good as more (``recipes/benchmarks/RESULTS.md``)."""
+    the rank is free 0.3 was as good as more (``recipes/benchmarks/RESULTS.md``); a preset may have one of its own."""
     if config.budget is not None:
         return config.budget
     if "adapter" in kinds:
         return 0.9
+    if config.preset is not None and config.preset.budget is not None:
+        return config.preset.budget
     return 0.3 if config.budget_chooses_rank else 0.4
 
 

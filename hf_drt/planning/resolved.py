@@ -22,7 +22,7 @@ class ResolvedPlan:
         targets: The layers that change form.
         forms_by_phase: For every phase the form of every target layer, by name.
         cost: What the plan takes of dense training of the target layers.
-        config: The settings that ranks, forms and selection come from.
+        config: The settings that ranks, forms and selection come from, settled.
         trigger: Adds full-rank windows during the run; None without one.
         lowrank: What 'lowrank' in the schedule stands for; None where the plan was made by hand.
         budget: Share of the dense training FLOPs of the target layers that is in force, where one decides anything.
@@ -53,6 +53,7 @@ class ResolvedPlan:
         known: Mapping[tuple, Forms] | None = None,
     ) -> "ResolvedPlan":
         """The plan on these layers; ``known`` are forms by kind and rank of a phase, where some are at hand."""
+        config = config.settled(lowrank or _lowrank_of(plan))
         known = dict(known or {})
         for phase in plan.phases:
             if _key(phase) not in known:
@@ -85,6 +86,11 @@ class ResolvedPlan:
 def forms_of(kind: str, rank: int | float | None, targets: TargetLayers, config: DRTConfig) -> Forms:
     """The form of every target layer in a phase of some kind and rank."""
     return Frozen({name: resolve_form(kind, shape, config, name, rank) for name, shape in targets.shapes.items()})
+
+
+def _lowrank_of(plan: Plan) -> str | None:
+    """What 'lowrank' stands for in a plan made by hand: the form of its first phase in low rank."""
+    return next((phase.kind for phase in plan.phases if phase.kind != "dense"), None)
 
 
 def _key(phase: Phase) -> tuple:

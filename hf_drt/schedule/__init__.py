@@ -1,7 +1,6 @@
 """From one line of text to integer phases: Schedule (as written) -> Plan (update steps)."""
 
 from hf_drt.schedule.boundary import Boundary, Run, lr_drops
-from hf_drt.schedule.budget_step import least_budget
 from hf_drt.schedule.counts import whole_number
 from hf_drt.schedule.plan import Phase, Plan, form_text
 from hf_drt.schedule.presets import PRESETS, Follows, Preset, preset_rows, register
@@ -27,7 +26,6 @@ __all__ = [
     "Windows",
     "draw_timeline",
     "form_text",
-    "least_budget",
     "lr_drops",
     "preset_rows",
     "register",

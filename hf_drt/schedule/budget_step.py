@@ -9,42 +9,43 @@ from hf_drt.schedule.plan import Plan, form_text
 Form = tuple[str, int | float | None]
 
 RANKS = (1 / 4, 3 / 16, 1 / 8, 1 / 16, 1 / 32)
-FULL_RANK_SHARE = 0.1  # of the run, that a rank has to leave for full rank
+FULL_RANK_SHARE = 0.1  # of the run, that a rank has to leave for full rank where the schedule has any
 
 
-def budget_rank(kind: str, run: Run) -> float:
-    """The largest share of min(out, in) that leaves enough of the budget for a full-rank phase.
+def budget_rank(kind: str, run: Run, full_rank: float) -> float:
+    """The largest share of min(out, in) that leaves enough of the budget for full-rank phases.
 
     With steps that cost ``c`` in low rank and 1 in full rank, ``c (1 - w) + w <= budget`` for the share ``w`` of the
-    run in full rank, :data:`FULL_RANK_SHARE` or one update step; among :data:`RANKS`.
+    run in full rank, ``full_rank`` (:func:`full_rank_share`); among :data:`RANKS`.
 
     Raises:
         ValueError: There is no budget, or even the smallest of these ranks costs too much.
     """
     budget, cost = _budget_and_cost(run)
     for rank in RANKS:
-        if _with_full_rank(cost(kind, rank), run) <= budget:
+        if _with_full_rank(cost(kind, rank), full_rank) <= budget:
             return rank
+    beside = f", with {full_rank:.0%} of the run in full rank" if full_rank else ""
     raise ValueError(
         f"no rank meets a budget of {budget:g}: of the dense training FLOPs the {kind} form takes at least "
-        f"{least_budget(kind, run):.3f}, with {_full_rank_share(run):.0%} of the run in full rank. Raise the budget, "
-        "lower rank_multiple or rank_pattern, or write the schedule and its ranks by hand."
+        f"{least_budget(kind, run, full_rank):.3f}{beside}. Raise the budget, lower rank_multiple or rank_pattern, or "
+        "write the schedule and its ranks by hand."
     )
 
 
-def least_budget(kind: str, run: Run) -> float:
+def least_budget(kind: str, run: Run, full_rank: float) -> float:
     """The smallest budget for which :func:`budget_rank` finds a rank."""
     _, cost = _budget_and_cost(run)
-    return _with_full_rank(cost(kind, RANKS[-1]), run)
+    return _with_full_rank(cost(kind, RANKS[-1]), full_rank)
 
 
-def _full_rank_share(run: Run) -> float:
-    """Of a run of less than ten update steps a tenth is less than one."""
-    return max(FULL_RANK_SHARE, 1 / run.max_steps)
+def full_rank_share(kinds: Sequence[str], run: Run) -> float:
+    """Share of the run that a rank has to leave for full rank, 0 where no phase is dense; of a run of less than ten
+    update steps a tenth is less than one."""
+    return max(FULL_RANK_SHARE, 1 / run.max_steps) if "dense" in kinds else 0.0
 
 
-def _with_full_rank(cost: float, run: Run) -> float:
-    share = _full_rank_share(run)
+def _with_full_rank(cost: float, share: float) -> float:
     return cost * (1 - share) + share
 
 
@@ -93,8 +94,9 @@ def budget_step(index: int, starts: Sequence[int | None], forms: Sequence[Form],
     return step
 
 
-def check_cost(plan: Plan, run: Run) -> None:
-    """Whether a plan whose ranks a budget has decided keeps within it: its boundaries may be given.
+def check_cost(plan: Plan, run: Run, full_rank: float) -> None:
+    """Whether a plan whose ranks a budget has decided, with room for a share ``full_rank`` of the run in full rank,
+    keeps within it: its boundaries may be given.
 
     Raises:
         ValueError: It does not.
@@ -102,10 +104,11 @@ def check_cost(plan: Plan, run: Run) -> None:
     budget, cost = _budget_and_cost(run)
     costs = [cost(phase.kind, phase.rank) * (plan.end_of(i) - phase.start) for i, phase in enumerate(plan.phases)]
     if (share := sum(costs) / plan.max_steps) > budget + 1e-9:
+        left = f"{full_rank:.0%}" if full_rank else "nothing"
         raise ValueError(
-            f"rank 'budget' leaves {_full_rank_share(run):.0%} of the run for full rank, and '{plan}' takes "
+            f"rank 'budget' leaves {left} of the run for full rank, and '{plan}' takes "
             f"{share:.3f} of dense training FLOPs, more than the budget of {budget:g}. Put a boundary at 'budget' too, "
-            "e.g. 'lowrank:budget@0 dense@budget', which is the preset auto, or shorten the dense phases."
+            "e.g. 'lowrank:budget@0 dense@budget', which is the preset auto_late, or shorten the dense phases."
         )
 
 

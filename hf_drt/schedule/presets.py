@@ -2,11 +2,12 @@
 'adaptive', whose windows are decided during the run.
 
 A preset is added in one place, :data:`PRESETS` (from outside: :func:`register`); errors, the help of ``drt_schedule``
-and the table of the documentation are made of it.
+and the table of the documentation are made of it. Phases, settings and budget may be others where 'lowrank' stands for
+factors, in a new model, than where it stands for adapters, in a pretrained one.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,16 +18,22 @@ from hf_drt.schedule.plan import form_text
 from hf_drt.schedule.trigger import Trigger
 
 _CALL = re.compile(r"(\w+)\s*(?:\((.*)\))?")
+LOWRANK = "lowrank"  # what a setting may follow beside other settings
+AUTO_BUDGET = 0.2
+"""Share of the dense training FLOPs that 'auto' takes in factors, where nothing else is set."""
 
 
 @dataclass(frozen=True)
 class Follows:
-    """A value that follows another setting, whose name is ``setting``."""
+    """A value that follows another setting, whose name is ``setting``; or the form, 'factored' or 'adapter', that
+    'lowrank' stands for, where that is ``setting``."""
 
     setting: str
     values: Mapping[Any, Any]
 
     def __str__(self) -> str:
+        if self.setting == LOWRANK:
+            return ", ".join(f"{value} in {form} form" for form, value in self.values.items())
         return f"{', '.join(f'{value:g}' for value in self.values.values())} by {self.setting}"
 
 
@@ -41,6 +48,12 @@ class Preset:
         options: Every option of ``build`` with its default, whose type is the option's.
         settings: Values of fields of :class:`hf_drt.DRTConfig` that the user leaves unset (None); each may be a
             :class:`Follows`.
+        adapters: Makes the schedule's text where 'lowrank' stands for adapters, of the same options; None: ``build``
+            makes it too.
+        budget: The budget where 'lowrank' stands for factors and the user leaves it unset, in (0, 1]; None: that of a
+            schedule without a name.
+        instead: Preset that brings none of this one's settings, for messages; and whose phases an earlier version may
+            have meant by this one's name.
     """
 
     name: str
@@ -48,12 +61,19 @@ class Preset:
     build: Callable[..., str | Trigger]
     options: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    adapters: Callable[..., str] | None = None
+    budget: float | None = None
+    instead: str | None = None
 
-    def settings_for(self, config: Any) -> dict[str, Any]:
-        """The settings that go with it, by name, under the other settings of a configuration; those that follow a value
-        for which there is none are left out."""
+    def settings_for(self, config: Any, lowrank: str | None = None) -> dict[str, Any]:
+        """The settings that go with it, by name, under the other settings of a configuration and with what 'lowrank'
+        stands for, if that is known; those that follow a value for which there is none are left out."""
+
+        def followed(setting: str) -> Any:
+            return lowrank if setting == LOWRANK else getattr(config, setting)
+
         found = {
-            name: value.values.get(getattr(config, value.setting)) if isinstance(value, Follows) else value
+            name: value.values.get(followed(value.setting)) if isinstance(value, Follows) else value
             for name, value in self.settings.items()
         }
         return {name: value for name, value in found.items() if value is not None}
@@ -86,9 +106,18 @@ def preset_of(text: str) -> Preset | None:
     return PRESETS[match[1]]
 
 
-def expand(text: str) -> str | Trigger | None:
-    """The schedule text behind ``name`` or ``name(option=value, ...)``, the trigger behind 'adaptive'; None if the text
-    is no preset at all.
+@dataclass(frozen=True)
+class Expanded:
+    """What a preset with its options stands for: the text of the schedule, or a trigger; and the text where 'lowrank'
+    stands for adapters, if that is another."""
+
+    preset: Preset
+    phases: str | Trigger
+    adapters: str | None
+
+
+def expand(text: str) -> Expanded | None:
+    """What ``name`` or ``name(option=value, ...)`` stands for; None if the text is no preset at all.
 
     Raises:
         ValueError: Unknown preset or option, or a value outside its interval.
@@ -104,7 +133,7 @@ def expand(text: str) -> str | Trigger | None:
             known = ", ".join(preset.options) or "none"
             raise ValueError(f"preset '{preset.name}' has no option '{key}'; its options are: {known}.")
         options[key] = _value(preset.name, key, value, preset.options[key])
-    return preset.build(**options)
+    return Expanded(preset, preset.build(**options), preset.adapters(**options) if preset.adapters else None)
 
 
 def _value(preset: str, key: str, text: str, default: Any) -> Any:
@@ -122,7 +151,8 @@ def register(preset: Preset) -> None:
     """Add a preset: schedules, errors and help texts know it from here on.
 
     Raises:
-        ValueError: Its name is taken, or is not a word; or an option's default tells no type that can be written.
+        ValueError: Its name is taken, or is not a word; an option's default tells no type that can be written; or it
+            brings adapter_alpha by the form.
     """
     for name, value in preset.options.items():
         if not isinstance(value, (bool, int, float, str)):
@@ -130,6 +160,12 @@ def register(preset: Preset) -> None:
                 f"option '{name}' of preset '{preset.name}' needs a default that is a number, a text, True or False, "
                 f"by which what users write is read, got {value!r}."
             )
+    alpha = preset.settings.get("adapter_alpha")
+    if isinstance(alpha, Follows) and alpha.setting == LOWRANK:
+        raise ValueError(
+            f"preset '{preset.name}' brings adapter_alpha by what '{LOWRANK}' stands for, but adapters alone have one. "
+            "Give the value itself."
+        )
     if not re.fullmatch(r"\w+", preset.name):
         raise ValueError(f"a preset needs a name of letters, digits and underscores, got {preset.name!r}.")
     PRESETS.add(preset.name, preset)
@@ -137,10 +173,13 @@ def register(preset: Preset) -> None:
 
 def preset_rows() -> list[tuple[str, str, str]]:
     """Every preset: as it is written, what it does, and the settings that it brings."""
-    return [
-        (preset.call, preset.help, ", ".join(f"{name} {value}" for name, value in preset.settings.items()) or "-")
-        for preset in PRESETS.values()
-    ]
+    return [(preset.call, preset.help, ", ".join(_brings(preset)) or "-") for preset in PRESETS.values()]
+
+
+def _brings(preset: Preset) -> Iterator[str]:
+    yield from (f"{name} {value}" for name, value in preset.settings.items())
+    if preset.budget is not None:
+        yield f"budget {Follows(LOWRANK, {'factored': preset.budget})}"
 
 
 def _paper(final: str) -> str:
@@ -188,6 +227,10 @@ def _decay(first: float, last: float, stages: int, shape: str) -> str:
 
 
 def _auto() -> str:
+    return "lowrank:budget@0"
+
+
+def _auto_late() -> str:
     return "lowrank:budget@0 dense@budget"
 
 
@@ -223,8 +266,21 @@ _PRESETS = (
     ),
     Preset(
         "auto",
-        "One knob, the budget: low rank first, full rank for as long as the budget allows; the rank follows as well.",
+        "One knob, the budget, from which the rank follows: low rank throughout, the factors trained by an optimizer "
+        "of their own; a pretrained model as by auto_late, in adapters.",
         _auto,
+        settings={
+            "matrix_optimizer": Follows(LOWRANK, {"factored": "muon"}),
+            "dense_query_key": Follows(LOWRANK, {"factored": False}),
+        },
+        adapters=_auto_late,
+        budget=AUTO_BUDGET,
+        instead="auto_late",
+    ),
+    Preset(
+        "auto_late",
+        "One knob, the budget: low rank first, full rank for as long as the budget allows; the rank follows as well.",
+        _auto_late,
     ),
     Preset(
         "adaptive",

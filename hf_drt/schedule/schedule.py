@@ -1,14 +1,14 @@
 """A schedule: what the user wrote, checked, with boundaries still in the user's units."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import NoReturn, cast
 
 from hf_drt.schedule.boundary import Boundary, Run
-from hf_drt.schedule.budget_step import budget_rank, budget_step, check_cost
+from hf_drt.schedule.budget_step import budget_rank, budget_step, check_cost, full_rank_share, least_budget
 from hf_drt.schedule.plan import Kind, Phase, Plan, form_text
-from hf_drt.schedule.presets import Preset, expand, preset_of
+from hf_drt.schedule.presets import Preset, expand
 from hf_drt.schedule.trigger import Trigger
 
 KINDS = ("dense", "factored", "adapter", "lowrank")
@@ -63,12 +63,16 @@ class Schedule:
     """The phases as written. ``str()`` gives text that parses to an equal schedule.
 
     With a ``trigger`` full-rank windows are added to the one phase during the run (:mod:`hf_drt.schedule.windows`).
-    ``preset`` is what it was written as, if not phase by phase; the same phases are the same schedule.
+    ``preset`` is what it was written as, if not phase by phase, and ``call`` the text; the same phases are the same
+    schedule. ``adapters`` are the phases where 'lowrank' stands for adapters, if those are others: :meth:`where` has
+    one or the other alone.
     """
 
     entries: tuple[Entry, ...]
     trigger: Trigger | None = None
     preset: Preset | None = field(default=None, compare=False, repr=False)
+    adapters: tuple[Entry, ...] | None = None
+    call: str = field(default="", compare=False, repr=False)
 
     @classmethod
     def parse(cls, text: str) -> "Schedule":
@@ -81,49 +85,51 @@ class Schedule:
         words = text.split()
         if not words:
             raise ValueError("the schedule is empty; write e.g. 'factored@0 dense@40% adapter@80%'.")
-        preset = preset_of(text) if "@" not in text else None
-        if "@" not in text:
-            expanded = expand(text) or _not_a_schedule(text)
-            if isinstance(expanded, Trigger):
-                return cls((Entry.parse("lowrank@0"),), expanded, preset)
-            words = expanded.split()
-        entries = tuple(map(Entry.parse, words))
-        first = entries[0]
-        if first.at.unit in ("share", "steps", "epochs", "budget") and first.at.value != 0:
-            raise ValueError(
-                f"the first phase must start at step 0, got '{first}'. Write {first.kind}@0, or a phase before it, "
-                f"e.g. lowrank@0 {first}."
-            )
-        for before, after in pairwise(entries):
-            if before.kind == after.kind == "dense":
-                raise ValueError(f"'{before} {after}' is one dense phase; drop the second.")
-        if sum(entry.at.unit == "budget" for entry in entries) > 1:
-            raise ValueError(f"'{text}' has several boundaries at 'budget'; one budget decides one boundary.")
-        return cls(entries, preset=preset)
+        if "@" in text:
+            return cls(_entries(text))
+        expanded = expand(text) or _not_a_schedule(text)
+        adapters = None if expanded.adapters is None else _entries(expanded.adapters)
+        trigger = expanded.phases if isinstance(expanded.phases, Trigger) else None
+        entries = _entries("lowrank@0" if isinstance(expanded.phases, Trigger) else expanded.phases)
+        return cls(entries, trigger, expanded.preset, adapters, " ".join(words))
+
+    def where(self, lowrank: str) -> "Schedule":
+        """The schedule where 'lowrank' stands for a form, 'factored' or 'adapter'."""
+        if self.adapters is None:
+            return self
+        if lowrank == "adapter":
+            return replace(self, entries=self.adapters, adapters=None, trigger=None)
+        return replace(self, adapters=None)
+
+    @property
+    def _any_entries(self) -> tuple[Entry, ...]:
+        """The phases, whatever 'lowrank' stands for."""
+        return (*self.entries, *(self.adapters or ()))
 
     @property
     def budget_chooses_rank(self) -> bool:
         """Whether a rank is left to the budget."""
-        return any(entry.rank == "budget" for entry in self.entries)
+        return any(entry.rank == "budget" for entry in self._any_entries)
 
     @property
     def uses_budget(self) -> bool:
         """Whether a rank, a boundary or the windows of the run depend on a budget."""
-        return self.trigger is not None or self.budget_chooses_rank or any(e.at.unit == "budget" for e in self.entries)
+        at_budget = any(entry.at.unit == "budget" for entry in self._any_entries)
+        return self.trigger is not None or self.budget_chooses_rank or at_budget
 
     @property
     def writes_lowrank(self) -> bool:
         """Whether what the phases are depends on what 'lowrank' stands for."""
-        return any(entry.kind == "lowrank" for entry in self.entries)
+        return self.adapters is not None or any(entry.kind == "lowrank" for entry in self.entries)
 
-    def kinds(self, lowrank: str) -> set[str]:
-        """The forms of its phases, 'lowrank' being what it stands for."""
-        return {lowrank if entry.kind == "lowrank" else entry.kind for entry in self.entries}
+    def kinds(self, lowrank: str) -> list[str]:
+        """The forms of its phases in order, 'lowrank' being what it stands for."""
+        return [lowrank if entry.kind == "lowrank" else entry.kind for entry in self.where(lowrank).entries]
 
     @property
     def uses_lr(self) -> bool:
         """Whether a boundary depends on the run's learning rate."""
-        return any(entry.at.uses_lr for entry in self.entries)
+        return any(entry.at.uses_lr for entry in self._any_entries)
 
     def resolve(self, run: Run, lowrank: str = "factored") -> Plan:
         """The plan of integer phases.
@@ -135,33 +141,60 @@ class Schedule:
         Raises:
             ValueError: A boundary cannot be resolved, or the phases do not form a :class:`Plan`.
         """
+        if self.adapters is not None:
+            return self.where(lowrank).resolve(run, lowrank)
         kinds, ranks = self._forms(run, lowrank)
         known = [None if entry.at.unit == "budget" else entry.at.resolve(run) for entry in self.entries]
         forms = list(zip(kinds, ranks, strict=True))
         starts = [budget_step(i, known, forms, run) if start is None else start for i, start in enumerate(known)]
         plan = Plan(tuple(map(Phase, starts, kinds, ranks)), run.max_steps)
-        if any(entry.rank == "budget" for entry in self.entries):
-            check_cost(plan, run)
+        if self.budget_chooses_rank:
+            check_cost(plan, run, full_rank_share(kinds, run))
         return plan
 
     def outline(self, run: Run, lowrank: str = "factored") -> Plan:
         """The plan's phases in number, kind and rank, as early as they could begin: for a run whose learning rate is
         not known yet. Arguments and ``Raises`` as in :meth:`resolve`."""
-        kinds, ranks = self._forms(run, lowrank)
+        kinds, ranks = self.where(lowrank)._forms(run, lowrank)
         return Plan(tuple(map(Phase, range(len(kinds)), kinds, ranks)), run.max_steps)
+
+    def least_budget(self, run: Run, lowrank: str = "factored") -> float:
+        """The smallest budget for which a rank is found where 'lowrank' phases leave theirs to it; arguments as in
+        :meth:`resolve`."""
+        return least_budget(lowrank, run, full_rank_share(self.kinds(lowrank), run))
 
     def _forms(self, run: Run, lowrank: str) -> tuple[list[Kind], list[int | float | None]]:
         if run.max_steps < 1:
             raise ValueError(f"the schedule '{self}' never trains: the run has {run.max_steps} update steps.")
-        kinds: list[Kind] = [cast(Kind, lowrank if entry.kind == "lowrank" else entry.kind) for entry in self.entries]
+        kinds: list[Kind] = [cast(Kind, kind) for kind in self.kinds(lowrank)]
+        full_rank = full_rank_share(kinds, run)
         ranks = [
-            budget_rank(kind, run) if isinstance(entry.rank, str) else entry.rank
+            budget_rank(kind, run, full_rank) if isinstance(entry.rank, str) else entry.rank
             for kind, entry in zip(kinds, self.entries, strict=True)
         ]
         return kinds, ranks
 
     def __str__(self) -> str:
+        if self.adapters is not None:
+            return self.call
         return " ".join(map(str, self.entries)) if self.trigger is None else str(self.trigger)
+
+
+def _entries(text: str) -> tuple[Entry, ...]:
+    """The phases of a text, checked; ``Raises`` as :meth:`Schedule.parse`."""
+    entries = tuple(map(Entry.parse, text.split()))
+    first = entries[0]
+    if first.at.unit in ("share", "steps", "epochs", "budget") and first.at.value != 0:
+        raise ValueError(
+            f"the first phase must start at step 0, got '{first}'. Write {first.kind}@0, or a phase before it, "
+            f"e.g. lowrank@0 {first}."
+        )
+    for before, after in pairwise(entries):
+        if before.kind == after.kind == "dense":
+            raise ValueError(f"'{before} {after}' is one dense phase; drop the second.")
+    if sum(entry.at.unit == "budget" for entry in entries) > 1:
+        raise ValueError(f"'{text}' has several boundaries at 'budget'; one budget decides one boundary.")
+    return entries
 
 
 def _not_a_schedule(text: str) -> NoReturn:

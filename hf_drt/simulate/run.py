@@ -134,7 +134,7 @@ def estimate_run(
     check_step(rule, f"optim='{optimizer}'", controller.config)
     costs: dict[tuple[Form, ...], StepCost] = {}
     names = list(controller.targets)
-    matrices = names if controller.config.matrix_optimizer != "none" else ()
+    matrices = names if controller.config.uses_matrix_optimizer else ()
 
     def cost(forms: dict[str, Form]) -> StepCost:
         key = tuple(forms.values())
@@ -184,7 +184,7 @@ def _phase(controller: DynamicRank, index: int, forms: dict[str, Form], step: St
 
 def _update_flops(controller: DynamicRank, forms: dict[str, Form]) -> int:
     """Of the matrix optimizer."""
-    if controller.config.matrix_optimizer == "none":
+    if not controller.config.uses_matrix_optimizer:
         return 0
     return 2 * sum(
         controller.copies[name][0] * update_multiply_adds(forms[name], shape)
@@ -197,7 +197,7 @@ def _switch_extra(controller: DynamicRank, dense: StepCost) -> int:
     sizes = (controller.copies[name][0] * d_out * d_in for name, (d_out, d_in) in controller.targets.items())
     largest = max(sizes)
     item = max(p.element_size() for p in controller.model.parameters())
-    matrices = controller.config.matrix_optimizer != "none"
+    matrices = controller.config.uses_matrix_optimizer
     state = item if matrices else dense.optimizer * item // max(1, dense.gradients)
     return largest * (max(4, item) + item + state)
 

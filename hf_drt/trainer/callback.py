@@ -10,7 +10,7 @@ from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.optim import form_group_options, group_settings
-from hf_drt.planning import LayersOf, resolved_plan
+from hf_drt.planning import LayersOf, resolved_plan, schedule_of, settled
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Run
 from hf_drt.trainer.delivery import deliver
@@ -44,7 +44,7 @@ class DRTCallback(DriverEvents):
 
     Attributes:
         config: As given.
-        schedule: That of the settings, read.
+        schedule: That of the settings, read; from the making of a Trainer on as it is for its model.
         controller: That of the run, from the start of training on.
 
     Raises:
@@ -92,6 +92,8 @@ class DRTCallback(DriverEvents):
         if args.world_size > 1:
             raise ValueError(f"DRTCallback runs on one process, got {args.world_size}. Use DRTTrainer.")
         refuse_lone_process(args)
+        config = settled(self.config, model)
+        self.schedule = schedule_of(config)
         several = len(self.schedule.entries) > 1 or self.schedule.trigger is not None
         if args.load_best_model_at_end and several:
             raise ValueError(
@@ -110,10 +112,10 @@ class DRTCallback(DriverEvents):
                 f"DRTCallback in a plain Trainer does not see the loss, which signal={self.schedule.trigger.signal} of "
                 "the preset adaptive needs. Use DRTTrainer, or adaptive(signal=rank)."
             )
-        if form_group_options(self.config):
+        if form_group_options(config):
             raise ValueError(
-                f"{group_settings(self.config)}: this needs parameter groups from before the scheduler is made. Use "
-                "DRTTrainer."
+                f"{group_settings(config)}: this needs parameter groups from before the scheduler is made. Use "
+                f"DRTTrainer.{config.without_matrix_optimizer}"
             )
         if not EXPORTERS[self.config.export].by_plain_trainer or self.config.tag_phases:
             raise ValueError(
@@ -149,7 +151,7 @@ class DRTCallback(DriverEvents):
         model, scheduler = kwargs["model"], kwargs["lr_scheduler"]
         self._check(args, model)  # on_init_end is too early for a callback that is added later
         refuse_unsaved(kwargs["optimizer"], args, self.config)
-        refuse_own_rate(kwargs["optimizer"], self.config, self.schedule)
+        refuse_own_rate(kwargs["optimizer"], settled(self.config, model), self.schedule)
         epoch = updates_per_epoch(kwargs["train_dataloader"], args.gradient_accumulation_steps)
         optimizer = kwargs["optimizer"]
         refuse_anchors_with_scaler(self.schedule, getattr(optimizer, "scaler", None), is_fused(optimizer))

@@ -38,7 +38,7 @@ from hf_drt.controller import DynamicRank
 from hf_drt.engines import engine_of
 from hf_drt.export import check_export
 from hf_drt.optim import GROUP_SETTINGS, form_group_options
-from hf_drt.planning import LayersOf, refuse_without_schedule, resolution
+from hf_drt.planning import LayersOf, refuse_without_schedule, resolution, settled
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Run
 from hf_drt.trainer.aside import hidden_token, upcast_bases
@@ -135,6 +135,7 @@ class DRTTrainerMixin(PublishingMixin):
         self._drt_refuse_callbacks()
         if config.schedule is None:
             return
+        config = settled(config, self.model)
         self._drt_refuse_optimizer(config)
         refuse_unsupported(self, config)
         warn_of_another_engine(self)
@@ -168,8 +169,6 @@ class DRTTrainerMixin(PublishingMixin):
                 f"dynamic-rank training was {'off' if off else 'on'} when this trainer was made, and the schedule has "
                 f"become {schedule!r} since. Make a new trainer."
             )
-        if not off:
-            self._drt_refuse_optimizer(self._drt_config())
 
     def _drt_refuse_optimizer(self, config: DRTConfig) -> None:
         refuse_optimizer(self, config)
@@ -241,16 +240,17 @@ class DRTTrainerMixin(PublishingMixin):
 
     def _drt_controller(self, max_steps: int, train_dataloader: Any, resumed: bool) -> DynamicRank:
         """The controller of this model and run: the present one if it fits, else a new one."""
-        before, config = self._drt_settings, self._drt_config()
+        before, epoch = self._drt_settings, updates_per_epoch(train_dataloader, self.args.gradient_accumulation_steps)
+        config = settled(self._drt_config(), self.model, resumed)
+        self._drt_refuse_optimizer(config)
+        layers = self._drt_layers(self.model, config)  # of another model after model_init or a search's trial
+        self._drt_resolution = resolution(config, Run(max_steps, epoch), self.model, layers, resumed)
         if self.optimizer is not None and form_group_options(config) != form_group_options(before or config):
             raise ValueError(
                 f"{GROUP_SETTINGS} decide the optimizer's groups, and cannot change between two "
                 "train() calls with one optimizer. Make a new trainer."
             )
         self._drt_settings = config
-        epoch = updates_per_epoch(train_dataloader, self.args.gradient_accumulation_steps)
-        layers = self._drt_layers(self.model, config)  # of another model after model_init or a search's trial
-        self._drt_resolution = resolution(config, Run(max_steps, epoch), self.model, layers, resumed)
         plan = self._drt_rates.first_plan(self._drt_resolution, resumed)
         drt = self.drt
         fits = drt is not None and (drt.model, drt.initial.plan, drt.config) == (self.model, plan.plan, config)

@@ -58,6 +58,7 @@ def refuse_unsupported(trainer: Any, config: DRTConfig) -> None:
         raise ValueError(
             f"{group_settings(config)}: this adds parameter groups, but a scheduler was passed that already counts "
             "them. Pass optimizers=(optimizer, None), or override create_scheduler."
+            f"{config.without_matrix_optimizer}"
         )
 
 

@@ -82,9 +82,24 @@ def test_auto_is_the_default_and_says_what_it_has_chosen(hf_drt, configured):
     drt = DynamicRank(tiny.llama(), DRTConfig(schedule="auto", rank_multiple=1, start="scratch"), max_steps=1000)
     out = hf_drt(*wanted).out
     assert out == hf_drt(*wanted, "--schedule", "auto").out
-    lines, start = out.splitlines(), drt.plan.phases[1].start
+    lines, rank = out.splitlines(), drt.forms(0)["model.layers.0.mlp.up_proj"].rank
     assert "lowrank: factored form (start=scratch)" in lines
-    assert f"boundary: dense from step {start} on (by the budget of 0.3166)" in lines
+    budget = f"{drt.resolved.budget:g}"
+    assert (
+        sum(line.startswith(f"rank: factored {rank} (") and f"by the budget of {budget})" in line for line in lines)
+        == 1
+    )
+    assert any(line.startswith("matrix_optimizer: muon (by the preset auto) at matrix_lr=0.04") for line in lines)
+    assert "in phase 0 (factored)" in next(line for line in lines if line.startswith("matrix_optimizer adds to an"))
+    own = hf_drt(*wanted, "--matrix-optimizer", "none").out
+    assert "rank: factored" in own
+    assert "matrix_optimizer" not in own
+
+
+def test_auto_late_says_what_it_has_chosen(hf_drt, configured):
+    drt = DynamicRank(tiny.llama(), DRTConfig(schedule="auto_late", rank_multiple=1, start="scratch"), max_steps=1000)
+    lines = hf_drt("plan", configured(), *SMALL[:-1], 1, "--schedule", "auto_late").out.splitlines()
+    assert f"boundary: dense from step {drt.plan.phases[1].start} on (by the budget of 0.3166)" in lines
     assert sum(line.startswith("rank: factored 1 (0.03125 of min(out, in) by the budget") for line in lines) == 1
 
 
@@ -192,7 +207,7 @@ def test_a_budget_is_kept(hf_drt, configured):
     assert f"proposal: --schedule '{proposal['schedule']}' --rank-ratio {proposal['rank_ratio']:g}" in out
 
 
-@pytest.mark.parametrize("schedule", ["auto", "factored@0 dense@budget"])
+@pytest.mark.parametrize("schedule", ["auto", "auto_late", "factored@0 dense@budget"])
 def test_a_schedule_with_a_budget_is_planned_as_it_will_be_trained(hf_drt, configured, schedule):
     wanted = ("--schedule", schedule, "--budget", 0.7, "--rank-multiple", 1, "--steps", 100, "--json")
     data = json.loads(hf_drt("plan", configured(), "--batch-size", 2, "--seq-length", 8, *wanted).out)
@@ -233,7 +248,8 @@ def test_a_picture(hf_drt, configured, tmp_path):
 
 def test_precision_and_checkpointing_change_the_memory(hf_drt, configured):
     def dense(*flags):
-        return json.loads(hf_drt("plan", configured(), *SMALL, "--batch-size", 64, *flags, "--json").out)["dense"]
+        wanted = ("plan", configured(), *SMALL, "--schedule", "auto_late", "--batch-size", 64)
+        return json.loads(hf_drt(*wanted, *flags, "--json").out)["dense"]
 
     plain, half, mixed = dense(), dense("--dtype", "bfloat16"), dense("--bf16")
     assert 2 * half["weights"] == pytest.approx(plain["weights"], rel=0.01)

@@ -70,6 +70,7 @@ def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, sides):
 
 # Newton-Schulz of dense weights is in bfloat16, where the last bit of a gradient can turn one of eight.
 MATRICES = {
+    "auto": ({"drt_schedule": "auto", "drt_matrix_optimizer": None}, 1e-5),
     "pairs": ({"drt_schedule": "factored@0 adapter@3 factored@6"}, 1e-5),
     "dense": ({"drt_schedule": "dense@0 factored@6 dense@8"}, 0.005 * 10 * 2**-7),
 }

@@ -31,6 +31,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"drt_schedule": "adaptive(signal=loss,plateau=90,window=15,every=10)", "drt_budget": 0.8, "drt_rank": 4},
     ),
+    "auto": ("llama", {"drt_schedule": "auto", "drt_budget": 0.75}),
     "convolutions": ("resnet", {"drt_decomposition": "tucker"}),
     "experts": ("mixtral", {}),
 }  # fmt: skip

@@ -19,11 +19,14 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from hf_drt import DRTTrainingArguments
+from hf_drt.checkpoint import CheckpointError
 from hf_drt.export import load_peft_adapter
 
 ROOT = Path(__file__).parents[2]
 OLDER = "db563d5d8613179e325e539dd771fac38a3f0c8c"
 """The last commit before the modules moved into packages."""
+RENAMED = {"auto": {"drt_schedule": "auto_late"}}
+"""What has another name today, by run."""
 
 
 def extracted(commit: str, folder: Path, repository: Path = ROOT) -> Path:
@@ -80,9 +83,16 @@ def assert_same(found: Any, expected: Any, where: str = "") -> None:
 @pytest.mark.parametrize("step", older_runs.CHECKPOINTS)
 @pytest.mark.parametrize("name", older_runs.RUNS)
 def test_a_checkpoint_goes_on_to_the_same_bits(older, tmp_path, name, step):
-    run = older_runs.trainer(name, tmp_path)
+    run = older_runs.trainer(name, tmp_path, **RENAMED.get(name, {}))
     run.train(resume_from_checkpoint=str(older / name / f"checkpoint-{step}"))
     assert_same(older_runs.outcome(run, older_runs.RUNS[name][0]), load(older / name / "outcome.pt"))
+
+
+@pytest.mark.parametrize("step", older_runs.CHECKPOINTS)
+def test_a_checkpoint_of_auto_does_not_go_on_as_what_auto_is_today(older, tmp_path, step):
+    run = older_runs.trainer("auto", tmp_path)
+    with pytest.raises(CheckpointError, match=r"an earlier version may have .* Resume with schedule='auto_late'"):
+        run.train(resume_from_checkpoint=str(older / "auto" / f"checkpoint-{step}"))
 
 
 @pytest.mark.parametrize("name", older_runs.RUNS)

@@ -157,6 +157,12 @@ def test_a_setting_that_is_used_is_not_refused(tmp_path, name):
         ({"schedule": "auto", "rank_ratio": 0.125}, r"rank_ratio is 0\.125, .* or by the budget"),
         ({"schedule": "auto", "rank": 4}, r"rank is 4, .* or by the budget"),
         ({"schedule": "auto", "adapter_lr_scale": 5.0}, r"adapter_lr_scale is 5\.0.*\(The phases are factored:"),
+        ({"schedule": "auto", "moments": "project"}, r"moments is 'project', .*one phase lasts to the end"),
+        ({"schedule": "auto", "frobenius_decay": True}, r"decays the product anyway\. .* preset auto brings mat"),
+        ({"schedule": "auto", "left_lr_scale": 2.0}, r"left_lr_scale is .*by one rate, .* preset auto brings"),
+        ({"schedule": "auto", "matrix_optimizer": "none", "matrix_lr": 0.1}, r"matrix_lr is 0\.1, .*trains all"),
+        ({"schedule": "auto_late", "matrix_lr": 0.1}, r"matrix_lr is 0\.1, .*trains all weights"),
+        ({"schedule": "auto", "start": "pretrained", "matrix_lr": 0.1}, r"matrix_lr is 0\.1, .*trains all weights"),
         ({"schedule": "auto", "start": "pretrained", "factored_lr_scale": 5.0}, r"factored_lr.*The phases are adapter"),
         ({"schedule": "auto", "start": "pretrained", "dense_query_key": False}, r"dense_query_key is False.*only fac"),
         ({"schedule": "decay", "rank_ratio": 0.5}, r"rank_ratio is 0\.5"),
@@ -184,6 +190,10 @@ def test_what_decides_is_the_whole_of_schedule_layers_and_settings(tmp_path, set
     [
         {"schedule": "paper", "rank_pattern": {"attn": 0.125}, "rank": 4, "rank_multiple": 4},  # rounds the pattern's
         {"schedule": "auto", "rank_multiple": 4, "budget": 0.9},
+        {"schedule": "auto", "matrix_lr": 0.1, "matrix_momentum": 0.5, "factored_lr_scale": 2.0},
+        {"schedule": "auto", "matrix_optimizer": "none", "left_lr_scale": 2.0, "frobenius_decay": True},
+        {"schedule": "auto", "dense_query_key": False, "matrix_optimizer": "muon"},
+        {"schedule": "fixed", "matrix_optimizer": "none"},
         {"schedule": "factored:4@0 dense@30% factored@60%", "rank_ratio": 0.125},
         {"schedule": "paper", "rank_pattern": {"nothing": 4}},  # only warned of
         {"schedule": "paper", "include": ["nothing", "mlp"]},
@@ -246,6 +256,7 @@ def test_a_field_of_the_table_sees_only_what_it_is_given():
     [
         {"schedule": "auto", "start": "pretrained", "rank_multiple": 1},
         {"schedule": "auto", "budget": 0.9},
+        {"schedule": "auto_late", "budget": 0.9},
         {"schedule": "fixed", "rank": 4},
     ],
     ids=str,

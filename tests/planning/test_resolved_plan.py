@@ -62,7 +62,7 @@ def test_a_trainer_looks_once_from_its_construction_to_the_first_step(tmp_path, 
     assert trainer.drt.resolved.plan == trainer.drt.plan
 
 
-@pytest.mark.parametrize("schedule", ["auto", "paper"])
+@pytest.mark.parametrize("schedule", ["auto_late", "paper"])
 def test_a_callback_in_a_plain_trainer_looks_once(tmp_path, looks, schedule):
     args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, max_steps=30, disable_tqdm=True)
     callback = DRTCallback(DRTConfig(schedule=schedule, rank_multiple=1))
@@ -137,7 +137,7 @@ def test_a_controller_takes_it_and_hands_it_on():
     assert by_text.resolved == resolved
     assert drt.cost() == resolved.cost
     assert drt.forms(0) == resolved.forms_by_phase[0]
-    by_plan = DynamicRank(tiny.llama(), DRTConfig(rank_multiple=1, dense_query_key=True), plan=resolved.plan)
+    by_plan = DynamicRank(tiny.llama(), config, plan=resolved.plan)
     assert by_plan.resolved.forms_by_phase == resolved.forms_by_phase
 
 

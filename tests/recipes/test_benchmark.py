@@ -249,7 +249,7 @@ def test_settings_that_are_idle_in_a_method_are_left_out():
 def test_the_default_of_the_tables_is_that_of_the_package(name):
     training = store.task_file(name)["methods"]["default"]["training"]
     unset = DRTConfig(schedule=training["drt_schedule"])
-    assert training == {"drt_schedule": "auto", "drt_budget": budget_of(unset, {"factored", "dense"})}
+    assert training == {"drt_schedule": "auto_late", "drt_budget": budget_of(unset, {"factored", "dense"})}
 
 
 # ---- pictures

@@ -25,10 +25,11 @@ def run(folder, *flags):
 def test_it_ends_with_a_table_and_a_model_that_loads(tmp_path, capsys):
     trainer = run(tmp_path)
     out = capsys.readouterr().out
-    for word in ("factored:0.125@0 dense@9", "trainable", "eval loss", "eff. rank", "seconds"):
+    for word in ("factored:0.125@0  (of 10 update steps)", "trainable", "eval loss", "eff. rank", "seconds"):
         assert word in out
     rows = [line for line in out.splitlines() if line.startswith("│")]
-    assert [row.split("│")[2].strip() for row in rows] == ["factored", "dense"]
+    assert [row.split("│")[2].strip() for row in rows] == ["factored"]
+    assert trainer.drt.config.matrix_optimizer == "muon"
     assert not any(cell.strip() == "-" for row in rows for cell in row.split("│"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -36,6 +37,14 @@ def test_it_ends_with_a_table_and_a_model_that_loads(tmp_path, capsys):
     trainer.model.eval()
     with torch.no_grad():
         assert (model(ids).logits - trainer.model(ids).logits).abs().max() < 1e-5
+
+
+def test_every_phase_of_auto_late_is_evaluated(tmp_path, capsys):
+    trainer = run(tmp_path, "--drt_schedule", "auto_late")
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [row.split("│")[2].strip() for row in rows] == ["factored", "dense"]
+    assert not any(cell.strip() == "-" for row in rows for cell in row.split("│"))
+    assert str(trainer.drt.plan) == "factored:0.125@0 dense@9"
 
 
 def test_it_resumes_from_the_last_checkpoint(tmp_path):

@@ -155,7 +155,7 @@ def test_a_default_that_tells_no_type_is_refused():
 
 
 @pytest.mark.parametrize("steps", [4, 5, 6, 8, 9])
-def test_auto_fits_runs_of_a_few_steps(steps):
-    controller = DynamicRank(tiny.llama(), "auto", max_steps=steps)
+def test_auto_late_fits_runs_of_a_few_steps(steps):
+    controller = DynamicRank(tiny.llama(), "auto_late", max_steps=steps)
     assert [phase.kind for phase in controller.plan.phases] == ["factored", "dense"]
     assert controller.plan.phases[1].start == steps - 1

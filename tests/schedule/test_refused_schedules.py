@@ -50,7 +50,7 @@ TEXTS = [
     # presets
     (
         "factored",
-        r"'factored' is neither a preset \(paper, paper_conv, fixed, warmup, cyclic, decay, auto, adaptive\) nor",
+        r"'factored' is neither a preset \(paper, paper_conv, fixed, .*, auto, auto_late, adaptive\) nor",
     ),
     ("Paper", r"'Paper' is neither a preset"),
     ("relora(every=5)", r"'relora' is neither a preset"),
@@ -149,6 +149,16 @@ RUNS = [
     ("auto", {}, r"a rank or boundary 'budget' needs budget="),
     (
         "auto",
+        {"budget": 0.2, "cost": lambda kind, rank: 2 * rank + 0.2},
+        r"no rank meets a budget of 0\.2: of .* FLOPs the factored form takes at least 0\.263\. Raise the budget",
+    ),
+    (
+        "factored:budget@0 factored:0.5@50",
+        {"budget": 0.3, "cost": lambda kind, rank: 2 * rank},
+        r"rank 'budget' leaves nothing of the run for full rank, and '.*' takes .* more than the budget of 0\.3\. Put",
+    ),
+    (
+        "auto_late",
         {"budget": 0.2, "cost": lambda kind, rank: 1.0 if kind == "dense" else 2 * rank + 0.2},
         r"no rank meets a budget of 0\.2: of the dense training FLOPs the factored form takes at least 0\.336, with "
         r"10% of the run in full rank\. Raise the budget",

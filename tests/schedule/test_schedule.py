@@ -75,13 +75,34 @@ def test_a_budget_is_met_and_a_step_further_would_exceed_it(budget, low, steps, 
         (0.3, "factored:0.0625@0 dense@80"),  # 0.125 (1 - w) + w = 0.3; 1/8 would leave 0.067
     ],
 )
-def test_auto_fits_rank_and_window_to_the_budget(budget, plan):
+def test_auto_late_fits_rank_and_window_to_the_budget(budget, plan):
     cost = {"dense": lambda rank: 1.0, "factored": lambda rank: 2 * rank}
-    assert str(plan_of("auto", 100, budget=budget, cost=lambda kind, rank: cost[kind](rank))) == plan
+    assert str(plan_of("auto_late", 100, budget=budget, cost=lambda kind, rank: cost[kind](rank))) == plan
+
+
+@pytest.mark.parametrize(
+    ("budget", "rank"), [(0.6, 0.25), (0.5, 0.25), (0.3, 0.125), (0.25, 0.125), (0.249, 0.0625), (0.0625, 0.03125)]
+)
+def test_without_a_dense_phase_the_rank_may_cost_the_whole_budget(budget, rank):
+    for text in ("auto", "lowrank:budget@0", "factored:budget@0 factored:budget@50"):
+        plan = plan_of(text, 100, budget=budget, cost=lambda kind, rank: 2 * rank)
+        assert {phase.rank for phase in plan.phases} == {rank}
+        assert {phase.kind for phase in plan.phases} == {"factored"}
+
+
+def test_where_lowrank_means_adapters_auto_is_auto_late():
+    auto, late = Schedule.parse("auto"), Schedule.parse("auto_late")
+    assert auto.where("adapter") == late
+    assert str(auto.where("factored")) == "lowrank:budget@0"
+    assert (auto.kinds("factored"), auto.kinds("adapter")) == (["factored"], ["adapter", "dense"])
+    run = Run(100, budget=0.9, cost=lambda kind, rank: 1.0 if kind == "dense" else 2 / 3 + 2 * rank)
+    assert auto.resolve(run, "adapter") == late.resolve(run, "adapter")
+    assert auto.outline(run, "adapter") == late.outline(run, "adapter")
+    assert (auto.uses_budget, auto.budget_chooses_rank, auto.writes_lowrank, auto.uses_lr) == (True, True, True, False)
 
 
 def test_a_budget_in_a_model():
-    drt = DynamicRank(tiny.llama(), DRTConfig(schedule="auto", budget=0.5, rank_multiple=1), max_steps=1000)
+    drt = DynamicRank(tiny.llama(), DRTConfig(schedule="auto_late", budget=0.5, rank_multiple=1), max_steps=1000)
     assert drt.plan.phases[1].kind == "dense"
     assert 0.498 < drt.cost().flops <= 0.5
 
@@ -98,12 +119,14 @@ def dense_in(config: DRTConfig, model=None) -> set[str]:
 @pytest.mark.parametrize(
     ("schedule", "settings", "kept"),
     [
-        ("auto", {"budget": 0.5}, True),
+        ("auto_late", {"budget": 0.5}, True),
+        ("auto", {"budget": 0.5}, False),
+        ("auto", {"budget": 0.5, "dense_query_key": True}, True),
         ("lowrank:budget@0 dense@budget", {"budget": 0.5}, True),
         ("factored@0 dense@budget", {"budget": 0.5, "rank_ratio": 0.0625}, False),  # it chooses a boundary alone
         ("paper", {"rank_ratio": 0.0625}, False),
         ("fixed", {"rank_ratio": 0.0625, "dense_query_key": True}, True),
-        ("auto", {"budget": 0.5, "dense_query_key": False}, False),
+        ("auto_late", {"budget": 0.5, "dense_query_key": False}, False),
     ],
 )
 def test_query_and_key_stay_dense_where_the_budget_chooses_the_rank(schedule, settings, kept):
@@ -234,7 +257,7 @@ OPTIONS = [
     "paper", "paper(final=factored)", "paper_conv", "paper_conv(ratio=0.25)", "fixed", "warmup",
     "warmup(until=33.3)", "cyclic", "cyclic(windows=1)",
     "cyclic(windows=7, share=10)", "cyclic(share=99)", "decay", "decay(stages=9)", "decay(shape=exponential)",
-    "decay(shape=sigmoid, first=1.0, last=0.01)", "auto", "adaptive", "adaptive(signal=rank, drop=0.5)",
+    "decay(shape=sigmoid, first=1.0, last=0.01)", "auto", "auto_late", "adaptive", "adaptive(signal=rank, drop=0.5)",
 ]  # fmt: skip
 
 

@@ -2,9 +2,12 @@
 
 import pytest
 import tiny
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_drt import DRTConfig, DynamicRank
-from hf_drt.schedule import Check, Phase, Plan, Run, Schedule, Trigger
+from hf_drt.schedule import PRESETS, Check, Phase, Plan, Run, Schedule, Trigger
+from hf_drt.schedule.budget_step import RANKS
+from hf_drt.schedule.presets import AUTO_BUDGET
 from hf_drt.schedule.windows import Windows
 
 START = Plan((Phase(0, "factored"),), 100)
@@ -139,13 +142,14 @@ def test_options_are_checked(text, message):
 @pytest.mark.parametrize(
     ("schedule", "settings", "share"),
     [
-        ("auto", {"dense_query_key": False}, 0.3),
+        ("auto_late", {"dense_query_key": False}, 0.3),
         ("lowrank:budget@0 dense@budget", {"dense_query_key": False}, 0.3),
         ("factored@0 dense@budget", {"rank_ratio": 0.0625}, 0.4),
         ("adapter@0 dense@budget", {"rank_ratio": 0.0625}, 0.9),
         ("factored@0 lowrank@10% dense@budget", {"rank_ratio": 0.0625, "start": "pretrained"}, 0.9),
         ("auto", {"start": "pretrained"}, 0.9),
-        ("auto", {"budget": 0.5}, 0.5),
+        ("auto_late", {"start": "pretrained"}, 0.9),
+        ("auto_late", {"budget": 0.5}, 0.5),
     ],
 )
 def test_a_budget_that_is_not_given_follows_the_form(schedule, settings, share):
@@ -153,13 +157,32 @@ def test_a_budget_that_is_not_given_follows_the_form(schedule, settings, share):
     assert DynamicRank(tiny.llama(), config, max_steps=1000).cost().flops == pytest.approx(share, abs=2e-3)
 
 
+def test_the_budget_of_auto_is_its_own_where_low_rank_means_factors():
+    wide = LlamaConfig(vocab_size=8, hidden_size=256, intermediate_size=1024, num_hidden_layers=1)
+    resolved = DynamicRank(LlamaForCausalLM(wide), "auto", max_steps=100).resolved
+    assert resolved.budget == AUTO_BUDGET == PRESETS["auto"].budget
+    # The largest of its ranks, 1/4, 3/16, 1/8, 1/16, 1/32, that keeps within: r (4 * 512 + 3 * 1280) of 4 * 256^2 and
+    # 3 * 256 * 1024 multiply-adds.
+    costs = {share: share * 256 * (4 * 512 + 3 * 1280) / (4 * 256**2 + 3 * 256 * 1024) for share in RANKS}
+    assert resolved.plan.phases[0].rank == max(share for share, cost in costs.items() if cost <= AUTO_BUDGET)
+    assert resolved.cost.flops == pytest.approx(costs[resolved.plan.phases[0].rank])
+    assert f"{AUTO_BUDGET:g} in 'auto'" in DRTConfig.__dataclass_fields__["budget"].metadata["help"]
+
+
 def test_in_a_narrow_model_auto_takes_the_least_that_a_rank_allows():
+    # Rank 8, the least, as in test_a_low_rank_phase_that_leaves_no_budget_for_windows_is_refused.
+    assert DynamicRank(tiny.llama(), "auto", max_steps=1000).cost().flops == pytest.approx(0.425)
+    with pytest.raises(ValueError, match=r"no rank meets a budget of 0.3: .* takes at least 0.425\. Raise"):
+        DynamicRank(tiny.llama(), DRTConfig(schedule="auto", budget=0.3), max_steps=1000)
+
+
+def test_in_a_narrow_model_auto_late_takes_the_least_that_a_rank_allows():
     # Rank 8, the least, of the layers of test_a_low_rank_phase_that_leaves_no_budget_for_windows_is_refused, with query
     # and key dense: (2048 + 2 * 8 * 64 + 3 * 8 * 96) / (4 * 1024 + 3 * 2048) = 0.525, and a tenth in full rank.
-    cost = DynamicRank(tiny.llama(), DRTConfig(schedule="auto"), max_steps=1000).cost().flops
+    cost = DynamicRank(tiny.llama(), DRTConfig(schedule="auto_late"), max_steps=1000).cost().flops
     assert cost == pytest.approx(0.9 * 0.525 + 0.1, abs=1e-3)
     with pytest.raises(ValueError, match=r"no rank meets a budget of 0.3: .* takes at least 0.573"):
-        DynamicRank(tiny.llama(), DRTConfig(schedule="auto", budget=0.3), max_steps=1000)
+        DynamicRank(tiny.llama(), DRTConfig(schedule="auto_late", budget=0.3), max_steps=1000)
 
 
 def test_a_rank_that_is_given_twice_is_refused():

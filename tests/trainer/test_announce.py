@@ -20,15 +20,39 @@ def trained(folder, capsys, schedule, max_steps=2, **changes):
     return trainer, capsys.readouterr().out
 
 
-def test_auto_says_what_it_has_chosen(tmp_path, capsys):
-    trainer, out = trained(tmp_path, capsys, "auto", max_steps=20, drt_budget=0.5)
+def test_auto_says_what_it_has_chosen(tmp_path, capsys, caplog):
+    with caplog.at_level(logging.INFO, logger="hf_drt"):
+        trainer, out = trained(tmp_path, capsys, "auto", max_steps=20, drt_budget=0.3, drt_matrix_lr=0.02)
+    (form,) = set(trainer.drt.forms(0).values())
+    share = trainer.drt.plan.phases[0].rank
+    lines = out.splitlines()
+    assert lines[0].startswith("dynamic-rank plan: auto = lowrank:budget@0 -> factored:")
+    rank = f"rank: factored {form.rank} ({share:g} of min(out, in) by the budget of 0.3)"
+    rule = "matrix_optimizer: muon (by the preset auto) at matrix_lr=0.02"
+    assert lines.count(f"  {rank}") == 1
+    assert lines.count("  dense_query_key: False (by the preset auto)") == 1
+    assert [line.startswith(f"  {rule}, whose update of T tokens costs") for line in lines].count(True) == 1
+    assert [f"{lines[0]}; {rank}; {rule}"] == [r.message for r in caplog.records if "dynamic-rank plan" in r.message]
+
+
+def test_what_the_user_sets_is_not_laid_to_the_preset(tmp_path, capsys):
+    settings = {"drt_matrix_optimizer": "muon", "drt_dense_query_key": True, "drt_budget": 0.5}
+    out = trained(tmp_path, capsys, "auto", **settings)[1]
+    assert "matrix_optimizer: muon at matrix_lr=0.04, whose update" in out
+    assert "dense_query_key: 4 query and key projections stay dense" in out
+    assert "by the preset" not in out
+    assert "matrix_optimizer" not in trained(tmp_path, capsys, "auto", drt_matrix_optimizer="none")[1]
+
+
+def test_auto_late_says_what_it_has_chosen(tmp_path, capsys):
+    trainer, out = trained(tmp_path, capsys, "auto_late", max_steps=20, drt_budget=0.5)
     plan, lines = trainer.drt.plan, out.splitlines()
     ranks = {form.rank for form in trainer.drt.forms(0).values() if hasattr(form, "rank")}
     start, share = plan.phases[1].start, plan.phases[0].rank
     cost = trainer.drt.cost()
     assert (
         lines[0]
-        == f"dynamic-rank plan: auto = lowrank:budget@0 dense@budget -> {plan} (of 20 update steps) on 14 layers"
+        == f"dynamic-rank plan: auto_late = lowrank:budget@0 dense@budget -> {plan} (of 20 update steps) on 14 layers"
     )
     for line in (
         "  lowrank: factored form (by where the weights come from)",
