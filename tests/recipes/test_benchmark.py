@@ -16,15 +16,16 @@ import store
 import tasks
 import tiny
 import torch
+import transformers as T
 from benchmark import Missing, settings_of
+from image_models import new_image_classifier
 from store import Store
 from tables import print_table, rows
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from hf_drt import DRTConfig, find_targets
+from hf_drt import DRTConfig, DynamicRank, find_targets
 from hf_drt.forms import trainable_weights
-from hf_drt.planning.resolve import budget_of
 from hf_drt.schedule import Run, Schedule
 
 BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
@@ -245,11 +246,28 @@ def test_settings_that_are_idle_in_a_method_are_left_out():
     assert experiment.used(fixed, tiny.llama()) == fixed
 
 
-@pytest.mark.parametrize("name", ["fashion_vit", "brown_lm", "brown_bert"])
+VOCABULARY = {"vocab_size": 64, "pad_token_id": 0}
+MODELS = {
+    "brown_lm_wide": lambda model: T.LlamaForCausalLM(T.LlamaConfig(**VOCABULARY, **model)),
+    "fashion_vit_wide": lambda model: new_image_classifier("vit", **model),
+    "brown_tagger_wide": lambda model: T.ModernBertForTokenClassification(T.ModernBertConfig(**VOCABULARY, **model)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_the_default_of_the_tables_is_that_of_the_package(name):
-    training = store.task_file(name)["methods"]["default"]["training"]
-    unset = DRTConfig(schedule=training["drt_schedule"])
-    assert training == {"drt_schedule": "auto_late", "drt_budget": budget_of(unset, {"factored", "dense"})}
+    """By schedule and rank they are written out as what the preset comes to."""
+    settings = methods.base_settings(name, "default")
+    model = {key: value for key, value in settings["model"].items() if key != "family"}
+    written = {key[4:]: value for key, value in settings["training"].items() if key.startswith("drt_")}
+    plans = [
+        DynamicRank(MODELS[name](model), DRTConfig(start="scratch", **own), 10)
+        for own in (written, {"schedule": "auto"})
+    ]
+    forms, brought = ([drt.forms(0) for drt in plans], [drt.config.matrix_optimizer for drt in plans])
+    assert forms[0] == forms[1]
+    assert [len(drt.plan.phases) for drt in plans] == [1, 1]
+    assert brought == ["muon", "muon"]
 
 
 # ---- pictures
