@@ -42,22 +42,23 @@ from hf_drt.trainer.arguments import turn_off
 EOS = "<|endoftext|>"
 DEFAULTS = {
     "output_dir": "runs/pretrain_clm",
-    "max_steps": 500,
-    "per_device_train_batch_size": 8,
+    "max_steps": 200,
+    "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 16,
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 50,
+    "learning_rate": 3e-2,  # of embeddings and norms: the layers have drt_matrix_lr
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 20,
     "weight_decay": 0.1,
-    "logging_steps": 50,
-    "save_steps": 100,
+    "logging_steps": 20,
+    "save_steps": 50,
     "save_total_limit": 2,
     "report_to": "none",
     "dataloader_pin_memory": torch.cuda.is_available(),
     "drt_schedule": "auto",
-    "drt_log_rank_steps": 100,
+    "drt_log_rank_steps": 50,
     "drt_evaluate_at_switch": True,  # of a schedule of several phases
 }
+PLAIN = {"learning_rate": 1e-3}  # of all weights; the best of those that were tried
 
 
 @dataclass
@@ -71,13 +72,13 @@ class RecipeArguments:
     )
     text_column: str = field(default="text", metadata={"help": "Column of the dataset that holds the text."})
     block_size: int = field(default=128, metadata={"help": "Tokens per sample."})
-    vocab_size: int = field(default=4096, metadata={"help": "Vocabulary of the new tokenizer."})
-    hidden_size: int = field(default=256, metadata={"help": "Width of the new model; a multiple of 64."})
-    layers: int = field(default=4, metadata={"help": "Transformer blocks of the new model."})
+    vocab_size: int = field(default=2048, metadata={"help": "Vocabulary of the new tokenizer."})
+    hidden_size: int = field(default=384, metadata={"help": "Width of the new model; a multiple of 64."})
+    layers: int = field(default=3, metadata={"help": "Transformer blocks of the new model."})
     max_eval_blocks: int = field(default=256, metadata={"help": "Samples to evaluate on, at most."})
     max_texts: int | None = field(default=None, metadata={"help": "Read at most so many texts; for a quick try."})
     cache_dir: str = field(default="~/.cache/hf_drt", metadata={"help": "Folder of the trained tokenizer."})
-    plain: bool = field(default=False, metadata={"help": "Dense training throughout, to compare with."})
+    plain: bool = field(default=False, metadata={"help": "Dense training throughout by AdamW alone, to compare with."})
 
     def __post_init__(self) -> None:
         for name, lowest in (("block_size", 2), ("vocab_size", 300), ("layers", 1), ("hidden_size", 64)):
@@ -184,6 +185,8 @@ def main(arguments: list[str] | None = None) -> DRTTrainer:
     parser.set_defaults(**DEFAULTS)
     recipe, args = parser.parse_args_into_dataclasses(arguments)
     if recipe.plain:
+        parser.set_defaults(**PLAIN)
+        recipe, args = parser.parse_args_into_dataclasses(arguments)
         turn_off(args)
     elif args.drt_schedule is not None:
         args.drt_evaluate_at_switch &= switches(recipe, args)
