@@ -6,7 +6,7 @@ from hf_drt.optim.by_name import estimated_names, maker, optim_names, refuse_opt
 from hf_drt.optim.carry import carry_groups, carry_moments, put_states, remembered, take_states, unwrap
 from hf_drt.optim.groups import GROUP_SETTINGS, add_form_groups, form_group_options, group_settings
 from hf_drt.optim.install import install, refuse_sharded, staged
-from hf_drt.optim.matrices import MATRIX, update_layer
+from hf_drt.optim.matrices import MATRIX, STACKED, LayerUpdate, update_layers
 from hf_drt.optim.outline import stand_ins
 from hf_drt.optim.owners import Owner, optimizer_made_in, owners
 from hf_drt.optim.rates import check_rate, check_step, own_rate
@@ -19,6 +19,8 @@ __all__ = [
     "GROUP_SETTINGS",
     "MATRIX",
     "OPTIMIZERS",
+    "STACKED",
+    "LayerUpdate",
     "MomentKeys",
     "OptimizerRule",
     "OwnRate",
@@ -57,5 +59,5 @@ __all__ = [
     "stand_ins",
     "take_states",
     "unwrap",
-    "update_layer",
+    "update_layers",
 ]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_drt.forms import LowRankLinear, layout_of, trainable_weights
+from hf_drt.forms import LowRankLinear, layout_of
 from hf_drt.linalg import full_precision, polar, working_dtype
 from hf_drt.optim.pair_rule import pair_update
 from hf_drt.optim.registry import rule_of
@@ -59,13 +59,6 @@ def update_layers(
         with torch.autocast(batch[0].weights[0].device.type, enabled=False):
             for update, steps in zip(batch, _steps(optimizer, batch, scale), strict=True):
                 _apply(update, steps)
-
-
-def update_layer(
-    optimizer: torch.optim.Optimizer, layer: nn.Module, gradients: list[Tensor | None], group: Group
-) -> None:
-    """:func:`update_layers` of one; the gradients are in the order of :func:`hf_drt.forms.trainable_weights`."""
-    update_layers(optimizer, [LayerUpdate(layer, trainable_weights(layer), gradients, group)])
 
 
 def _batches(updates: Sequence[LayerUpdate]) -> Iterator[list[LayerUpdate]]:

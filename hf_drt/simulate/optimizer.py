@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_drt.forms import form_of, layout_of, trainable_weights
-from hf_drt.optim import MATRIX, maker, update_layer
+from hf_drt.optim import MATRIX, STACKED, LayerUpdate, maker, update_layers
 from hf_drt.simulate.counter import StepCounter
 from hf_drt.simulate.fakes import without_data
+
+_GROUP = {"lr": 1.0, "weight_decay": 0.0, MATRIX: 0.5}
 
 
 def optimizer_bytes(
@@ -20,7 +23,7 @@ def optimizer_bytes(
 ) -> tuple[int, int]:
     """Bytes of the optimizer's state of all trainable parameters, and of the largest temporary of its step.
 
-    Parameters are updated one after the other, as torch does on a CPU, and so are the matrix optimizer's layers. Of a
+    Parameters are updated one after the other, as torch does on a CPU; the matrix optimizer's as it does. Of a
     step that is compiled into few kernels the temporaries are not known, and count as none.
 
     Args:
@@ -46,9 +49,10 @@ def optimizer_bytes(
             state, scratch = state + count * kept, max(scratch, temporary)
     scratch = 0 if rule.compiled else scratch
     for alike in _alike(layers):
+        together = alike[: max(1, STACKED // sum(w.numel() for w in trainable_weights(alike[0])))]
         with FakeTensorMode():
-            kept, temporary = _matrix_bytes(alike[0])
-        state, scratch = state + len(alike) * kept, max(scratch, temporary)
+            kept, temporary = _matrix_bytes(together)
+        state, scratch = state + kept * len(alike) // len(together), max(scratch, temporary)
     return state, scratch
 
 
@@ -63,15 +67,22 @@ def _alike(layers: Iterable[nn.Module]) -> Iterable[list[nn.Module]]:
     return found.values()
 
 
-def _matrix_bytes(layer: nn.Module) -> tuple[int, int]:
-    """As :func:`_step_bytes`, of the matrix optimizer's update of a layer."""
-    with without_data(layer):
-        weights = trainable_weights(layer)
-        gradients = [torch.empty_like(weight) if weight.requires_grad else None for weight in weights]
+def _matrix_bytes(layers: list[nn.Module]) -> tuple[int, int]:
+    """As :func:`_step_bytes`, of the matrix optimizer's update of layers that are alike, together if it can."""
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(without_data(layer))
+        updates = [_update(layer) for layer in layers]
+        weights = [weight for update in updates for weight in update.weights]
+        gradients = [g for update in updates for g in update.gradients if g is not None]
         optimizer = torch.optim.SGD(weights, lr=1.0)  # holds the state, and takes no step
-        group = {"lr": 1.0, "weight_decay": 0.0, MATRIX: 0.5}
-        given = [*weights, *(gradient for gradient in gradients if gradient is not None)]
-        return _step_bytes(optimizer, lambda: update_layer(optimizer, layer, gradients, group), *given)
+        return _step_bytes(optimizer, lambda: update_layers(optimizer, updates), *weights, *gradients)
+
+
+def _update(layer: nn.Module) -> LayerUpdate:
+    weights = trainable_weights(layer)
+    gradients = [torch.empty_like(weight) if weight.requires_grad else None for weight in weights]
+    return LayerUpdate(layer, weights, gradients, _GROUP)
 
 
 def _weight(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[nn.Parameter, torch.Tensor]:
