@@ -99,8 +99,8 @@ SUMMARY = {  # method: heading
     "dense": "dense, AdamW",
     "default": "default, 0.40 of those seconds",
     "dense_in_default": "AdamW in the default's seconds",
-    "dense_muon_in_default": "Muon in the default's seconds",
-    "dense_muon": "dense, Muon",
+    "muon_in_default": "Muon in the default's seconds",
+    "muon": "dense, Muon",
     "default_in_muon": "default, 0.70 of those seconds",
 }
 
