@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_drt.checkpoint import LASTING, check_plan, check_preset, check_structure, declare, stored_plan, structure
+from hf_drt.checkpoint import check_plan, check_preset, check_structure, declare, lasting, stored_plan, structure
 from hf_drt.config import DRTConfig
 from hf_drt.engines import engine_of
 from hf_drt.forms import (
@@ -314,7 +314,7 @@ class DynamicRank:
         return plan if grown or filled else self.plan
 
     def _settings(self) -> dict[str, Any]:
-        settings = {"seed": self.seed} | {name: getattr(self.config, name) for name in LASTING}
+        settings = {"seed": self.seed} | lasting(self.config)
         if self.windows is not None:
             settings |= {"schedule": str(self.windows.trigger), "budget": self.windows.limit}
         return settings

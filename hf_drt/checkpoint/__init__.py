@@ -3,11 +3,11 @@
 from hf_drt.checkpoint.block import AGAIN, DeclaredLayer, read_block
 from hf_drt.checkpoint.declaration import METHOD, declare, transformers_models, undeclared
 from hf_drt.checkpoint.run_state import (
-    LASTING,
     MADE_IN,
     check_plan,
     check_preset,
     check_structure,
+    lasting,
     stored_plan,
     structure,
 )
@@ -16,7 +16,6 @@ from hf_drt.checkpoint.state_file import STATE_NAME, CheckpointError, read_state
 
 __all__ = [
     "AGAIN",
-    "LASTING",
     "MADE_IN",
     "METHOD",
     "STATE_NAME",
@@ -27,6 +26,7 @@ __all__ = [
     "check_preset",
     "check_structure",
     "declare",
+    "lasting",
     "read_block",
     "read_state",
     "shapes_by_file",

@@ -28,7 +28,7 @@ LASTING = (
     "matrix_momentum",
     "dense_query_key",
 )
-# Settings that are left out at this value, as in states from before they existed.
+# Settings that are left out at this value, which was the default when they came: states from before lack them.
 _UNSAID = {
     "decomposition": "svd",
     "left_lr_scale": 1.0,
@@ -37,11 +37,18 @@ _UNSAID = {
     "matrix_lr": 0.04,
     "matrix_momentum": 0.95,
 }
+_OF_MATRICES = ("matrix_lr", "matrix_momentum")
 MADE_IN = "optimizer_made_in"
 _SAME_RUN = "Resume with the model and the drt settings of the run that wrote it."
 _KEYS = {"plan": str, "max_steps": int, "phase": object, "settings": dict, "layers": dict}
 
 Shapes = dict[str, LayerShape]
+
+
+def lasting(config: Any) -> dict[str, Any]:
+    """The settings of a configuration that a state keeps: those of :data:`LASTING` that have an effect."""
+    left_out = () if config.uses_matrix_optimizer else _OF_MATRICES
+    return {name: getattr(config, name) for name in LASTING if name not in left_out}
 
 
 def structure(

@@ -344,3 +344,19 @@ def test_a_compiled_model_trains_as_the_eager_one(tmp_path):
         runs.append(trainer.model)
     for (name, p), q in zip(runs[0].state_dict().items(), runs[1].state_dict().values(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-4, msg=name)
+
+
+def test_states_from_before_the_momentum_of_today():
+    """Those with a matrix optimizer had 0.95 where none was given; those without one are of no momentum at all."""
+    drt = controller(tiny.llama(), "factored@0 dense@9", matrix_momentum=0.95)
+    state = drt.state_dict()
+    assert "matrix_momentum" not in state["settings"]
+    controller(tiny.llama(), "factored@0 dense@9", matrix_momentum=0.95).load_state_dict(state)
+    today = DRTConfig().matrix_momentum
+    with pytest.raises(ValueError, match=rf"matrix_momentum is {today} here, and 0\.95 in the state\. Resume with"):
+        controller(tiny.llama(), "factored@0 dense@9", matrix_momentum=today).load_state_dict(state)
+    plain = {"matrix_optimizer": "none", "matrix_lr": DRTConfig().matrix_lr, "matrix_momentum": today}
+    without = controller(tiny.llama(), "factored@0 dense@9", **plain)
+    state = without.state_dict()
+    assert not {"matrix_optimizer", "matrix_lr", "matrix_momentum"} & state["settings"].keys()
+    without.load_state_dict(state)

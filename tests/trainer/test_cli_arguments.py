@@ -39,7 +39,7 @@ FLAGS = {
     "right_lr_scale": (["0.25"], 0.25),
     "matrix_optimizer": (["muon"], "muon"),
     "matrix_lr": (["0.05"], 0.05),
-    "matrix_momentum": (["0.9"], 0.9),
+    "matrix_momentum": (["0.95"], 0.95),
     "frobenius_decay": (["True"], True),
     "log_rank_steps": (["100"], 100),
     "log_rank_per_layer": ([], True),
