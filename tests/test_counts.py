@@ -70,7 +70,7 @@ def test_the_other_numbers_of_a_run_are_checked(values, message):
 
 def test_a_schedule_s_text_is_a_configuration():
     made = DynamicRank(tiny.llama(), TEXT, max_steps=20)
-    assert made.config == DRTConfig(schedule=TEXT)
+    assert made.config == DRTConfig(schedule=TEXT).settled("factored")
     assert made.plan == Schedule.parse(TEXT).resolve(Run(20))
 
 

@@ -19,6 +19,7 @@ from pages import ROOT, Block, all_blocks, chains
 from stand_ins import STAND_INS
 
 from hf_drt.optim import OPTIMIZERS
+from hf_drt.schedule import PRESETS
 
 NOT_RUN = {
     "report.md": "chromium --headless --no-sandbox --hide-scrollbars --window-size=1060,1190 --screenshot=report.png "
@@ -43,7 +44,7 @@ def named(blocks: list) -> dict:
 def here(tmp_path, monkeypatch):
     """An empty folder to be in, with what the block says is there; HF_HUB_OFFLINE is on."""
     monkeypatch.chdir(tmp_path)
-    known = set(OPTIMIZERS)
+    known = [(registry, set(registry)) for registry in (OPTIMIZERS, PRESETS)]
 
     def provide(block: Block):
         for name in block.having("with"):
@@ -51,8 +52,9 @@ def here(tmp_path, monkeypatch):
         return tmp_path
 
     yield provide
-    for name in set(OPTIMIZERS) - known:  # that a page has registered
-        OPTIMIZERS.remove(name)
+    for registry, before in known:
+        for name in set(registry) - before:  # that a page has registered
+            registry.remove(name)
 
 
 @pytest.mark.parametrize("chain", **named(chains()))
