@@ -120,7 +120,7 @@ def test_lengths_are_fitted_to_the_seconds_of_a_pilot(results):
     for method in ("pair", "dense", "dense_in_pair", "pair_in_dense", "pair_calm"):
         training = settings_of("made_up", method, 1, results)["training"]
         lengths[method] = training["max_steps"], training["warmup_steps"]
-    fitted = {"dense_in_pair": (40, 4), "pair_in_dense": (125, 12), "pair_calm": (100, 10)}
+    fitted = {"dense_in_pair": (40, 10), "pair_in_dense": (125, 10), "pair_calm": (100, 10)}
     assert lengths == {"pair": (100, 10), "dense": (100, 10)} | fitted
 
 
