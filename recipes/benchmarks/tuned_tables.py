@@ -115,10 +115,7 @@ def summary_rows(names: dict[str, tuple[str, str]], folder: Path, seeds: list[in
     """
     for name, (title, shown) in names.items():
         rows = rows_of(name, Store(folder, name), seeds)
-        values = (
-            (row.losses if shown == "loss" else row.others[shown]) if row else [] for row in map(rows.get, SUMMARY)
-        )
-        yield title, *map(mean_text, values)
+        yield title, *(mean_text(rows[method].metric(shown) if method in rows else []) for method in SUMMARY)
 
 
 def mean_text(values: list[float]) -> str:
