@@ -56,9 +56,10 @@ def _schedule_help() -> str:
 def _budget_help() -> str:
     own = ", ".join(f"{preset.budget:g} in '{name}'" for name, preset in PRESETS.items() if preset.budget is not None)
     return (
-        "Share of the dense training FLOPs of the selected layers that the run may take, in (0, 1]. It decides rank "
-        "and boundary of 'auto' and 'auto_late', or just the boundary at 'budget' of a schedule such as "
-        "'factored@0 dense@budget', and limits the windows of 'adaptive'. Unset: 0.9 where low rank means adapters; "
+        "Share of the dense training FLOPs of the selected layers that the run may take, in (0, 1]. It decides the "
+        "rank of 'auto' (at most 1/4, whatever the budget), rank and boundary of 'auto_late', or just the boundary at "
+        "'budget' of a schedule such as 'factored@0 dense@budget', and limits the windows of 'adaptive'. "
+        "Unset: 0.9 where low rank means adapters; "
         f"else {own}, 0.3 elsewhere where the budget chooses the rank (in narrow models the least that a rank allows), "
         "and 0.4 where it does not."
     )
@@ -271,7 +272,7 @@ class DRTConfig:
         brought = self.preset.settings_for(self, lowrank) if self.preset is not None and lowrank is not None else {}
         unset = {name: value for name, value in brought.items() if getattr(self, name) is None}
         made = replace(self, **{"matrix_optimizer": self.matrix_optimizer or "none"} | unset)
-        vars(made).update(_lowrank=lowrank, _given=self, _brought=self.brought | unset.keys())
+        vars(made).update(_lowrank=lowrank, _given=self, _brought=self.brought | frozenset(unset))
         vars(made).pop("parsed", None)  # which was read without it
         return made
 
@@ -316,6 +317,11 @@ class DRTConfig:
             f" The preset {preset.name} brings matrix_optimizer={self.matrix_optimizer}: to do without, set "
             f"matrix_optimizer='none' (factors under the run's own optimizer){other}."
         )
+
+    @property
+    def leave_out(self) -> str:
+        """What a message that refuses a setting proposes: what the preset has brought, none can leave out."""
+        return "Do without it" if self.without_matrix_optimizer else "Leave the setting out"
 
     def _take_from_preset(self, preset: Preset | None) -> None:
         """Fill what is unset with the settings that go with the preset, whatever the model is.

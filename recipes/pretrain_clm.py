@@ -36,7 +36,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_drt import DRTTrainer, DRTTrainingArguments, Schedule
+from hf_drt import DRTConfig, DRTTrainer, DRTTrainingArguments, Schedule
 from hf_drt.trainer.arguments import turn_off
 
 EOS = "<|endoftext|>"
@@ -45,7 +45,7 @@ DEFAULTS = {
     "max_steps": 200,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 16,
-    "learning_rate": 3e-2,  # of embeddings and norms: the layers have drt_matrix_lr
+    "learning_rate": 1e-3,  # of AdamW on all weights; the best of those that were tried with --plain
     "lr_scheduler_type": "linear",
     "warmup_steps": 20,
     "weight_decay": 0.1,
@@ -58,7 +58,8 @@ DEFAULTS = {
     "drt_log_rank_steps": 50,
     "drt_evaluate_at_switch": True,  # of a schedule of several phases
 }
-PLAIN = {"learning_rate": 1e-3}  # of all weights; the best of those that were tried
+# Of embeddings and norms, where the layers have drt_matrix_lr.
+BESIDE_MATRICES = {"learning_rate": 3e-2}
 
 
 @dataclass
@@ -172,11 +173,22 @@ def build_trainer(recipe: RecipeArguments, args: DRTTrainingArguments) -> DRTTra
     )
 
 
-def switches(recipe: RecipeArguments, args: DRTTrainingArguments) -> bool:
-    """Whether the schedule has more than one phase, on the model that is trained."""
-    schedule = Schedule.parse(args.drt_schedule)
+def lowrank(recipe: RecipeArguments, args: DRTTrainingArguments) -> str:
+    """What low rank means for the model that is trained."""
     pretrained = recipe.model_name_or_path if args.drt_start == "auto" else args.drt_start == "pretrained"
-    return schedule.trigger is not None or len(schedule.kinds("adapter" if pretrained else "factored")) > 1
+    return "adapter" if pretrained else "factored"
+
+
+def switches(recipe: RecipeArguments, args: DRTTrainingArguments) -> bool:
+    """Whether the schedule has more than one phase."""
+    schedule = Schedule.parse(args.drt_schedule)
+    return schedule.trigger is not None or len(schedule.kinds(lowrank(recipe, args))) > 1
+
+
+def uses_matrix_optimizer(recipe: RecipeArguments, args: DRTTrainingArguments) -> bool:
+    """Whether the layers have a learning rate of their own."""
+    config = DRTConfig(schedule=args.drt_schedule, matrix_optimizer=args.drt_matrix_optimizer)
+    return config.settled(lowrank(recipe, args)).uses_matrix_optimizer
 
 
 def main(arguments: list[str] | None = None) -> DRTTrainer:
@@ -184,9 +196,10 @@ def main(arguments: list[str] | None = None) -> DRTTrainer:
     parser = HfArgumentParser((RecipeArguments, DRTTrainingArguments), description=__doc__.splitlines()[0])
     parser.set_defaults(**DEFAULTS)
     recipe, args = parser.parse_args_into_dataclasses(arguments)
-    if recipe.plain:
-        parser.set_defaults(**PLAIN)
+    if not recipe.plain and uses_matrix_optimizer(recipe, args):
+        parser.set_defaults(**BESIDE_MATRICES)
         recipe, args = parser.parse_args_into_dataclasses(arguments)
+    if recipe.plain:
         turn_off(args)
     elif args.drt_schedule is not None:
         args.drt_evaluate_at_switch &= switches(recipe, args)

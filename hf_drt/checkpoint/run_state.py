@@ -93,9 +93,9 @@ def check_preset(state: dict[str, Any], schedule: Schedule | None, lowrank: str 
     kinds = [phase.kind for phase in plan.phases]
     if kinds != schedule.kinds(lowrank) and kinds == Schedule.parse(preset.instead).kinds(lowrank):
         raise ValueError(
-            f"the state is of the plan '{plan}', which has the phases of the preset {preset.instead}, not of "
-            f"{preset.name}: an earlier version may have meant them by that name. Resume with "
-            f"schedule='{preset.instead}', and the other settings as they were."
+            f"the state is of the plan '{plan}', whose forms are those of the preset {preset.instead}, not of "
+            f"{preset.name}. If an earlier version wrote it by the name of {preset.name}, resume with "
+            f"schedule='{preset.instead}'; if not, with schedule='{plan}'; and with the other settings as they were."
         )
 
 
@@ -134,7 +134,9 @@ def check_structure(
         )
     for name, value in settings.items():
         if (stored := state["settings"].get(name, _UNSAID.get(name))) != value:
-            raise ValueError(f"{name} is {value!r} here, and {stored!r} in the state. {_SAME_RUN}")
+            unsaid = name in _UNSAID and name not in state["settings"]
+            then = f" (the default of then, which it may have had unsaid: set {name}={stored!r})" if unsaid else ""
+            raise ValueError(f"{name} is {value!r} here, and {stored!r} in the state{then}. {_SAME_RUN}")
     _check_layers(state["layers"], targets, forms(state["phase"]), state["phase"])
 
 

@@ -47,7 +47,8 @@ class LayerUpdate:
 def update_layers(
     optimizer: torch.optim.Optimizer, updates: Sequence[LayerUpdate], scale: Tensor | None = None
 ) -> None:
-    """Update layers by the gradients of their trainable weights, pairs of factors of equal shapes together.
+    """Update layers by the gradients of their trainable weights: pairs of factors of equal shapes together, so many
+    that they have :data:`STACKED` entries at most.
 
     Args:
         optimizer: Its state takes the momentum.
@@ -68,7 +69,7 @@ def _batches(updates: Sequence[LayerUpdate]) -> Iterator[list[LayerUpdate]]:
     for update in updates:
         key = _alike(update)
         batch = batches.setdefault(key, [])
-        if batch and (key is None or sum(_size(u) for u in (*batch, update)) > STACKED):
+        if batch and sum(_size(u) for u in (*batch, update)) > STACKED:
             yield batches.pop(key)
             batch = batches.setdefault(key, [])
         batch.append(update)
@@ -76,10 +77,10 @@ def _batches(updates: Sequence[LayerUpdate]) -> Iterator[list[LayerUpdate]]:
 
 
 def _alike(update: LayerUpdate) -> Any:
-    """Equal of pairs of factors that can be stacked; None of other layers."""
+    """Equal of pairs of factors that can be stacked; of other layers their own."""
     layer, group = update.layer, update.group
     if not isinstance(layer, LowRankLinear) or update.weights[0].ndim > 2:
-        return None
+        return id(layer)
     L, R, scale = layer.pair()
     return type(layer), L.shape, R.shape, scale, id(group), *((w.dtype, w.device) for w in (L, R))
 
@@ -102,6 +103,7 @@ def _steps(
 ) -> Iterator[list[tuple[Tensor, float]]]:
     """Of each layer of a batch what is taken from each of its trainable weights, and how many times."""
     directions = [list(_directions(optimizer, update, scale)) for update in batch]
+    # Each momentum is let go of before the update is computed: together they are as large as the weights.
     layer, lr = batch[0].layer, float(batch[0].group["lr"])
     if isinstance(layer, LowRankLinear):
         yield from ([(step, 1.0) for step in steps] for steps in _pair_steps(batch, directions, lr))

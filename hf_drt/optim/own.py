@@ -25,7 +25,7 @@ def check_own(optimizer: torch.optim.Optimizer, config: DRTConfig) -> None:
     if form_group_options(config) and found.apart:
         raise ValueError(
             f"{group_settings(config)}: this needs parameter groups that are added to the optimizer, but in a trial of "
-            f"{name} on small parameters {found.apart} Leave the setting out.{config.without_matrix_optimizer}"
+            f"{name} on small parameters {found.apart} {config.leave_out}.{config.without_matrix_optimizer}"
         )
     if config.uses_matrix_optimizer and found.bare:
         raise ValueError(
@@ -36,7 +36,7 @@ def check_own(optimizer: torch.optim.Optimizer, config: DRTConfig) -> None:
     if (scales := scaling(config)) and not found.reads_rate:
         raise ValueError(
             f"{scales}: this needs the learning rate of the optimizer's groups, but in a trial of {name} on small "
-            "parameters lr made no difference after the first steps. Leave the setting out."
+            f"parameters lr made no difference after the first steps. {config.leave_out}."
             f"{config.without_matrix_optimizer}"
         )
 

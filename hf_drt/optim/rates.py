@@ -49,8 +49,8 @@ def check_rate(optimizer: torch.optim.Optimizer, config: DRTConfig, mine: set[in
     if found and (rate := own_rate(optimizer, mine)) is not None:
         raise ValueError(
             f"{found}: this needs the learning rate of the optimizer's groups, but {name} with {rate.option} "
-            f"computes its own and does not read it. Use {name}(params, {rate.instead}), or AdamW; or leave the "
-            f"setting out.{config.without_matrix_optimizer}"
+            f"computes its own and does not read it. Use {name}(params, {rate.instead}), or AdamW. "
+            f"{config.leave_out} otherwise.{config.without_matrix_optimizer}"
         )
 
 
@@ -92,13 +92,13 @@ def check_step(rule: OptimizerRule, called: str, config: DRTConfig) -> None:
         raise ValueError(
             f"matrix_optimizer={config.matrix_optimizer}: {called} averages the weights within its own "
             "step, and warms up there (warmup_steps). The matrices have no part in it, and would be evaluated as they "
-            "are, next to averages. Leave the setting out, or take optim='adamw_torch' with a scheduler."
+            f"are, next to averages. {config.leave_out}, or take optim='adamw_torch' with a scheduler."
             f"{config.without_matrix_optimizer}"
         )
     if rule.picks_layers and config.uses_matrix_optimizer:
         raise ValueError(
             f"matrix_optimizer={config.matrix_optimizer} and {called} are for the same weights, and only one can train "
-            f"them. Leave the setting out, or take optim='adamw_torch' for the others.{config.without_matrix_optimizer}"
+            f"them. {config.leave_out}, or take optim='adamw_torch' for the others.{config.without_matrix_optimizer}"
         )
     if not rule.without_step:
         return
@@ -111,6 +111,6 @@ def check_step(rule: OptimizerRule, called: str, config: DRTConfig) -> None:
     if found := scaling(config):
         raise ValueError(
             f"{found}: this acts around optimizer.step(), but {called} cannot be reached there: it updates the weights "
-            f"{rule.without_step}. Leave the setting out, or take the nearest that can, optim='{rule.nearest}'."
+            f"{rule.without_step}. {config.leave_out}, or take the nearest that can, optim='{rule.nearest}'."
             f"{config.without_matrix_optimizer}"
         )

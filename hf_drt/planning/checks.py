@@ -107,7 +107,7 @@ def _check_products(forms: dict[str, Form], config: DRTConfig) -> None:
             brought = config.without_matrix_optimizer if name == "matrix_optimizer" else ""
             raise ValueError(
                 f"{name} {does} a product U V, and decomposition='{config.decomposition}' is of other tensors. Use "
-                f"decomposition='svd', or leave {name} out.{brought}"
+                f"decomposition='svd', or {'do without it' if brought else f'leave {name} out'}.{brought}"
             )
 
 

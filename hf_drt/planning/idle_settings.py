@@ -197,8 +197,8 @@ def _budget(usage: Usage) -> str | None:
     if usage.grows or (usage.schedule is not None and usage.schedule.uses_budget):
         return None
     return (
-        "neither a rank nor a boundary of the schedule depends on a budget. Use the preset auto or adaptive, or write "
-        "a boundary @budget, e.g. 'factored@0 dense@budget'."
+        "neither a rank nor a boundary of the schedule depends on a budget. Use the preset auto, auto_late or "
+        "adaptive, or write a boundary @budget, e.g. 'factored@0 dense@budget'."
     )
 
 

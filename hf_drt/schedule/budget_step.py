@@ -9,6 +9,7 @@ from hf_drt.schedule.plan import Plan, form_text
 Form = tuple[str, int | float | None]
 
 RANKS = (1 / 4, 3 / 16, 1 / 8, 1 / 16, 1 / 32)
+THROUGHOUT = tuple(k / 64 for k in range(16, 1, -1))  # where no full-rank phase can take what a rank leaves
 FULL_RANK_SHARE = 0.1  # of the run, that a rank has to leave for full rank where the schedule has any
 
 
@@ -16,15 +17,21 @@ def budget_rank(kind: str, run: Run, full_rank: float) -> float:
     """The largest share of min(out, in) that leaves enough of the budget for full-rank phases.
 
     With steps that cost ``c`` in low rank and 1 in full rank, ``c (1 - w) + w <= budget`` for the share ``w`` of the
-    run in full rank, ``full_rank`` (:func:`full_rank_share`); among :data:`RANKS`.
+    run in full rank, ``full_rank`` (:func:`full_rank_share`); among :data:`RANKS`, or
+    :data:`THROUGHOUT` where that is 0.
 
     Raises:
         ValueError: There is no budget, or even the smallest of these ranks costs too much.
     """
     budget, cost = _budget_and_cost(run)
-    for rank in RANKS:
-        if _with_full_rank(cost(kind, rank), full_rank) <= budget:
-            return rank
+    within = [r for r in RANKS if _with_full_rank(cost(kind, r), full_rank) <= budget]
+    if not full_rank:
+        largest = max((c for r in THROUGHOUT if (c := cost(kind, r)) <= budget), default=None)
+        within = [
+            r for r in reversed(THROUGHOUT) if cost(kind, r) == largest
+        ]  # several may be rounded to the same ranks
+    if within:
+        return within[0]
     beside = f", with {full_rank:.0%} of the run in full rank" if full_rank else ""
     raise ValueError(
         f"no rank meets a budget of {budget:g}: of the dense training FLOPs the {kind} form takes at least "

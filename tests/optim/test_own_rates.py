@@ -18,7 +18,7 @@ RULES = (
 PLAN = "factored@0 dense@3 adapter@5"
 MESSAGE = (
     r"{}=\S+: this needs the learning rate of the optimizer's groups, but Adafactor with relative_step=True computes "
-    r"its own .* Use Adafactor\(params, lr=1e-3, relative_step=False, scale_parameter=False\), or AdamW; or leave"
+    r"its own .* Use Adafactor\(params, lr=1e-3, relative_step=False, scale_parameter=False\), or AdamW\. Leave"
 )
 ANCHOR = (
     r"'dense@lr<0\.5' begins at a share of the scheduler's peak learning rate, but Adafactor with relative_step=True "

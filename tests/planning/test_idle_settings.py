@@ -32,7 +32,12 @@ SETTINGS = {
     "exclude": ({"exclude": ["mlp"]}, "dense@0", None, None),
     "blocks": ({"blocks": ["LlamaDecoderLayer"]}, "dense@0", None, None),
     "ignore_source": ({"ignore_source": ["mlp"]}, None, None, None),  # the selection refuses what overrides nothing
-    "budget": ({"budget": 0.8}, "adaptive", "paper", r"Use the preset auto or adaptive, or write a boundary @budget"),
+    "budget": (
+        {"budget": 0.8},
+        "adaptive",
+        "paper",
+        r"Use the preset auto, auto_late or adaptive, or write a boundary @budget",
+    ),
     "dense_query_key": ({"dense_query_key": True}, "factored@0", "adapter@0", r"only factored phases use it"),
     "start": ({"start": "pretrained"}, "lowrank@0", "adapter@0", r"'lowrank' stands for, .*Write lowrank in it"),
     "adapter_alpha": (

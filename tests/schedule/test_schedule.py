@@ -81,7 +81,7 @@ def test_auto_late_fits_rank_and_window_to_the_budget(budget, plan):
 
 
 @pytest.mark.parametrize(
-    ("budget", "rank"), [(0.6, 0.25), (0.5, 0.25), (0.3, 0.125), (0.25, 0.125), (0.249, 0.0625), (0.0625, 0.03125)]
+    ("budget", "rank"), [(0.6, 0.25), (0.5, 0.25), (0.3, 0.140625), (0.25, 0.125), (0.249, 0.109375), (0.0625, 0.03125)]
 )
 def test_without_a_dense_phase_the_rank_may_cost_the_whole_budget(budget, rank):
     for text in ("auto", "lowrank:budget@0", "factored:budget@0 factored:budget@50"):

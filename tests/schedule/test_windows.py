@@ -6,7 +6,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_drt import DRTConfig, DynamicRank
 from hf_drt.schedule import PRESETS, Check, Phase, Plan, Run, Schedule, Trigger
-from hf_drt.schedule.budget_step import RANKS
 from hf_drt.schedule.presets import AUTO_BUDGET
 from hf_drt.schedule.windows import Windows
 
@@ -161,9 +160,9 @@ def test_the_budget_of_auto_is_its_own_where_low_rank_means_factors():
     wide = LlamaConfig(vocab_size=8, hidden_size=256, intermediate_size=1024, num_hidden_layers=1)
     resolved = DynamicRank(LlamaForCausalLM(wide), "auto", max_steps=100).resolved
     assert resolved.budget == AUTO_BUDGET == PRESETS["auto"].budget
-    # The largest of its ranks, 1/4, 3/16, 1/8, 1/16, 1/32, that keeps within: r (4 * 512 + 3 * 1280) of 4 * 256^2 and
-    # 3 * 256 * 1024 multiply-adds.
-    costs = {share: share * 256 * (4 * 512 + 3 * 1280) / (4 * 256**2 + 3 * 256 * 1024) for share in RANKS}
+    # The largest rank, a multiple of 8, that keeps within: r (4 * 512 + 3 * 1280) of 4 * 256^2 and 3 * 256 * 1024
+    # multiply-adds.
+    costs = {r / 256: r * (4 * 512 + 3 * 1280) / (4 * 256**2 + 3 * 256 * 1024) for r in range(8, 65, 8)}
     assert resolved.plan.phases[0].rank == max(share for share, cost in costs.items() if cost <= AUTO_BUDGET)
     assert resolved.cost.flops == pytest.approx(costs[resolved.plan.phases[0].rank])
     assert f"{AUTO_BUDGET:g} in 'auto'" in DRTConfig.__dataclass_fields__["budget"].metadata["help"]

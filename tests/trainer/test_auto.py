@@ -202,8 +202,8 @@ def test_a_checkpoint_of_what_auto_was_is_not_resumed_as_another_method(tmp_path
     state = json.loads((checkpoint / STATE_NAME).read_text())
     assert "matrix_optimizer" not in state["settings"]
     message = (
-        r"is of the plan 'factored:\S+ dense@\d+', which has the phases of the preset auto_late, not of auto: an "
-        r"earlier version may have meant them by that name\. Resume with schedule='auto_late', and the other settings"
+        r"is of the plan 'factored:\S+ dense@\d+', whose forms are those of the preset auto_late, not of auto\. If "
+        r"an earlier version wrote it by the name of auto, resume with schedule='auto_late'; if not, with schedule='fac"
     )
     model = tiny.llama()
     before = {name: p.clone() for name, p in model.state_dict().items()}
