@@ -27,9 +27,8 @@ def budget_rank(kind: str, run: Run, full_rank: float) -> float:
     within = [r for r in RANKS if _with_full_rank(cost(kind, r), full_rank) <= budget]
     if not full_rank:
         largest = max((c for r in THROUGHOUT if (c := cost(kind, r)) <= budget), default=None)
-        within = [
-            r for r in reversed(THROUGHOUT) if cost(kind, r) == largest
-        ]  # several may be rounded to the same ranks
+        # Several may be rounded to the same ranks.
+        within = sorted((r for r in THROUGHOUT if cost(kind, r) == largest), key=lambda r: (r not in RANKS, r))
     if within:
         return within[0]
     beside = f", with {full_rank:.0%} of the run in full rank" if full_rank else ""
