@@ -28,7 +28,7 @@ def budget_rank(kind: str, run: Run, full_rank: float) -> float:
     if not full_rank:
         largest = max((c for r in THROUGHOUT if (c := cost(kind, r)) <= budget), default=None)
         # Several may be rounded to the same ranks.
-        within = sorted((r for r in THROUGHOUT if cost(kind, r) == largest), key=lambda r: (r not in RANKS, r))
+        within = sorted((r for r in THROUGHOUT if cost(kind, r) == largest), key=lambda r: r not in RANKS)
     if within:
         return within[0]
     beside = f", with {full_rank:.0%} of the run in full rank" if full_rank else ""
