@@ -31,7 +31,7 @@ NEED_GROUPS: dict[str, Any] = {
     "factored_lr_scale": 1, "adapter_lr_scale": 1, "left_lr_scale": 1, "right_lr_scale": 1, "frobenius_decay": False,
     "matrix_optimizer": "none",
 }  # fmt: skip
-GROUP_SETTINGS = "{}, {}, {}, {}, {} and {}".format(*NEED_GROUPS)
+GROUP_SETTINGS = " and ".join([", ".join([*NEED_GROUPS][:-1]), [*NEED_GROUPS][-1]])
 # What a form group has of the settings, and a scheduler leaves as it is.
 _FIXED = (LR_SCALE, MATRIX, MATRIX_LR)
 
