@@ -135,8 +135,8 @@ def check_structure(
     for name, value in settings.items():
         if (stored := state["settings"].get(name, _UNSAID.get(name))) != value:
             unsaid = name in _UNSAID and name not in state["settings"]
-            then = f" (the default of then, which it may have had unsaid: set {name}={stored!r})" if unsaid else ""
-            raise ValueError(f"{name} is {value!r} here, and {stored!r} in the state{then}. {_SAME_RUN}")
+            then = f" The state does not name it, and had the default of then: set {name}={stored!r}." if unsaid else ""
+            raise ValueError(f"{name} is {value!r} here, and {stored!r} in the state. {_SAME_RUN}{then}")
     _check_layers(state["layers"], targets, forms(state["phase"]), state["phase"])
 
 

@@ -353,7 +353,8 @@ def test_states_from_before_the_momentum_of_today():
     assert "matrix_momentum" not in state["settings"]
     controller(tiny.llama(), "factored@0 dense@9", matrix_momentum=0.95).load_state_dict(state)
     today = DRTConfig().matrix_momentum
-    with pytest.raises(ValueError, match=rf"matrix_momentum is {today} here, and 0\.95 in the state\. Resume with"):
+    message = rf"matrix_momentum is {today} here, and 0\.95 in the state\. Resume .* then: set matrix_momentum=0\.95\."
+    with pytest.raises(ValueError, match=message):
         controller(tiny.llama(), "factored@0 dense@9", matrix_momentum=today).load_state_dict(state)
     plain = {"matrix_optimizer": "none", "matrix_lr": DRTConfig().matrix_lr, "matrix_momentum": today}
     without = controller(tiny.llama(), "factored@0 dense@9", **plain)
