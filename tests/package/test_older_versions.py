@@ -91,7 +91,9 @@ def test_a_checkpoint_goes_on_to_the_same_bits(older, tmp_path, name, step):
 @pytest.mark.parametrize("step", older_runs.CHECKPOINTS)
 def test_a_checkpoint_of_auto_does_not_go_on_as_what_auto_is_today(older, tmp_path, step):
     run = older_runs.trainer("auto", tmp_path)
-    with pytest.raises(CheckpointError, match=r"If an earlier version wrote it by the name of auto, resume with schedule='auto_late'"):
+    with pytest.raises(
+        CheckpointError, match=r"If an earlier version wrote it by the name of auto, resume with schedule='auto_late'"
+    ):
         run.train(resume_from_checkpoint=str(older / "auto" / f"checkpoint-{step}"))
 
 
