@@ -45,7 +45,7 @@ DEFAULTS = {
     "max_steps": 200,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 16,
-    "learning_rate": 1e-3,  # of AdamW on all weights; the best of those that were tried with --plain
+    "learning_rate": 1e-3,  # of AdamW on all weights, as with --plain
     "lr_scheduler_type": "linear",
     "warmup_steps": 20,
     "weight_decay": 0.1,
