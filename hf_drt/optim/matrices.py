@@ -10,7 +10,7 @@ lambda`` shrinks in every form.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -141,11 +141,12 @@ def _direction(
 
 def _pair_steps(batch: list[LayerUpdate], directions: list[list[Tensor]], lr: float) -> list[list[Tensor]]:
     """The steps of each layer's two factors, in the order of its trainable weights."""
-    L, _, scale = batch[0].layer.pair()
+    layers = [cast(LowRankLinear, update.layer) for update in batch]
+    L, _, scale = layers[0].pair()
     left_first = batch[0].weights[0] is L
     order = slice(None) if left_first else slice(None, None, -1)
     dtype = directions[0][0].dtype
-    factors = zip(*(update.layer.pair()[:2] for update in batch), strict=True)
+    factors = zip(*(layer.pair()[:2] for layer in layers), strict=True)
     momenta = zip(*(direction[order] for direction in directions), strict=True)
     stacks = [_stack([one.to(dtype) for one in side]) for side in (*factors, *momenta)]
     directions.clear()
