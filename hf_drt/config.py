@@ -163,8 +163,8 @@ class DRTConfig:
     )
     matrix_momentum: float = _option(
         0.9,
-        "Momentum of matrix_optimizer, in [0, 1). The default was better than the 0.95 of torch.optim.Muon in all "
-        "benchmarks, which are short, for dense weights as for factors.",
+        "Momentum of matrix_optimizer, in [0, 1). The default was better than the 0.95 of torch.optim.Muon in a run of "
+        "some 200 update steps; long runs are open.",
     )
     frobenius_decay: bool = _option(
         False,

@@ -5,6 +5,7 @@ import copy
 import pytest
 import tiny
 import torch
+from equal_runs import assert_equal_runs
 from matrix_models import (
     FORMS,
     SETTINGS,
@@ -66,17 +67,6 @@ def test_momentum_follows_the_change_of_form_by_the_chain_rule_or_is_dropped(pol
     loop(drt, optimizer, 6, STEPS)
     held = {p for group in optimizer.param_groups for p in group["params"]}
     assert set(optimizer.state) <= held
-
-
-def assert_equal_runs(trainer, other) -> None:
-    assert_same(trainer.model, other.model)
-    state, expected = trainer.optimizer.state_dict(), other.optimizer.state_dict()
-    assert state["param_groups"] == expected["param_groups"]
-    assert state["state"].keys() == expected["state"].keys()
-    for index, entries in expected["state"].items():
-        assert entries.keys() == state["state"][index].keys()
-        for key, value in entries.items():
-            assert torch.equal(torch.as_tensor(state["state"][index][key]), torch.as_tensor(value)), (index, key)
 
 
 RUNS = {

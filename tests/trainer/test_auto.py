@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import transformers as T
+from equal_runs import assert_equal_runs
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from transformers import HfArgumentParser
 
@@ -36,19 +37,6 @@ def run(folder, model=None, resume=None, **changes) -> DRTTrainer:
 
 def forms(trainer) -> set[type]:
     return {type(form_of(layer_of(trainer.model, name))) for name in trainer.drt.targets}
-
-
-def assert_equal_runs(trainer, other) -> None:
-    weights, expected = trainer.model.state_dict(), other.model.state_dict()
-    assert weights.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(weights[name], expected[name])] == []
-    state, expected = trainer.optimizer.state_dict(), other.optimizer.state_dict()
-    assert state["param_groups"] == expected["param_groups"]
-    assert state["state"].keys() == expected["state"].keys()
-    for index, entries in expected["state"].items():
-        assert entries.keys() == state["state"][index].keys()
-        for key, value in entries.items():
-            assert torch.equal(torch.as_tensor(state["state"][index][key]), torch.as_tensor(value)), (index, key)
 
 
 # ---- what it is

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from test_resume import assert_equal_runs
+from equal_runs import assert_equal_runs
 from transformers import EarlyStoppingCallback, Trainer
 
 from hf_drt import DRTCallback, DRTConfig, DRTTrainer

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 import torch._dynamo
-from test_resume import assert_equal_runs
+from equal_runs import assert_equal_runs
 
 from hf_drt import CheckpointError
 

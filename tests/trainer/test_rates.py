@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from curves import STEPS, drt_trainer, first_below, logged, plain_trainer, starts, switches
-from test_resume import assert_equal_runs
+from equal_runs import assert_equal_runs
 from torch.optim import AdamW
 from torch.optim import lr_scheduler as of_torch
 from transformers import Trainer, set_seed

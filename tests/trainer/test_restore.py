@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 import transformers as T
-from test_resume import assert_equal_runs
+from equal_runs import assert_equal_runs
 
 from hf_drt import CheckpointError, DRTCallback, DRTConfig, DRTTrainer, DRTTrainerMixin, DynamicRank
 from hf_drt.optim import unwrap

@@ -10,6 +10,7 @@ import forked
 import pytest
 import tiny
 import torch
+from equal_runs import assert_equal_runs
 from safetensors.torch import load_file
 
 from hf_drt import DRTTrainer, form_of
@@ -29,19 +30,6 @@ def straight(tmp_path_factory):
     trainer = in_form(folder, save_strategy="steps", save_steps=1)
     trainer.train()
     return folder, trainer
-
-
-def assert_equal_runs(trainer, other):
-    weights, expected = trainer.model.state_dict(), other.model.state_dict()
-    assert weights.keys() == expected.keys()
-    for name in expected:
-        assert torch.equal(weights[name], expected[name]), name
-    state, expected = trainer.optimizer.state_dict(), other.optimizer.state_dict()
-    assert state["param_groups"] == expected["param_groups"]
-    assert state["state"].keys() == expected["state"].keys()
-    for index, entries in expected["state"].items():
-        for key, value in entries.items():
-            assert torch.equal(torch.as_tensor(state["state"][index][key]), torch.as_tensor(value)), (index, key)
 
 
 @pytest.mark.parametrize("step", range(1, STEPS))

@@ -13,8 +13,8 @@ import pytest
 import tiny
 import torch
 import transformers.trainer
+from equal_runs import assert_equal_runs
 from safetensors import SafetensorError
-from test_resume import assert_equal_runs
 from transformers.trainer_utils import rotate_checkpoints
 from writers import FILES, around_writes, cut_short
 

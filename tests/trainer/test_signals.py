@@ -8,7 +8,7 @@ from pathlib import Path
 import forked
 import pytest
 import tiny
-from test_resume import assert_equal_runs
+from equal_runs import assert_equal_runs
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_drt import DRTCallback, DRTTrainer
