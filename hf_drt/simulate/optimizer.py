@@ -23,9 +23,9 @@ def optimizer_bytes(
 ) -> tuple[int, int]:
     """Bytes of the optimizer's state of all trainable parameters, and of the largest temporary of its step.
 
-    Parameters are updated one after the other, as torch does on a CPU, and the matrix optimizer's layers as many together
-    as :func:`hf_drt.optim.update_layers` takes. Of a step that is compiled into few kernels the temporaries are not known,
-    and count as none.
+    Parameters are updated one after the other, as torch does on a CPU, and the matrix optimizer's layers as many
+    together as :func:`hf_drt.optim.update_layers` takes. Of a step that is compiled into few kernels the temporaries
+    are not known, and count as none.
 
     Args:
         optimizer: A value of ``optim`` in TrainingArguments, of :func:`hf_drt.optim.optim_names`.
