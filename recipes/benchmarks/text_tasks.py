@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from corpora import brown_documents, gcide_entries
+from kept import kept
 from minimal_pairs import minimal_pairs, share_right
 from task import Task
 from tokenizers import ByteLevelBPETokenizer
@@ -53,16 +54,18 @@ def tokens_of(cache: Path, vocab_size: int) -> tuple[PreTrainedTokenizerFast, np
         bpe = ByteLevelBPETokenizer()
         bpe.train_from_iterator(training, vocab_size=vocab_size, special_tokens=[END, MASK], show_progress=False)
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=END, mask_token=MASK)
-        tokenizer.save_pretrained(folder)
-        for name, texts in (("train", training), ("evaluation", held_out)):
-            ids = tokenizer([text + END for text in texts], verbose=False)["input_ids"]
-            np.save(folder / f"{name}.npy", np.concatenate([np.array(row, np.uint16) for row in ids]))
+        with kept(folder) as part:
+            tokenizer.save_pretrained(part)
+            for name, texts in (("train", training), ("evaluation", held_out)):
+                ids = tokenizer([text + END for text in texts], verbose=False)["input_ids"]
+                np.save(part / f"{name}.npy", np.concatenate([np.array(row, np.uint16) for row in ids]))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     return tokenizer, np.load(folder / "train.npy"), np.load(folder / "evaluation.npy")
 
 
 def causal_lm(model: dict[str, Any], data: dict[str, Any], cache: Path) -> Task:
-    """A Llama-shaped language model on Brown and GCIDE."""
+    """A Llama-shaped language model on Brown and GCIDE; with ``train_blocks`` in ``data`` the training set is cut to so
+    many samples, which a long run then passes over more than once."""
     tokenizer, train, evaluation = tokens_of(cache, data["vocab_size"])
     config = LlamaConfig(
         vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, tie_word_embeddings=True, pad_token_id=None, **model
@@ -71,7 +74,7 @@ def causal_lm(model: dict[str, Any], data: dict[str, Any], cache: Path) -> Task:
     pairs = minimal_pairs(_documents(cache)[1], data["pairs"]) if "pairs" in data else []
     return Task(
         lambda: AutoModelForCausalLM.from_config(config),
-        Blocks(train, size),
+        Blocks(train, size, data.get("train_blocks")),
         Blocks(evaluation, size, data["eval_blocks"]),
         metrics=next_token_accuracy,
         predict=lambda logits, labels: logits.argmax(-1),
