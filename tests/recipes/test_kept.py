@@ -8,15 +8,21 @@ def test_a_file_is_there_at_the_end_and_not_before(tmp_path):
     path = tmp_path / "new folder" / "text.npz"
     with kept(path) as part:
         part.write_text("half")
-        assert part.suffix == ".npz" and not path.exists()
-    assert path.read_text() == "half" and list(path.parent.iterdir()) == [path]
+        assert part.suffix == ".npz"
+        assert not path.exists()
+    assert path.read_text() == "half"
+    assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_failure_leaves_nothing(tmp_path):
-    for make in (lambda part: part.write_text("half"), lambda part: part.mkdir(), lambda part: None):
-        with pytest.raises(OSError, match="disk full"), kept(tmp_path / "data") as part:
+@pytest.mark.parametrize("make", [lambda part: part.write_text("half"), lambda part: part.mkdir(), lambda part: None])
+def test_a_failure_leaves_nothing(make, tmp_path):
+    def fail():
+        with kept(tmp_path / "data") as part:
             make(part)
             raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 
