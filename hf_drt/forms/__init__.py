@@ -8,13 +8,16 @@ from hf_drt.forms.convert import (
     decompose,
     decomposition_shapes,
     empty_like,
+    frozen_by_user,
     prepare,
     rank_limit,
 )
+from hf_drt.forms.frozen import FrozenLinear
 from hf_drt.forms.layout import LayerShape, Layout, is_transposed
 from hf_drt.forms.modules import (
     AdapterLinear,
     FactoredLinear,
+    FormedLinear,
     LowRankLinear,
     effective_weight,
     form_of,
@@ -63,6 +66,8 @@ __all__ = [
     "FactoredLinear",
     "FactoredStack",
     "Form",
+    "FormedLinear",
+    "FrozenLinear",
     "KernelProduct",
     "LayerShape",
     "Layout",
@@ -86,6 +91,7 @@ __all__ = [
     "form_from_dict",
     "form_of",
     "form_to_dict",
+    "frozen_by_user",
     "is_transposed",
     "layer_of",
     "layout_of",

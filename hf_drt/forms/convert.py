@@ -12,13 +12,17 @@ from torch import Tensor, nn
 
 from hf_drt.forms.conversion import Conversion, Merge
 from hf_drt.forms.convolution import AdapterConv, FactoredConv
+from hf_drt.forms.frozen import FrozenLinear
 from hf_drt.forms.layout import LayerShape
+from hf_drt.forms.marks import FROZEN
 from hf_drt.forms.modules import (
     AdapterLinear,
     FactoredLinear,
+    FormedLinear,
     LowRankLinear,
     effective_weight,
     form_of,
+    frozen_with,
     layout_of,
     trainable_weights,
     weight_shape,
@@ -81,7 +85,7 @@ def prepare(
     """The conversion of a layer to ``form``; nothing changes before its ``commit()``.
 
     The same form again is a restart: Factored re-balances its factors, Adapter merges and starts a new adapter (ReLoRA,
-    Lialin et al. 2023), Dense is returned as it is.
+    Lialin et al. 2023), Dense is returned as it is, frozen or not.
 
     Args:
         module: ``nn.Linear``, ``Conv1D``, or one of this package's modules.
@@ -97,13 +101,15 @@ def prepare(
         parts = decompose(module, form)
     with torch.no_grad():
         match form:
+            case Dense(frozen=True):
+                conversion = _to_frozen(module, form)
             case Dense():
                 conversion = _to_dense(module)
             case Factored():
                 conversion = _to_factored(module, form, generator, parts or ())
             case Adapter():
                 conversion = _to_adapter(module, form, generator, parts)
-    if not any(weight.requires_grad for weight in trainable_weights(module)):  # frozen by the user: it stays so
+    if frozen_by_user(module):  # it stays so
         conversion.trainable += [(weight, False) for weight in trainable_weights(conversion.module)]
     return conversion
 
@@ -111,14 +117,17 @@ def prepare(
 def empty_like(module: nn.Module, form: Form) -> nn.Module:
     """A layer in ``form`` with the shapes, dtype, device and bias of ``module`` and with unset values, for loading."""
     check_rank(module, form)
-    like = next(p for name, p in module.named_parameters() if name != "bias")
+    like, dtype = _like(module)
     dense = _dense_module(module)
     shapes = tensor_shapes(form, weight_shape(module), layout_of(module))
 
     def empty(*shape: int, trainable: bool = True) -> nn.Parameter:
-        return nn.Parameter(torch.empty(shape, dtype=like.dtype, device=like.device), requires_grad=trainable)
+        kept = _stored_dtype(form, dtype) if isinstance(form, Dense) else dtype
+        return nn.Parameter(torch.empty(shape, dtype=kept, device=like.device), requires_grad=trainable)
 
     match form:
+        case Dense(frozen=True):
+            return _frozen_layer(module, form, empty(*shapes["weight"], trainable=False), dtype)
         case Dense():
             return with_weight(dense, empty(*shapes["weight"]), _bias(module), module.training)
         case Factored() | Adapter():
@@ -157,6 +166,9 @@ def check_rank(module: nn.Module, form: Form) -> None:
     if getattr(module, "groups", 1) != 1 or isinstance(module, nn.modules.conv._ConvTransposeNd):
         raise ValueError(f"a {module} has no low-rank form: only convolutions with groups=1 have, and no transposed.")
     if isinstance(form, Dense):
+        layout = layout_of(module)
+        if form.dtype is not None and (layout.kernel or layout.count is not None):
+            raise ValueError(f"{form} is a form of linear layers, and of no convolution or experts. Use Dense(True).")
         return
     shape, product = weight_shape(module), form.product
     if reason := product.refusal(shape):
@@ -190,26 +202,75 @@ def low_rank_layer(
 
 
 def _dense_module(module: nn.Module) -> nn.Module:
-    return module._shell[0] if isinstance(module, LowRankLinear) else module
+    return module.shell if isinstance(module, FormedLinear) else module
 
 
 def _bias(module: nn.Module) -> nn.Parameter | None:
     return module._parameters.get("bias")
 
 
-def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
-    return nn.Parameter(value.to(dtype=like.dtype, device=like.device).contiguous())
+def _like(module: nn.Module) -> tuple[Tensor, torch.dtype]:
+    """A tensor of the layer's W, and the dtype in which that is trained."""
+    like = next(p for name, p in module.named_parameters() if name != "bias")
+    return like, module.dtype if isinstance(module, FrozenLinear) else like.dtype
 
 
 def _to_dense(module: nn.Module) -> Conversion:
+    if form_of(module) == Dense():
+        return Conversion(module, 0.0)
+    weight, merge = _whole_weight(module)
+    dense = _dense_module(module)
+    return Conversion(
+        with_weight(dense, weight, _bias(module), module.training), 0.0, merge, [(weight, True)]
+    )
+
+
+def _to_frozen(module: nn.Module, form: Dense) -> Conversion:
+    if form_of(module) == form:
+        return Conversion(module, 0.0)
+    weight, merge = _whole_weight(module, form)
+    return Conversion(_frozen_layer(module, form, weight, _like(module)[1]), 0.0, merge, [(weight, False)])
+
+
+def _whole_weight(module: nn.Module, form: Dense = Dense()) -> tuple[nn.Parameter, Merge | None]:  # noqa: B008
+    """The Parameter that holds W whole, as the form keeps it, and what has to be merged into it: the old W's object
+    wherever one exists."""
+    like, dtype = _like(module)
+    stored = _stored_dtype(form, dtype)
     match module:
-        case FactoredLinear():
-            W = _unformed(trainable_weights(module)[0])
-            return Conversion(module.dense_with(W), 0.0, Merge(W, lambda: effective_weight(module), module))
-        case AdapterLinear(base=base):
-            merge = Merge(base, lambda: effective_weight(module), module)
-            return Conversion(module.dense_with(base), 0.0, merge, [(base, True)])
-    return Conversion(module, 0.0)
+        case AdapterLinear(base=base) if stored == base.dtype:
+            return base, Merge(base, lambda: effective_weight(module), module)
+        case LowRankLinear():
+            W = _unformed(like, stored)
+            return W, Merge(W, lambda: effective_weight(module), module)
+    weight = trainable_weights(module)[0]
+    if weight.dtype == stored:
+        return weight, None
+    W = _unformed(like, stored)
+    return W, Merge(W, lambda: effective_weight(module), None)
+
+
+def _stored_dtype(form: Dense, dtype: torch.dtype) -> torch.dtype:
+    """In which a form keeps a W that is trained in ``dtype``."""
+    return dtype if form.dtype is None else getattr(torch, form.dtype)
+
+
+def _frozen_layer(module: nn.Module, form: Dense, weight: nn.Parameter, dtype: torch.dtype) -> nn.Module:
+    """A layer of frozen W: a dense one, or where W is of another dtype than the layer computes in, one that widens
+    it."""
+    dense, bias, by_user = _dense_module(module), _bias(module), frozen_by_user(module)
+    if form.dtype is None:
+        return frozen_with(dense, weight, bias, module.training, by_user)
+    frozen = FrozenLinear(dense, form, weight, bias, dtype, by_user)
+    frozen.training = module.training
+    return frozen
+
+
+def frozen_by_user(module: nn.Module) -> bool:
+    """Whether a layer is frozen by its user, and so in every form; not by its form alone."""
+    if isinstance(module, FrozenLinear):
+        return module.by_user
+    return vars(module).get(FROZEN, not any(weight.requires_grad for weight in trainable_weights(module)))
 
 
 def _to_factored(
@@ -224,18 +285,20 @@ def _to_factored(
 def _to_adapter(
     module: nn.Module, form: Adapter, generator: torch.Generator | None, parts: tuple[Tensor, ...] | None
 ) -> Conversion:
-    base = _future_base(module)
+    base, merge = _whole_weight(module)
     tensors = {"base": base} | _product_tensors(module, form, generator, parts)
     adapter = low_rank_layer(_dense_module(module), form, tensors, _bias(module))
     adapter.training = module.training
-    return Conversion(adapter, 0.0, _base_merge(module, adapter, base, parts is not None), [(base, False)])
+    if parts is not None:  # the base is what the new adapter, of the principal directions, leaves of W
+        merge = Merge(base, lambda: _without(module, adapter), merge.source if merge is not None else None)
+    return Conversion(adapter, 0.0, merge, [(base, False)])
 
 
 def _product_tensors(
     module: nn.Module, form: Factored | Adapter, generator: torch.Generator | None, parts: tuple[Tensor, ...] | None
 ) -> dict[str, nn.Parameter]:
     """The product's tensors at its start, by name: from a decomposition, or with a product of zero where it is None."""
-    like = next(p for name, p in module.named_parameters() if name != "bias")
+    like, dtype = _like(module)
     product, shape = form.product, weight_shape(module)
     if parts is None:
         values = product.start_at_zero(form, shape, generator)
@@ -243,25 +306,8 @@ def _product_tensors(
         values = product.start(form, parts, generator, form.scaling)
     stored = product.shapes(form, shape)
     by_name = dict(zip((name for name in product.names(form.adapts) if name in stored), values, strict=True))
-    return {name: _parameter(by_name[name], like) for name in stored}
-
-
-def _future_base(module: nn.Module) -> nn.Parameter:
-    """The Parameter that becomes the adapter's base: the old W's object wherever one exists."""
-    match module:
-        case FactoredLinear():
-            return _unformed(trainable_weights(module)[0])
-        case AdapterLinear():
-            return module.base
-    return trainable_weights(module)[0]
-
-
-def _base_merge(module: nn.Module, adapter: LowRankLinear, base: nn.Parameter, principal: bool) -> Merge | None:
-    """What has to be merged into the base; nothing where a new adapter of product zero stands on the old W."""
-    source = module if isinstance(module, LowRankLinear) else None
-    if principal:
-        return Merge(base, lambda: _without(module, adapter), source)
-    return None if source is None else Merge(base, lambda: effective_weight(module), source)
+    values = {name: by_name[name].to(dtype=dtype, device=like.device).contiguous() for name in stored}
+    return {name: nn.Parameter(value) for name, value in values.items()}
 
 
 def _without(module: nn.Module, adapter: LowRankLinear) -> Tensor:
@@ -270,6 +316,6 @@ def _without(module: nn.Module, adapter: LowRankLinear) -> Tensor:
     return adapter.product.added(effective_weight(module), tensors, -adapter.form.scaling)
 
 
-def _unformed(like: Tensor) -> nn.Parameter:
+def _unformed(like: Tensor, dtype: torch.dtype) -> nn.Parameter:
     """A Parameter of no elements, to be filled by a :class:`Merge`."""
-    return nn.Parameter(like.new_empty(0))
+    return nn.Parameter(like.new_empty(0, dtype=dtype))

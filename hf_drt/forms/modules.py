@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hf_drt.forms.layout import LayerShape, Layout, dense_layout, is_transposed
 from hf_drt.forms.lazy import EffectiveWeight
+from hf_drt.forms.marks import FROZEN
 from hf_drt.forms.plain import strip
 from hf_drt.forms.products import Product, tensor_names
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form
@@ -24,7 +25,7 @@ from hf_drt.linalg import full_precision, working_dtype
 
 def layout_of(module: nn.Module) -> Layout:
     """How the dense weight of a layer in any form is stored."""
-    return module.layout if isinstance(module, LowRankLinear) else dense_layout(module)
+    return module.layout if isinstance(module, FormedLinear) else dense_layout(module)
 
 
 def weight_shape(module: nn.Module) -> LayerShape:
@@ -43,7 +44,9 @@ def _as_layer(module: nn.Module) -> Any:
 
 
 def trainable_weights(module: nn.Module) -> tuple[nn.Parameter, ...]:
-    """What the form trains of W, in the order of ``named_parameters()``: (weight,), (U, V) or (lora_A, lora_B)."""
+    """What an optimizer holds of W, in the order of ``named_parameters()``: (weight,), (U, V) or (lora_A, lora_B).
+
+    A frozen W keeps its place there, without a gradient or a state, so that it can be trained again."""
     if not isinstance(module, LowRankLinear):
         return (_as_layer(module).weight,)
     return tuple(getattr(module, name) for name in module.tensors if name != "base")
@@ -51,7 +54,18 @@ def trainable_weights(module: nn.Module) -> tuple[nn.Parameter, ...]:
 
 def form_of(module: nn.Module) -> Form:
     """The form that a layer is in."""
-    return module.form if isinstance(module, LowRankLinear) else Dense()
+    if isinstance(module, FormedLinear):
+        return module.form
+    return Dense(frozen=FROZEN in vars(module))
+
+
+def frozen_with(
+    dense: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None, training: bool, by_user: bool
+) -> nn.Module:
+    """A copy of a dense module, as by :func:`with_weight`, in the form of a frozen W."""
+    frozen = with_weight(dense, weight, bias, training)
+    frozen.__dict__[FROZEN] = by_user
+    return frozen
 
 
 def with_weight(shell: nn.Module, weight: nn.Parameter | None, bias: nn.Parameter | None, training: bool) -> nn.Module:
@@ -59,6 +73,7 @@ def with_weight(shell: nn.Module, weight: nn.Parameter | None, bias: nn.Paramete
     functions that are set on it in place of its class's."""
     dense = copy.copy(shell)
     strip(dense, shell)
+    dense.__dict__.pop(FROZEN, None)
     dense._parameters = dict.fromkeys(shell._parameters)
     dense._buffers, dense._modules = dict(shell._buffers), dict(shell._modules)
     dense._parameters["weight"] = weight
@@ -68,15 +83,48 @@ def with_weight(shell: nn.Module, weight: nn.Parameter | None, bias: nn.Paramete
     return dense
 
 
-class LowRankLinear(nn.Module):
-    """What both low-rank forms share. Attributes that models read of a linear layer exist in every form:
+class FormedLinear(nn.Module):
+    """What stands in a dense layer's place. Attributes that models read of a linear layer exist in every form:
     ``in_features``, ``out_features``, ``bias``, ``form`` and ``weight``, the effective W in the dense layout.
     """
 
-    form: Factored | Adapter
-    product: Product
+    form: Form
     bias: nn.Parameter | None
     tensors: tuple[str, ...]  # names of the form's own parameters
+
+    def __init__(
+        self, dense: nn.Module, form: Form, tensors: dict[str, nn.Parameter], bias: nn.Parameter | None
+    ):
+        super().__init__()
+        self.form, self.layout = form, dense_layout(dense)
+        self.out_features, self.in_features = weight_shape(dense)
+        self.training = dense.training
+        if is_transposed(dense):
+            self.nf, self.nx = weight_shape(dense)
+        # In a list, so that nn.Module does not register it as a child.
+        self._shell = [with_weight(dense, None, None, dense.training)]
+        self.tensors = tuple(tensors)
+        for name, tensor in (*tensors.items(), ("bias", bias)):
+            self.register_parameter(name, tensor)
+
+    @property
+    def shell(self) -> nn.Module:
+        """The dense module that this layer stands for, without its tensors."""
+        return self._shell[0]
+
+    def dense_with(self, weight: nn.Parameter) -> nn.Module:
+        """The dense module this layer stands for, with ``weight`` in its layout and this layer's bias."""
+        return with_weight(self.shell, weight, self.bias, self.training)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.form}"
+
+
+class LowRankLinear(FormedLinear):
+    """What both low-rank forms share."""
+
+    form: Factored | Adapter
+    product: Product
     path: tuple[str, ...]  # names of the product's parameters, in the order in which an input meets them
 
     def __init__(
@@ -86,23 +134,9 @@ class LowRankLinear(nn.Module):
         tensors: dict[str, nn.Parameter],
         bias: nn.Parameter | None,
     ):
-        super().__init__()
-        self.form, self.product = form, form.product
-        self.layout = dense_layout(dense)
-        self.out_features, self.in_features = weight_shape(dense)
-        self.training = dense.training
-        if is_transposed(dense):
-            self.nf, self.nx = weight_shape(dense)
-        # In a list, so that nn.Module does not register it as a child.
-        self._shell = [with_weight(dense, None, None, dense.training)]
-        self.tensors = tuple(tensors)
+        super().__init__(dense, form, tensors, bias)
+        self.product = form.product
         self.path = tuple(name for name in self.product.names(form.adapts) if name in tensors)
-        for name, tensor in (*tensors.items(), ("bias", bias)):
-            self.register_parameter(name, tensor)
-
-    def dense_with(self, weight: nn.Parameter) -> nn.Module:
-        """The dense module this layer stands for, with ``weight`` in its layout and this layer's bias."""
-        return with_weight(self._shell[0], weight, self.bias, self.training)
 
     def matrix(self) -> Tensor:
         """The effective ``W (out, in)``, differentiable."""
@@ -133,9 +167,6 @@ class LowRankLinear(nn.Module):
 
     def _formed_weight(self) -> Tensor:
         return self.layout.stored(self.matrix())
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.form}"
 
     # A checkpoint in low-rank form that is loaded into a dense model would, since transformers loads non-strictly,
     # leave random weights behind with no more than a warning. An entry of the dense weight's name and of no elements

@@ -14,15 +14,31 @@ DEFAULT_PRODUCT = "svd"  # that of every layer whatever its kind, and what a fil
 
 @dataclass(frozen=True)
 class Dense:
-    """``W`` itself: out * in trainable parameters."""
+    """``W`` itself: out * in trainable parameters, or none where it is frozen.
+
+    Attributes:
+        frozen: Whether it is not trained: no gradient, no optimizer state, and two products in place of three.
+        dtype: In which a frozen W is kept: 'bfloat16', for 2 bytes a weight; None for its own.
+    """
+
+    frozen: bool = False
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and (not self.frozen or self.dtype != "bfloat16"):
+            raise ValueError(f"dtype is of a frozen weight, and 'bfloat16' or None; got {self.dtype!r} of {self}.")
+
+    def __repr__(self) -> str:
+        return _text(self)
 
     def parameters(self, d_out: int, d_in: int, kernel: tuple[int, ...] = ()) -> int:
         """Trainable weights, bias aside."""
-        return d_out * d_in
+        return 0 if self.frozen else d_out * d_in
 
     def flops(self, d_out: int, d_in: int, kernel: tuple[int, ...] = (), stride: tuple[int, ...] = ()) -> int:
-        """Multiply-adds per token of the forward and both backward products: 3 out in."""
-        return 3 * d_out * d_in
+        """Multiply-adds per token of the forward and both backward products: 3 out in; 2 out in without that of the
+        weight's gradient."""
+        return (2 if self.frozen else 3) * d_out * d_in
 
 
 @dataclass(frozen=True)
@@ -146,13 +162,13 @@ def _check_ranks(form: Factored | Adapter) -> None:
         raise ValueError(f"rank_in is of {owners} only, got {form.rank_in!r} with '{form.decomposition}'.")
 
 
-def _text(form: Factored | Adapter) -> str:
+def _text(form: "Form") -> str:
     fields = vars(form).items()
     told = (f"{name}={value!r}" for name, value in fields if (name, value) not in _SELDOM)
     return f"{type(form).__name__}({', '.join(told)})"
 
 
-_SELDOM = (("decomposition", DEFAULT_PRODUCT), ("rank_in", None))
+_SELDOM = (("decomposition", DEFAULT_PRODUCT), ("rank_in", None), ("frozen", False), ("dtype", None))
 
 
 def _is_rank(value: object) -> bool:
@@ -180,4 +196,7 @@ def form_from_dict(data: dict[str, Any]) -> Form:
                 return cls(**fields)
             except (TypeError, ValueError):
                 break
-    raise ValueError(f"{data!r} describes no form; allowed are dense, factored (rank) and adapter (rank, alpha, init).")
+    raise ValueError(
+        f"{data!r} describes no form; allowed are dense (frozen), factored (rank) and adapter "
+        "(rank, alpha, init)."
+    )

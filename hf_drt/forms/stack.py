@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from hf_drt.forms.layout import Layout
+from hf_drt.forms.marks import FROZEN
 
 # Experts that are no subject of transformers' use_experts_implementation, by whether W is stored as (E, in, out).
 KNOWN_LAYOUTS = {"Llama4TextExperts": True, "LongcatFlashExperts": False, "Step3p7Experts": False}
@@ -65,7 +66,10 @@ def layer_of(model: nn.Module, name: str) -> nn.Module:
     transposed = stored_transposed(owner)
     if transposed is None or weight.ndim != 3:
         raise AttributeError(f"{name} is a parameter, and none of fused experts of a known layout")
-    return ExpertStack(weight, transposed)
+    stack = ExpertStack(weight, transposed)
+    if leaf in (marks := vars(owner).get(FROZEN, {})):
+        stack.__dict__[FROZEN] = marks[leaf]
+    return stack
 
 
 def dense_key(model: nn.Module, name: str) -> str:
@@ -99,6 +103,10 @@ def attach(owner: nn.Module, leaf: str, new: nn.Module) -> None:
         owner.register_load_state_dict_pre_hook(_read_marks)
     owner._parameters.pop(leaf, None)
     owner._modules.pop(leaf, None)
+    marks = owner.__dict__.setdefault(FROZEN, {})
+    marks.pop(leaf, None)
+    if FROZEN in vars(new):
+        marks[leaf] = vars(new)[FROZEN]
     if isinstance(new, ExpertStack):
         owner._parameters[leaf] = new.weight
     else:
