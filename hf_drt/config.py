@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeGuard, get_args
 from hf_drt.registry import EXPORTERS, PRODUCTS
 from hf_drt.schedule import PRESETS, Preset, Schedule
 
+FrozenDtype = Literal["bfloat16"]
 Start = Literal["auto", "scratch", "pretrained"]
 AdapterInit = Literal["zero", "principal"]
 Moments = Literal["project", "reset"]
@@ -118,6 +119,17 @@ class DRTConfig:
         "Unset: what the preset brings ('auto' keeps none), else yes where the budget chooses the rank, as in the "
         "preset 'auto_late', and no elsewhere.",
     )
+    group_by: list[str] | None = _option(
+        None,
+        "What stands together in the groups of a schedule that has full rank in turns, such as the preset rotate: "
+        "'block' (neighbouring blocks), 'kind' (layers of a kind, as all query projections), or one regular expression "
+        "per group. Unset: block.",
+    )
+    frozen_dtype: FrozenDtype | None = _option(
+        None,
+        "Type in which a layer of 'frozen' form keeps its weight: bfloat16, for 2 bytes a weight, in linear layers. "
+        "Unset: as it is.",
+    )
     start: Start = _option(
         "auto",
         "What 'lowrank' in a schedule or preset stands for: factored form for a model from 'scratch', adapter form for "
@@ -199,7 +211,14 @@ class DRTConfig:
         self._check_rates()
         for name in ("include", "exclude", "blocks", "ignore_source"):
             _check_patterns(name, getattr(self, name))
+        self._check_groups()
         object.__setattr__(self, "rank_pattern", _parse_rank_pattern(self.rank_pattern))
+
+    def _check_groups(self) -> None:
+        if isinstance(self.group_by, str):  # as one may write 'kind'
+            object.__setattr__(self, "group_by", [self.group_by])
+        _check_patterns("group_by", self.group_by)
+        _require(self.frozen_dtype in (None, *get_args(FrozenDtype)), self, "frozen_dtype", "bfloat16, or unset")
 
     def _check_choices(self) -> None:
         for name, choices in (

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -37,7 +37,7 @@ from hf_drt.optim import (
     unwrap,
 )
 from hf_drt.planning import PlanCost, ResolvedPlan, budget_of, check_arguments, check_resolved, resolved_for
-from hf_drt.schedule import Plan, Trigger, Windows, whole_number
+from hf_drt.schedule import Plan, Trigger, Turns, Windows, could_become, provisional, whole_number
 from hf_drt.targets import Swap, is_layer, replace
 from hf_drt.transition import FunctionError, Transition, change_forms, empty_forms
 
@@ -84,6 +84,7 @@ class DynamicRank:
         skipped: Reason of every linear layer that stays as it is, by name.
         fused_note: What share of the parameters stays dense in fused experts, if any does.
         windows: The trigger's checks and decisions (:class:`hf_drt.schedule.windows.Windows`); None without a trigger.
+        turns: Which group had its turn, and why (:class:`hf_drt.schedule.turns.Turns`); None where the plan says.
         phase: Index of the phase the model is in; None before the first.
 
     Raises:
@@ -116,6 +117,7 @@ class DynamicRank:
         self._installed: weakref.ref | None = None
         self._copied: tuple[int | None, ...] = ()  # in a copy, the phase in which its optimizer's original was made
         check_resolved(resolved, in_trainer)
+        self.turns = Turns() if provisional(resolved.plan) != resolved.plan else None
         self.windows: Windows | None = None
         if resolved.trigger is not None:
             limit = budget_of(config, {self.plan.phases[0].kind})
@@ -246,6 +248,7 @@ class DynamicRank:
         """
         started = time.perf_counter()
         index = self.plan.index_at(step)
+        self._decide(index)
         enter = self._staged(optimizer)
         parameters = _trainable_parameters(self.model)
         forms = self._changes(index)
@@ -256,6 +259,8 @@ class DynamicRank:
         declare(self.model)
         _warn_of_rounding(step, outcome.merge_error)
         self.phase, self._step = index, step
+        if self.turns is not None and not self.turns.reference:
+            self.turns.reference = self.effective_ranks()
         seconds = time.perf_counter() - started
         return Transition(
             step=step,
@@ -269,16 +274,35 @@ class DynamicRank:
             function_error=function.measure(),
         )
 
+    def _decide(self, index: int) -> None:
+        """Whose turn it is in a phase that is about to begin, where the run decides."""
+        if self.turns is not None and index != self.phase:
+            self._grow(self.turns.decide(self.plan, index, self._needs))
+
+    def _needs(self, count: int) -> dict[int, float]:
+        """By what share the effective rank of each group's layers has fallen since the run began, on average."""
+        now, then = self.effective_ranks(), self.turns.reference if self.turns is not None else {}
+        falls: dict[int, list[float]] = {}
+        for name, number in self.resolved.groups(count).items():
+            falls.setdefault(number, []).append(1 - now[name] / then[name])
+        return {number: sum(values) / len(values) for number, values in sorted(falls.items())}
+
     def _changes(self, index: int) -> dict[str, Form]:
         """The layers that change, and their new forms, from what the model is in now."""
-        # A phase of the same kind as the one before is a restart: re-balanced factors, a merged and renewed adapter.
-        phases, now = self.plan.phases, self.phase
-        restart = now is not None and index != now and phases[index].kind == phases[now].kind
+        restarts = self._restarts(index)
         return {
             name: form
             for name, form in self.forms(index).items()
-            if form_of(self._layer(name)) != form or (restart and form != Dense())
+            if form_of(self._layer(name)) != form or (name in restarts and not isinstance(form, Dense))
         }
+
+    def _restarts(self, index: int) -> Collection[str]:
+        """Layers that a phase brings into a form anew, re-balanced factors or a merged and renewed adapter, where they
+        are in it: all of one of the same kind as the phase before, those that a mixed one names."""
+        phases, now = self.plan.phases, self.phase
+        if now is None or index == now or (not phases[index].parts and phases[index].kind != phases[now].kind):
+            return ()
+        return self.resolved.parts(index)
 
     def _generator(self, phase: int, name: str) -> torch.Generator:
         """A CPU generator from (seed, phase, layer): equal on all processes, and the global one is left alone."""
@@ -289,6 +313,7 @@ class DynamicRank:
         """The plan, the phase, the lasting settings, and every target's shape and form; JSON-serialisable."""
         forms = {name: form_of(self._layer(name)) for name in self.targets}
         state = structure(self.plan, self.phase, self._settings(), self.targets, forms, self._made_in())
+        state |= {} if self.turns is None else {"turns": self.turns.state_dict()}
         return state if self.windows is None else state | {"windows": self.windows.state_dict()}
 
     def check_state(self, state: dict[str, Any]) -> None:
@@ -309,8 +334,8 @@ class DynamicRank:
         if plan is None or plan.max_steps != initial.max_steps:
             return self.plan
         grown = self.windows is not None and plan.phases[0] == initial.phases[0]
-        alike = [(p.kind, p.rank) for p in plan.phases] == [(p.kind, p.rank) for p in initial.phases]
-        filled = self.resolved.outline and alike
+        alike = [(p.kind, p.rank, p.parts) for p in plan.phases] == [(p.kind, p.rank, p.parts) for p in initial.phases]
+        filled = (self.resolved.outline and alike) or could_become(initial, plan)
         return plan if grown or filled else self.plan
 
     def _settings(self) -> dict[str, Any]:
@@ -341,6 +366,8 @@ class DynamicRank:
             self._grow(self._plan_of(state))
         if self.windows is not None and history:
             self.windows.load_state_dict(state.get("windows", {}))
+        if self.turns is not None and history:
+            self.turns.load_state_dict(state.get("turns", {}))
         if optimizer is not None:
             for index in range(0 if self.phase is None else self.phase + 1, state["phase"]):
                 self.empty_phase(index, optimizer)
@@ -368,7 +395,7 @@ class DynamicRank:
         layers = {name: self._layer(name) for name in self.targets}
         parameters = [p for layer in layers.values() for p in layer.parameters()]
         flags = [p.requires_grad for p in parameters]
-        principal = self.config.adapter_init == "principal" and any(p.kind == "adapter" for p in self.plan.phases)
+        principal = self.config.adapter_init == "principal" and any("adapter" in p.kinds for p in self.plan.phases)
         written = [p for m in layers.values() if principal or isinstance(m, AdapterLinear) for p in m.parameters()]
         values = [p.detach().clone() for p in written]
 
@@ -458,6 +485,11 @@ class DynamicRank:
         Collective under FSDP2."""
         engine = engine_of(self.model)
         return {name: _effective_rank(engine.whole(self._layer(name))) for name in self.targets}
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every target layer is dense, and trained."""
+        return all(form_of(self._layer(name)) == Dense() for name in self.targets)
 
     def to_dense(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Bring every target layer back to its dense form: a plain model, that loads anywhere.

@@ -27,6 +27,8 @@ LASTING = (
     "matrix_lr",
     "matrix_momentum",
     "dense_query_key",
+    "group_by",
+    "frozen_dtype",
 )
 # Settings that are left out at this value, which was the default when they came: states from before lack them.
 _UNSAID = {
@@ -36,6 +38,8 @@ _UNSAID = {
     "matrix_optimizer": "none",
     "matrix_lr": 0.04,
     "matrix_momentum": 0.95,
+    "group_by": None,
+    "frozen_dtype": None,
 }
 _OF_MATRICES = ("matrix_lr", "matrix_momentum")
 MADE_IN = "optimizer_made_in"

@@ -14,7 +14,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from hf_drt.config import DRTConfig
 from hf_drt.planning import settled
-from hf_drt.schedule import Plan, form_text
+from hf_drt.schedule import Plan
 from hf_drt.simulate import BatchSpec
 from hf_drt.trainer import DRTTrainer, DRTTrainingArguments, unused
 
@@ -88,7 +88,7 @@ def measured(
         settings: Training arguments: batch size, accumulation, optimizer, precision.
     """
     phases, config = plan.phases, settled(config, model)
-    text = " ".join(f"{form_text(phase.kind, phase.rank)}@{index * steps}" for index, phase in enumerate(phases))
+    text = " ".join(f"{phase.form}@{index * steps}" for index, phase in enumerate(phases))
     own = replace(config, schedule=text, dense_query_key=config.keeps_query_key, log_rank_steps=0,
                   log_rank_per_layer=False, evaluate_at_switch=False, save_at_switch=False, tag_phases=False,
                   export="dense")  # fmt: skip

@@ -13,7 +13,7 @@ from typer import Option
 from hf_drt.cli.measurement import PhaseTime, measured
 from hf_drt.cli.options import with_settings
 from hf_drt.cli.output import print_json, progress
-from hf_drt.cli.plan_tables import as_json, print_estimate
+from hf_drt.cli.plan_tables import as_json, print_estimate, rows_of
 from hf_drt.cli.source import build, guessed_task, has_weights, read_config
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
@@ -144,7 +144,7 @@ def plan(
     else:
         print_estimate(f"{model}, {origin}; {load}", estimate, found.resolved, found.proposal, times, layers)
     if picture is not None:
-        if not draw_timeline(estimate.phases, picture):
+        if not draw_timeline(rows_of(estimate, found.resolved.plan), picture):
             raise ValueError("the picture needs matplotlib: pip install 'hf-drt[report]'.")
         typer.echo(f"{picture} written", err=True)
 

@@ -1,5 +1,6 @@
 """What ``hf-drt plan`` prints."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import typer
@@ -8,9 +9,15 @@ from hf_drt.cli.measurement import PhaseTime
 from hf_drt.cli.output import duration, in_terminal, mib
 from hf_drt.forms import Dense, form_to_dict
 from hf_drt.planning import ResolvedPlan, facts
-from hf_drt.schedule import BLOCKS, LETTERS, timeline
+from hf_drt.schedule import BLOCKS, LETTERS, Plan, Span, spans, timelines
 from hf_drt.simulate import Proposal, RunEstimate, StepCost
 from hf_drt.tables import print_table
+
+
+def rows_of(run: RunEstimate, plan: Plan) -> dict[str, Sequence[Span]]:
+    """What a timeline shows: the phases, or the forms of each group."""
+    rows = spans(plan)
+    return {**rows} if len(rows) > 1 else {"": run.phases}
 
 
 def print_estimate(
@@ -32,7 +39,7 @@ def print_estimate(
         layers: Whether to add a table of all target layers.
     """
     typer.echo(f"{title}; {run.dense.parameters:,} parameters, {len(run.layers)} target layers\n")
-    typer.echo(timeline(run.phases, marks=BLOCKS if in_terminal() else LETTERS) + "\n")
+    typer.echo(timelines(rows_of(run, resolved.plan), marks=BLOCKS if in_terminal() else LETTERS) + "\n")
     typer.echo("\n".join(facts(resolved)) + "\n")
     print_table(*_phase_table(run, times), left=2)
     extra = mib(run.switch_extra)

@@ -1,14 +1,15 @@
 """The section of a model card that says how a model was trained in changing rank, and how to load it."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub import ModelCard
 
 from hf_drt.registry import EXPORTERS
-from hf_drt.schedule import draw_timeline, timeline
+from hf_drt.schedule import Kind, Plan, Span, draw_timeline, spans, timelines
 from hf_drt.tables import markdown_table
 
 TAGS = ("hf_drt", "dynamic-rank-training", "low-rank")
@@ -31,7 +32,8 @@ class PhaseSummary:
     """One phase, as it ran or was planned.
 
     Attributes:
-        kind: Form of the target layers.
+        kind: Form of the target layers; 'mixed' where they are not all in one.
+        form: As the plan has it, where that says more.
         start, end: Update steps ``[start, end)``.
         ranks: Smallest and largest rank of a target layer; None where all are dense.
         flops: Multiply-adds of the target layers relative to dense training.
@@ -40,7 +42,7 @@ class PhaseSummary:
         effective_rank: Mean over the target layers, at the last measurement.
     """
 
-    kind: Literal["dense", "factored", "adapter"]
+    kind: Kind
     start: int
     end: int
     ranks: tuple[int, int] | None
@@ -48,6 +50,7 @@ class PhaseSummary:
     trainable: int | None = None
     seconds: float | None = None
     effective_rank: float | None = None
+    form: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class RunSummary:
         export: Name of the exporter that has written the weights beside the card.
         repository: ``user/name`` on the Hub, or a folder.
         model_class: Name of the class that loads them.
+        plan: Whose groups the timeline tells apart, where it has any.
     """
 
     phases: tuple[PhaseSummary, ...]
@@ -74,6 +78,13 @@ class RunSummary:
     export: str
     repository: str
     model_class: str
+    plan: Plan | None = None
+
+    @property
+    def rows(self) -> dict[str, Sequence[Span]]:
+        """What the timeline shows: the phases, or the forms of each group."""
+        rows = spans(self.plan) if self.plan is not None else {}
+        return rows if len(rows) > 1 else {"": self.phases}
 
 
 def renew_card(folder: str | Path) -> None:
@@ -93,7 +104,7 @@ def complete_card(folder: str | Path, run: RunSummary) -> None:
     data: Any = card.data
     data.tags = list(dict.fromkeys([*(data.tags or []), *TAGS]))
     data.library_name = EXPORTERS[run.export].library
-    picture = draw_timeline(run.phases, path.with_name(TIMELINE_NAME))
+    picture = draw_timeline(run.rows, path.with_name(TIMELINE_NAME))
     card.text = f"{card.text.rstrip()}\n\n{method_section(run, picture)}\n"
     card.save(path)
 
@@ -113,7 +124,7 @@ def method_section(run: RunSummary, picture: bool = False) -> str:
             f"plan these target layers take {run.flops:.2f} of their dense training FLOPs, with "
             f"{run.parameters:.2f} of their trainable parameters on average.",
             _settings(run),
-            f"![phases of the run]({TIMELINE_NAME})" if picture else f"```\n{timeline(run.phases)}\n```",
+            f"![phases of the run]({TIMELINE_NAME})" if picture else f"```\n{timelines(run.rows)}\n```",
             _table(run.phases),
             f"### Loading\n\n{EXPORTERS[run.export].loading}\n\n```python\n{_code(run)}\n```",
             f"### Citation\n\n```bibtex\n{CITATION}\n```",
@@ -138,8 +149,8 @@ def _table(phases: tuple[PhaseSummary, ...]) -> str:
     )  # fmt: skip
     rows = [
         (
-            str(index), p.kind, f"{p.start} to {p.end}", _ranks(p.ranks), _number(p.trainable, ","), f"{p.flops:.2f}",
-            _number(p.seconds, ",.0f"), _number(p.effective_rank, ".1f"),
+            str(index), p.form or p.kind, f"{p.start} to {p.end}", _ranks(p.ranks), _number(p.trainable, ","),
+            f"{p.flops:.2f}", _number(p.seconds, ",.0f"), _number(p.effective_rank, ".1f"),
         )
         for index, p in enumerate(phases)
     ]  # fmt: skip

@@ -2,14 +2,17 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hf_drt.checkpoint import undeclared
-from hf_drt.forms import LowRankLinear, merged, rounding
+from hf_drt.forms import FormedLinear, FrozenLinear, LowRankLinear, merged, rounding
 from hf_drt.linalg import working_dtype
 from hf_drt.targets import Swap, replace
+
+L = TypeVar("L", bound=FormedLinear)
 
 
 def dense_state_dict(model: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -29,6 +32,9 @@ def dense_state_dict(model: nn.Module, state: dict[str, Tensor] | None = None) -
         if len(tensors) == len(layer.tensors):
             dtype = next(iter(tensors.values())).dtype
             merged[layer.dense_key(name)] = layer.layout.stored(_merged(layer, tensors)).to(dtype).contiguous()
+    for name, layer in _layers_of(model, FrozenLinear):
+        if (weight := merged.get(f"{name}.weight")) is not None:
+            merged[f"{name}.weight"] = weight.to(layer.dtype)
     return merged
 
 
@@ -50,9 +56,10 @@ def presented(model: nn.Module, weight: Callable[[LowRankLinear], Tensor] = dens
         model: Unwrapped, in any mix of forms; a container of transformers' models as well.
         weight: Gives the dense weight of a layer; by default what it computes with.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, FormedLinear)}
+    weights = {name: _whole(m) if isinstance(m, FrozenLinear) else weight(m) for name, m in layers.items()}
     swaps = [
-        Swap(name, layer, layer.dense_with(nn.Parameter(weight(layer).detach(), requires_grad=False)))
+        Swap(name, layer, layer.dense_with(nn.Parameter(weights.pop(name).detach(), requires_grad=False)))
         for name, layer in layers.items()
     ]
     with undeclared(model):
@@ -93,9 +100,17 @@ def marked_state_dict(model: nn.Module, state: dict[str, Tensor]) -> dict[str, T
 
 def low_rank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
     """Every low-rank layer under every name that its tensors have in the state dict."""
+    return _layers_of(model, LowRankLinear)
+
+
+def _layers_of(model: nn.Module, kind: type[L]) -> Iterator[tuple[str, L]]:
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, kind):
             yield name.replace("_checkpoint_wrapped_module.", ""), module
+
+
+def _whole(layer: FrozenLinear) -> Tensor:
+    return layer.weight.to(layer.dtype)
 
 
 def _merge_error(layer: LowRankLinear, tensors: dict[str, Tensor]) -> float:

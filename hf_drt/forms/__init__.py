@@ -14,6 +14,7 @@ from hf_drt.forms.convert import (
 )
 from hf_drt.forms.frozen import FrozenLinear
 from hf_drt.forms.layout import LayerShape, Layout, is_transposed
+from hf_drt.forms.marks import FROZEN
 from hf_drt.forms.modules import (
     AdapterLinear,
     FactoredLinear,
@@ -54,6 +55,7 @@ from hf_drt.forms.structures import factors, merged, tensor_shapes
 from hf_drt.registry import PRODUCTS
 
 __all__ = [
+    "FROZEN",
     "LEAVES",
     "PRODUCTS",
     "Adapter",

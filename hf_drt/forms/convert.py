@@ -220,9 +220,7 @@ def _to_dense(module: nn.Module) -> Conversion:
         return Conversion(module, 0.0)
     weight, merge = _whole_weight(module)
     dense = _dense_module(module)
-    return Conversion(
-        with_weight(dense, weight, _bias(module), module.training), 0.0, merge, [(weight, True)]
-    )
+    return Conversion(with_weight(dense, weight, _bias(module), module.training), 0.0, merge, [(weight, True)])
 
 
 def _to_frozen(module: nn.Module, form: Dense) -> Conversion:

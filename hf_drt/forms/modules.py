@@ -92,9 +92,7 @@ class FormedLinear(nn.Module):
     bias: nn.Parameter | None
     tensors: tuple[str, ...]  # names of the form's own parameters
 
-    def __init__(
-        self, dense: nn.Module, form: Form, tensors: dict[str, nn.Parameter], bias: nn.Parameter | None
-    ):
+    def __init__(self, dense: nn.Module, form: Form, tensors: dict[str, nn.Parameter], bias: nn.Parameter | None):
         super().__init__()
         self.form, self.layout = form, dense_layout(dense)
         self.out_features, self.in_features = weight_shape(dense)

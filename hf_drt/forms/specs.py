@@ -197,6 +197,5 @@ def form_from_dict(data: dict[str, Any]) -> Form:
             except (TypeError, ValueError):
                 break
     raise ValueError(
-        f"{data!r} describes no form; allowed are dense (frozen), factored (rank) and adapter "
-        "(rank, alpha, init)."
+        f"{data!r} describes no form; allowed are dense (frozen), factored (rank) and adapter (rank, alpha, init)."
     )

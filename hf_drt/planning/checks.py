@@ -13,7 +13,7 @@ from hf_drt.planning.layers import Shapes
 from hf_drt.planning.ranks import break_even_of, stays_dense
 from hf_drt.planning.resolve import budget_of
 from hf_drt.planning.resolved import ResolvedPlan
-from hf_drt.schedule import Phase, Plan, Trigger, whole_number
+from hf_drt.schedule import LOW_RANK, Phase, Plan, Trigger, whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +74,11 @@ def check_phase(phase: Phase, forms: dict[str, Form], targets: Shapes, config: D
     Raises:
         ValueError: All layers would stay dense, or a setting has no product of two factors to act on.
     """
-    if phase.kind == "dense":
+    if not LOW_RANK & set(phase.kinds):
         return
     _check_products(forms, config)
+    if phase.parts:  # of whose layers all others are in low rank, or were refused before
+        return
     dense = [name for name, form in forms.items() if form == Dense()]
     kept = dict.fromkeys(name for name in dense if stays_dense(phase.kind, name, config))
     if len(dense) == len(targets):

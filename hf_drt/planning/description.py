@@ -1,29 +1,34 @@
 """A resolved plan in words: what was written, what it came to, and what decided it."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from hf_drt.config import DRTConfig
 from hf_drt.forms import Dense
 from hf_drt.planning.ranks import stays_dense
 from hf_drt.planning.resolved import ResolvedPlan
 from hf_drt.planning.update_cost import update_tokens
-from hf_drt.schedule import LETTERS, Entry, Phase, Schedule, form_text, timeline
-
-
-@dataclass(frozen=True)
-class _Span:
-    kind: str
-    start: int
-    end: int
+from hf_drt.schedule import LETTERS, LOW_RANK, Entry, Phase, Schedule, form_text, provisional, spans, timelines
 
 
 def description(resolved: ResolvedPlan) -> list[str]:
     """Lines to print: the phases; what 'lowrank' stands for; ranks, boundaries and settings, each with what has decided
     it; and what the plan takes of the dense training of the target layers."""
+    lines = timelines(spans(resolved.plan), marks=LETTERS).splitlines()
+    return [headline(resolved), *lines, *_groups(resolved), *facts(resolved)]
+
+
+def _groups(resolved: ResolvedPlan) -> Iterator[str]:
+    """How large the groups are, and who decides whose turn it is."""
     plan = resolved.plan
-    spans = [_Span(phase.kind, phase.start, plan.end_of(index)) for index, phase in enumerate(plan.phases)]
-    return [headline(resolved), *timeline(spans, marks=LETTERS).splitlines(), *facts(resolved)]
+    counts = {part.group.of for phase in plan.phases for part in phase.parts if part.group is not None}
+    for count in sorted(counts):
+        sizes = Counter(resolved.groups(count).values()).values()
+        layers = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else f"{max(sizes)}"
+        by = ", ".join(resolved.config.group_by or ["block"])
+        yield f"groups: {count} of {layers} layers (group_by={by})"
+    if provisional(plan) != plan:
+        yield "turns: as the effective ranks of the groups have fallen; shown in ascending order"
 
 
 def chosen(resolved: ResolvedPlan) -> list[str]:
@@ -57,7 +62,7 @@ def _update_cost(resolved: ResolvedPlan) -> Iterator[str]:
         return
     shapes, copies = list(targets.shapes.values()), list(targets.copies.values())
     tokens = {
-        form_text(phase.kind, phase.rank): update_tokens(shapes, list(forms.values()), copies)
+        phase.kind if phase.parts else phase.form: update_tokens(shapes, list(forms.values()), copies)
         for phase, forms in zip(resolved.plan.phases, resolved.forms_by_phase, strict=True)
     }
     parts = ", ".join(f"{count:,.0f} / T ({form})" for form, count in tokens.items())
@@ -110,22 +115,29 @@ def _ranks(resolved: ResolvedPlan) -> Iterator[str]:
     """The rank of every kind of low-rank phase, and what has decided it."""
     seen = set()
     for index, phase in enumerate(resolved.plan.phases):
-        forms = resolved.forms_by_phase[index]
-        if phase.kind == "dense" or (phase.kind, phase.rank) in seen:
-            continue
-        seen.add((phase.kind, phase.rank))
-        ranks = [form.rank for form in forms.values() if not isinstance(form, Dense)]
-        low, high = min(ranks), max(ranks)
-        yield f"rank: {phase.kind} {low}{f' to {high}' if high > low else ''} ({_rank_source(resolved, index)})"
-        if kept := sum(stays_dense(phase.kind, name, resolved.config) for name in forms):
-            yield f"dense_query_key: {kept} query and key projections stay dense in {phase.kind} phases"
+        forms, parts = resolved.forms_by_phase[index], resolved.parts(index)
+        for kind, rank in dict.fromkeys((part.kind, part.rank) for part in phase.whole if part.kind in LOW_RANK):
+            if (kind, rank) in seen:
+                continue
+            seen.add((kind, rank))
+            named = {name: forms[name] for name, part in parts.items() if (part.kind, part.rank) == (kind, rank)}
+            ranks = [form.rank for form in named.values() if not isinstance(form, Dense)]
+            source = _rank_source(resolved, index, kind, rank)
+            yield f"rank: {kind} {_span(ranks)} ({source})"
+            if kept := sum(stays_dense(kind, name, resolved.config) for name in named):
+                yield f"dense_query_key: {kept} query and key projections stay dense in {kind} phases"
 
 
-def _rank_source(resolved: ResolvedPlan, index: int) -> str:
-    config, phase, schedule = resolved.config, resolved.plan.phases[index], _schedule(resolved)
+def _span(ranks: Sequence[int]) -> str:
+    low, high = min(ranks, default=0), max(ranks, default=0)
+    return f"{low} to {high}" if high > low else f"{low or 'full'}"
+
+
+def _rank_source(resolved: ResolvedPlan, index: int, kind: str, rank: int | float | str | None) -> str:
+    config, schedule = resolved.config, _schedule(resolved)
     pattern = "rank_pattern, else " if config.rank_pattern else ""
-    if phase.rank is None:
+    if rank is None:
         return f"{pattern}rank_ratio={config.rank_ratio:g}" if config.rank is None else f"{pattern}rank={config.rank}"
     if schedule is not None and index < len(schedule.entries) and schedule.entries[index].rank == "budget":
-        return f"{pattern}{phase.rank:g} of min(out, in) by the budget of {resolved.budget:.4g}"
-    return f"{pattern}{form_text(phase.kind, phase.rank)} in the schedule"
+        return f"{pattern}{rank:g} of min(out, in) by the budget of {resolved.budget:.4g}"
+    return f"{pattern}{form_text(kind, rank)} in the schedule"

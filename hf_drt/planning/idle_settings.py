@@ -14,7 +14,7 @@ from hf_drt.forms import PRODUCTS
 from hf_drt.planning.layers import Shapes
 from hf_drt.planning.ranks import stays_dense
 from hf_drt.planning.resolved import ResolvedPlan
-from hf_drt.schedule import Schedule, form_text
+from hf_drt.schedule import LOW_RANK, Schedule, form_text
 
 Rank = int | float | str | None
 
@@ -26,10 +26,12 @@ class Usage:
     Attributes:
         config: All settings, settled.
         schedule: Of ``config.schedule``; None where a plan was made by hand.
-        phases: Kind and rank of every phase; kind 'lowrank' is resolved, a rank 'budget' may not be.
+        phases: Kind and rank of every phase, and of every part of a mixed one; kind 'lowrank' is resolved, a rank
+            'budget' may not be.
         targets: Shape of every target layer, by name.
         grows: Whether a trigger adds phases during the run.
         in_trainer: Whether a Trainer drives the run, and evaluates, saves and logs in it.
+        grouped: Whether a phase is of groups of layers.
     """
 
     config: DRTConfig
@@ -38,11 +40,12 @@ class Usage:
     targets: Shapes
     grows: bool
     in_trainer: bool
+    grouped: bool = False
 
     @property
     def low_rank(self) -> list[Rank]:
         """The ranks of all low-rank phases."""
-        return [rank for kind, rank in self.phases if kind != "dense"]
+        return [rank for kind, rank in self.phases if kind in LOW_RANK]
 
     @property
     def switches(self) -> bool:
@@ -63,15 +66,18 @@ def usage_of(config: DRTConfig, lowrank: str, targets: Shapes) -> Usage:
     config = config.settled(lowrank)
     schedule = config.parsed
     entries = schedule.entries if schedule is not None else ()
-    phases = [(lowrank if entry.kind == "lowrank" else entry.kind, entry.rank) for entry in entries]
-    return Usage(config, schedule, phases, targets, schedule is not None and schedule.trigger is not None, True)
+    parts = [part for entry in entries for part in entry.whole]
+    phases = [(lowrank if part.kind == "lowrank" else part.kind, part.rank) for part in parts]
+    grows = schedule is not None and schedule.trigger is not None
+    return Usage(config, schedule, phases, targets, grows, True, any(part.group is not None for part in parts))
 
 
 def usage_of_plan(resolved: ResolvedPlan, in_trainer: bool) -> Usage:
     """Of a resolved plan; ``config.schedule``, if there is one, is what it was made of."""
-    config, phases = resolved.config, [(phase.kind, phase.rank) for phase in resolved.plan.phases]
-    grows = resolved.trigger is not None
-    return Usage(config, config.parsed, phases, resolved.targets.shapes, grows, in_trainer)
+    config, parts = resolved.config, [part for phase in resolved.plan.phases for part in phase.whole]
+    phases, grows = [(part.kind, part.rank) for part in parts], resolved.trigger is not None
+    grouped = any(part.group is not None for part in parts)
+    return Usage(config, config.parsed, phases, resolved.targets.shapes, grows, in_trainer, grouped)
 
 
 def refuse_without_schedule(config: DRTConfig) -> None:
@@ -215,7 +221,7 @@ def _dense_query_key(usage: Usage) -> str | None:
 
 
 def _start(usage: Usage) -> str | None:
-    if usage.schedule is not None and any(entry.kind == "lowrank" for entry in usage.schedule.entries):
+    if usage.schedule is not None and usage.schedule.writes_lowrank:
         return None
     return "it says what 'lowrank' stands for, which the schedule does not contain. Write lowrank in it."
 
@@ -224,6 +230,12 @@ def _needs_switch(usage: Usage) -> str | None:
     if usage.switches:
         return None
     return "it is for switches, and one phase lasts to the end. Write a further phase, e.g. dense@80%."
+
+
+def _needs_groups(usage: Usage) -> str | None:
+    if usage.grouped:
+        return None
+    return "the schedule has no groups. Use the preset rotate, or write some, e.g. dense[1/8]@70%."
 
 
 def _rewarmup_start(usage: Usage) -> str | None:
@@ -281,6 +293,8 @@ IDLE: dict[str, Reason] = {
     "ignore_source": _always,  # the selection itself refuses a pattern that overrides nothing
     "budget": _budget,
     "dense_query_key": _dense_query_key,
+    "group_by": _needs_groups,
+    "frozen_dtype": _needs_phase("frozen"),
     "start": _start,
     "adapter_alpha": _needs_phase("adapter"),
     "adapter_init": _needs_phase("adapter"),

@@ -16,7 +16,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class Frozen(dict[K, V]):
+class FrozenDict(dict[K, V]):
     """A dict that is not written to: it is handed on, and read in many places."""
 
     def __reduce__(self) -> tuple:
@@ -28,7 +28,7 @@ def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 for _name in ("__setitem__", "__delitem__", "__ior__", "update", "setdefault", "pop", "popitem", "clear"):
-    setattr(Frozen, _name, _refuse)
+    setattr(FrozenDict, _name, _refuse)
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class TargetLayers:
         notes: What is to be warned of (:meth:`hf_drt.Selection.warnings`).
     """
 
-    shapes: Frozen[str, LayerShape]
-    copies: Frozen[str, tuple[int, int]]
+    shapes: FrozenDict[str, LayerShape]
+    copies: FrozenDict[str, tuple[int, int]]
     fused: tuple[str, ...]
-    skipped: Frozen[str, str]
+    skipped: FrozenDict[str, str]
     fused_note: str | None
     notes: tuple[str, ...]
 
@@ -60,10 +60,10 @@ class TargetLayers:
         """
         found = find_targets(model, **config.selection)
         return cls(
-            shapes=Frozen({name: weight_shape(layer) for name, layer in found.targets.items()}),
-            copies=Frozen({name: copies(model, name, layer) for name, layer in found.targets.items()}),
+            shapes=FrozenDict({name: weight_shape(layer) for name, layer in found.targets.items()}),
+            copies=FrozenDict({name: copies(model, name, layer) for name, layer in found.targets.items()}),
             fused=tuple(name for name, layer in found.targets.items() if stack_count(layer) is not None),
-            skipped=Frozen(found.skipped),
+            skipped=FrozenDict(found.skipped),
             fused_note=found.fused_note(),
             notes=found.warnings(),
         )

@@ -76,7 +76,7 @@ def decide(lowrank: str, schedule: Schedule, config: DRTConfig, model: nn.Module
         if not resumed:
             _report(lowrank, config, model)
         _DECIDED[_bare(model)] = lowrank
-    factored = next((entry for entry in schedule.entries if entry.kind == "factored"), None)
+    factored = next((entry for entry in schedule.entries if any(p.kind == "factored" for p in entry.whole)), None)
     if lowrank == "adapter" and factored is not None and not _in_factors(model):
         logger.warning(
             "phase '%s' truncates pretrained weights, which usually destroys them; adapter form keeps them.",

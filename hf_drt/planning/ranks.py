@@ -67,7 +67,7 @@ def resolve_form(kind: str, shape: LayerShape, config: DRTConfig, name: str, pha
     """The form of one layer in one phase.
 
     Args:
-        kind: 'dense', 'factored' or 'adapter'.
+        kind: 'dense', 'frozen', 'factored' or 'adapter'.
         shape: Of its W.
         config: Source of ranks, alpha and initialisation.
         name: The layer's name in the model, for ``rank_pattern``.
@@ -78,6 +78,8 @@ def resolve_form(kind: str, shape: LayerShape, config: DRTConfig, name: str, pha
         (:func:`break_even_of`), and low rank save nothing, and for query and key projections in factored phases, where
         the configuration keeps those.
     """
+    if kind == "frozen":
+        return Dense(frozen=True, dtype=None if shape.kernel or shape.experts else config.frozen_dtype)
     if kind == "dense" or stays_dense(kind, name, config):
         return Dense()
     requested = requested_rank(name, phase_rank, config)

@@ -1,16 +1,17 @@
 """A plan on a model, resolved once and handed on: phases, target layers, the form of each in every phase, and cost."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from hf_drt.config import DRTConfig
 from hf_drt.forms import Form
 from hf_drt.planning.cost import PlanCost, plan_cost
-from hf_drt.planning.layers import Frozen, TargetLayers
+from hf_drt.planning.groups import group_numbers
+from hf_drt.planning.layers import FrozenDict, TargetLayers
 from hf_drt.planning.ranks import resolve_form
-from hf_drt.schedule import Phase, Plan, Trigger
+from hf_drt.schedule import LOW_RANK, Part, Phase, Plan, Trigger, provisional
 
-Forms = Frozen[str, Form]
+Forms = FrozenDict[str, Form]
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,24 @@ class ResolvedPlan:
     ) -> "ResolvedPlan":
         """The plan on these layers; ``known`` are forms by kind and rank of a phase, where some are at hand."""
         config = config.settled(lowrank or _lowrank_of(plan))
-        known = dict(known or {})
-        for phase in plan.phases:
-            if _key(phase) not in known:
-                known[_key(phase)] = forms_of(phase.kind, phase.rank, targets, config)
-        forms = tuple(known[_key(phase)] for phase in plan.phases)
+        forms = tuple(_forms_by_phase(plan, targets, config, dict(known or {})))
         cost = plan_cost(
             plan, list(targets.shapes.values()), [list(f.values()) for f in forms], list(targets.copies.values())
         )
         return cls(plan, targets, forms, cost, config, trigger, lowrank, budget, outline)
 
+    def parts(self, phase: int) -> dict[str, Part]:
+        """The layers that a phase brings into a form, all or those of its groups, by the part that they are in."""
+        return _parts(provisional(self.plan).phases[phase], self.targets, self.config)
+
+    def groups(self, count: int) -> dict[str, int]:
+        """:func:`hf_drt.planning.groups.group_numbers` of the target layers."""
+        return group_numbers(self.targets.shapes, count, self.config)
+
     def with_plan(self, plan: Plan) -> "ResolvedPlan":
         """Other phases on the same layers, by the same settings: a plan that has grown by full-rank windows."""
-        known = {_key(phase): forms for phase, forms in zip(self.plan.phases, self.forms_by_phase, strict=True)}
+        phases = zip(self.plan.phases, self.forms_by_phase, strict=True)
+        known = {_key(phase.whole[0]): forms for phase, forms in phases if not phase.parts}
         return self.of(
             plan,
             self.targets,
@@ -85,13 +91,37 @@ class ResolvedPlan:
 
 def forms_of(kind: str, rank: int | float | None, targets: TargetLayers, config: DRTConfig) -> Forms:
     """The form of every target layer in a phase of some kind and rank."""
-    return Frozen({name: resolve_form(kind, shape, config, name, rank) for name, shape in targets.shapes.items()})
+    return FrozenDict({name: resolve_form(kind, shape, config, name, rank) for name, shape in targets.shapes.items()})
+
+
+def _forms_by_phase(plan: Plan, targets: TargetLayers, config: DRTConfig, known: dict[tuple, Forms]) -> Iterator[Forms]:
+    """Of each phase in turn; where the run decides whose turn it is, as if groups had theirs in ascending order."""
+    forms = FrozenDict[str, Form]()
+    for phase in provisional(plan).phases:
+        for part in phase.whole:
+            if (key := _key(part)) not in known:
+                known[key] = forms_of(part.kind, part.rank, targets, config)
+        if phase.parts:
+            changed = {name: known[_key(part)][name] for name, part in _parts(phase, targets, config).items()}
+            forms = FrozenDict({**forms, **changed})
+        else:
+            forms = known[_key(phase.whole[0])]
+        yield forms
+
+
+def _parts(phase: Phase, targets: TargetLayers, config: DRTConfig) -> dict[str, Part]:
+    whole, *rest = phase.whole
+    if whole.group is None:
+        return dict.fromkeys(targets.shapes, whole)
+    parts = {part.group.number: part for part in (whole, *rest) if part.group is not None}
+    numbers = group_numbers(targets.shapes, whole.group.of, config)
+    return {name: parts[number] for name, number in numbers.items() if number in parts}
 
 
 def _lowrank_of(plan: Plan) -> str | None:
     """What 'lowrank' stands for in a plan made by hand: the form of its first phase in low rank."""
-    return next((phase.kind for phase in plan.phases if phase.kind != "dense"), None)
+    return next((phase.kind for phase in plan.phases if phase.kind in LOW_RANK), None)
 
 
-def _key(phase: Phase) -> tuple:
-    return phase.kind, type(phase.rank), phase.rank
+def _key(part: Part) -> tuple:
+    return part.kind, type(part.rank), part.rank

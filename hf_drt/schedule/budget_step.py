@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 
 from hf_drt.schedule.boundary import Run
-from hf_drt.schedule.plan import Plan, form_text
+from hf_drt.schedule.form_text import form_text
+from hf_drt.schedule.plan import Plan
 
 Form = tuple[str, int | float | None]
 

@@ -2,29 +2,58 @@
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from decimal import Decimal
 from itertools import pairwise
 from typing import Literal
 
 from hf_drt.schedule.counts import whole_number
+from hf_drt.schedule.form_text import form_text
+from hf_drt.schedule.parts import MIXED, Part, check_last, check_parts, parts_text
 
-Kind = Literal["dense", "factored", "adapter"]
+Kind = Literal["dense", "factored", "adapter", "frozen", "mixed"]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Update steps ``[start, next phase's start)`` in one form.
+    """Update steps ``[start, next phase's start)`` in one form, or, of kind 'mixed', with groups of layers in the forms
+    that ``parts`` name, and the others in those that they had before.
 
     ``rank`` is None for the configuration's rank, a whole number for an absolute rank, a float for a share of
     min(out, in).
+
+    Raises:
+        ValueError: A phase of parts is not mixed, or the other way round; and as :func:`check_parts`.
     """
 
     start: int
     kind: Kind
     rank: int | float | None = None
+    parts: tuple[Part, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.kind == MIXED) != bool(self.parts):
+            raise ValueError(
+                f"a phase has parts if and only if its kind is '{MIXED}', got '{self.kind}' and parts "
+                f"'{parts_text(self.parts)}'."
+            )
+        check_parts(self.parts, str(self))
+
+    @property
+    def form(self) -> str:
+        """What stands before the ``@``: ``factored:0.25``, or ``dense[2/8]+frozen[1/8]``."""
+        return parts_text(self.parts) or form_text(self.kind, self.rank)
+
+    @property
+    def whole(self) -> tuple[Part, ...]:
+        """The parts of a mixed phase; of another one, the one part that it is."""
+        return self.parts or (Part(self.kind, self.rank),)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The forms that the phase brings layers into."""
+        return tuple(part.kind for part in self.whole)
 
     def __str__(self) -> str:
-        return f"{form_text(self.kind, self.rank)}@{self.start}"
+        return f"{self.form}@{self.start}"
 
 
 @dataclass(frozen=True)
@@ -47,6 +76,12 @@ class Plan:
             raise ValueError(f"the plan '{self}' never trains: the run has {self.max_steps} update steps.")
         if not self.phases or self.phases[0].start != 0:
             raise ValueError(f"the first phase must start at step 0, got the plan '{self}'.")
+        if self.phases[0].kind in (MIXED, "frozen"):
+            raise ValueError(
+                f"the first phase must bring all layers into a form that is trained, got the plan '{self}'. Begin with "
+                "factored@0, dense@0 or adapter@0."
+            )
+        check_last(self.phases, str(self))
         for before, after in pairwise(self.phases):
             if after.start <= before.start:
                 raise ValueError(
@@ -78,13 +113,3 @@ class Plan:
 
     def __str__(self) -> str:
         return " ".join(map(str, self.phases))
-
-
-def form_text(kind: str, rank: int | float | str | None) -> str:
-    """``factored``, ``factored:64`` (absolute), ``factored:0.25`` (share) or ``factored:budget``."""
-    if rank is None:
-        return kind
-    if isinstance(rank, str):
-        return f"{kind}:{rank}"
-    text = f"{Decimal(repr(rank)):f}"  # never with an exponent
-    return f"{kind}:{text}"

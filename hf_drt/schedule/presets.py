@@ -14,7 +14,8 @@ from typing import Any
 from hf_drt.registry import Registry
 from hf_drt.schedule.boundary import number_text
 from hf_drt.schedule.decay import SHAPES
-from hf_drt.schedule.plan import form_text
+from hf_drt.schedule.form_text import form_text
+from hf_drt.schedule.rotation import AFTER, ORDERS, rotation
 from hf_drt.schedule.trigger import Trigger
 
 _CALL = re.compile(r"(\w+)\s*(?:\((.*)\))?")
@@ -226,6 +227,16 @@ def _decay(first: float, last: float, stages: int, shape: str) -> str:
     return " ".join(f"{form}@{number_text(round(100 * j / stages, 10))}%" for j, form in enumerate(shares))
 
 
+def _rotate(groups: int, share: float, order: str, after: str, rounds: int, seed: int) -> str:
+    _check(groups >= 2, "groups", "at least 2", groups)
+    _check(0 < share < 100, "share", "in (0, 100), in % of the run", share)
+    _check(order in ORDERS, "order", " or ".join(ORDERS), order)
+    _check(after in AFTER, "after", " or ".join(AFTER), after)
+    _check(rounds >= 1, "rounds", "at least 1", rounds)
+    _check(seed == 0 or order == "random", "seed", "left out but for order=random", seed)
+    return rotation(groups, share, order, after, rounds, seed)
+
+
 def _auto() -> str:
     return "lowrank:budget@0"
 
@@ -263,6 +274,14 @@ _PRESETS = (
         "Factored rank going down in equal stages; shape is linear, exponential or sigmoid (DRIFT, arXiv 2502.03822).",
         _decay,
         {"first": 0.375, "last": 0.125, "stages": 4, "shape": "linear"},
+    ),
+    Preset(
+        "rotate",
+        "Full rank in turns, in about the memory of low rank: for the last share % of the run one group of layers "
+        "after the other is dense; then it is frozen (after=adapter, lowrank or factored: in that form). order is "
+        "ascending, descending, random or need.",
+        _rotate,
+        {"groups": 8, "share": 30.0, "order": "ascending", "after": "frozen", "rounds": 1, "seed": 0},
     ),
     Preset(
         "auto",

@@ -1,27 +1,27 @@
 """A schedule: what the user wrote, checked, with boundaries still in the user's units."""
 
-import re
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import NoReturn, cast
 
 from hf_drt.schedule.boundary import Boundary, Run
 from hf_drt.schedule.budget_step import budget_rank, budget_step, check_cost, full_rank_share, least_budget
-from hf_drt.schedule.plan import Kind, Phase, Plan, form_text
+from hf_drt.schedule.form_text import form_text
+from hf_drt.schedule.parts import MIXED, Part, check_parts, parts_text
+from hf_drt.schedule.plan import Kind, Phase, Plan
 from hf_drt.schedule.presets import Preset, expand
 from hf_drt.schedule.trigger import Trigger
-
-KINDS = ("dense", "factored", "adapter", "lowrank")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """``kind[:rank]@boundary``. When the schedule is resolved, kind 'lowrank' becomes 'factored' or 'adapter', and rank
-    'budget' a share."""
+    """``kind[:rank]@boundary``, or ``kind[:rank][k/n]+...@boundary``, of kind 'mixed', with parts. When the schedule is
+    resolved, kind 'lowrank' becomes 'factored' or 'adapter', and rank 'budget' a share."""
 
     kind: str
     rank: int | float | str | None
     at: Boundary
+    parts: tuple[Part, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> "Entry":
@@ -33,29 +33,24 @@ class Entry:
         form, at, boundary = text.partition("@")
         if not at:
             raise ValueError(f"'{text}' has no boundary; a phase is written kind@boundary, e.g. dense@40%.")
-        kind, colon, rank = form.partition(":")
-        if kind not in KINDS:
-            raise ValueError(f"'{kind}' in '{text}' is not a form; allowed are {', '.join(KINDS)}.")
-        if colon and kind == "dense":
-            raise ValueError(f"'{text}' gives a rank to the dense form, which has none; write dense@{boundary}.")
-        return cls(kind, _parse_rank(rank, text) if colon else None, Boundary.parse(boundary))
+        parts = tuple(Part.parse(part, text) for part in form.split("+"))
+        at = Boundary.parse(boundary)
+        if len(parts) == 1 and parts[0].group is None:
+            return cls(parts[0].kind, parts[0].rank, at)
+        check_parts(parts, text)
+        return cls(MIXED, None, at, parts)
+
+    @property
+    def whole(self) -> tuple[Part, ...]:
+        """The parts of a mixed phase; of another one, the one part that it is."""
+        return self.parts or (Part(self.kind, self.rank),)
+
+    def resolved_parts(self, lowrank: str) -> tuple[Part, ...]:
+        """The parts of a mixed phase, 'lowrank' being what it stands for."""
+        return tuple(replace(part, kind=lowrank) if part.kind == "lowrank" else part for part in self.parts)
 
     def __str__(self) -> str:
-        return f"{form_text(self.kind, self.rank)}@{self.at}"
-
-
-def _parse_rank(text: str, entry: str) -> int | float | str:
-    """Digits are an absolute rank, a number with a decimal point a share; 'budget' is chosen by the budget."""
-    if text == "budget":
-        return text
-    if re.fullmatch(r"\d+", text) and int(text) >= 1:
-        return int(text)
-    if re.fullmatch(r"\d*\.\d+|1\.", text) and 0 < float(text) <= 1:
-        return float(text)
-    raise ValueError(
-        f"'{text}' in '{entry}' is not a rank; allowed is a whole number of at least 1 (factored:64), or a share of "
-        "min(out, in) in (0, 1] with a decimal point (factored:0.25), or budget."
-    )
+        return f"{parts_text(self.parts) or form_text(self.kind, self.rank)}@{self.at}"
 
 
 @dataclass(frozen=True)
@@ -120,11 +115,16 @@ class Schedule:
     @property
     def writes_lowrank(self) -> bool:
         """Whether what the phases are depends on what 'lowrank' stands for."""
-        return self.adapters is not None or any(entry.kind == "lowrank" for entry in self.entries)
+        return self.adapters is not None or any(part.kind == "lowrank" for e in self.entries for part in e.whole)
 
     def kinds(self, lowrank: str) -> list[str]:
-        """The forms of its phases in order, 'lowrank' being what it stands for."""
+        """The forms of its phases in order, 'lowrank' being what it stands for; of a mixed phase 'mixed'."""
         return [lowrank if entry.kind == "lowrank" else entry.kind for entry in self.where(lowrank).entries]
+
+    @property
+    def decides_groups(self) -> bool:
+        """Whether the run decides which group has its turn."""
+        return any(part.group is not None and not part.group.decided for e in self.entries for part in e.parts)
 
     @property
     def uses_lr(self) -> bool:
@@ -147,7 +147,7 @@ class Schedule:
         known = [None if entry.at.unit == "budget" else entry.at.resolve(run) for entry in self.entries]
         forms = list(zip(kinds, ranks, strict=True))
         starts = [budget_step(i, known, forms, run) if start is None else start for i, start in enumerate(known)]
-        plan = Plan(tuple(map(Phase, starts, kinds, ranks)), run.max_steps)
+        plan = Plan(tuple(map(Phase, starts, kinds, ranks, self._parts(lowrank))), run.max_steps)
         if self.budget_chooses_rank:
             check_cost(plan, run, full_rank_share(kinds, run))
         return plan
@@ -155,13 +155,17 @@ class Schedule:
     def outline(self, run: Run, lowrank: str = "factored") -> Plan:
         """The plan's phases in number, kind and rank, as early as they could begin: for a run whose learning rate is
         not known yet. Arguments and ``Raises`` as in :meth:`resolve`."""
-        kinds, ranks = self.where(lowrank)._forms(run, lowrank)
-        return Plan(tuple(map(Phase, range(len(kinds)), kinds, ranks)), run.max_steps)
+        schedule = self.where(lowrank)
+        kinds, ranks = schedule._forms(run, lowrank)
+        return Plan(tuple(map(Phase, range(len(kinds)), kinds, ranks, schedule._parts(lowrank))), run.max_steps)
 
     def least_budget(self, run: Run, lowrank: str = "factored") -> float:
         """The smallest budget for which a rank is found where 'lowrank' phases leave theirs to it; arguments as in
         :meth:`resolve`."""
         return least_budget(lowrank, run, full_rank_share(self.kinds(lowrank), run))
+
+    def _parts(self, lowrank: str) -> list[tuple[Part, ...]]:
+        return [entry.resolved_parts(lowrank) for entry in self.entries]
 
     def _forms(self, run: Run, lowrank: str) -> tuple[list[Kind], list[int | float | None]]:
         if run.max_steps < 1:
@@ -188,6 +192,17 @@ def _entries(text: str) -> tuple[Entry, ...]:
         raise ValueError(
             f"the first phase must start at step 0, got '{first}'. Write {first.kind}@0, or a phase before it, "
             f"e.g. lowrank@0 {first}."
+        )
+    if first.parts or first.kind == "frozen":
+        raise ValueError(
+            f"the first phase must bring all layers into a form that is trained, got '{first}'. Begin with lowrank@0, "
+            f"e.g. lowrank@0 {parts_text(first.parts) or first.kind}@50%."
+        )
+    budgets = any(entry.at.unit == "budget" or entry.rank == "budget" for entry in entries)
+    if budgets and (mixed := next((entry for entry in entries if entry.parts), None)):
+        raise ValueError(
+            f"'{mixed}' brings a group of layers into a form, and a budget decides ranks and boundaries of whole "
+            f"phases alone, in '{text}'. Write the rank or the boundary itself."
         )
     for before, after in pairwise(entries):
         if before.kind == after.kind == "dense":

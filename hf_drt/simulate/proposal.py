@@ -58,6 +58,11 @@ def propose(budget: float, plan: Plan, layers: Sequence[Layer], step_flops: floa
     """
     if not 0 < budget < 1:
         raise ValueError(f"budget must lie in (0, 1), got {budget:g}. It is a share of the dense training FLOPs.")
+    if mixed := next((phase for phase in plan.phases if phase.parts), None):
+        raise ValueError(
+            f"'{mixed}' brings a group of layers into a form, and a budget is met by the ranks and windows of all "
+            "layers. Give a schedule without groups."
+        )
     if all(phase.kind == "dense" for phase in plan.phases):
         raise ValueError("the plan is dense throughout: there is no rank to choose. Give a schedule with low rank.")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from hf_drt.forms import ExpertStack, LowRankLinear, is_transposed
+from hf_drt.forms import ExpertStack, FormedLinear, is_transposed
 from hf_drt.targets.convolutions import has_conv_form, is_convolution
 
 _CHECKPOINTING_LAYER = "transformers.modeling_layers.GradientCheckpointingLayer"
@@ -88,7 +88,7 @@ def linear_inside(model: nn.Module, blocks: dict[str, nn.Module], repeats: bool)
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer in one of the forms, or may become one: nn.Linear, Conv1D, or ours."""
-    ours = isinstance(module, (LowRankLinear, ExpertStack)) and not has_conv_form(module)
+    ours = isinstance(module, (FormedLinear, ExpertStack)) and not has_conv_form(module)
     return ours or isinstance(module, nn.Linear) or is_transposed(module)
 
 

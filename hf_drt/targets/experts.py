@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from hf_drt.forms import LEAVES, ExpertStack, place_of, stack_count, stored_transposed
+from hf_drt.forms import FROZEN, LEAVES, ExpertStack, place_of, stack_count, stored_transposed
 
 FUSED = "fused experts"
 KERNELS = (None, "eager", "batched_mm", "grouped_mm")
@@ -34,7 +34,7 @@ def unfit_experts(owner: nn.Module, leaf: str, weight: nn.Parameter) -> str | No
         return f"{FUSED}, quantized"
     if stored_transposed(owner) is None or leaf not in LEAVES or weight.ndim != 3:
         return f"{FUSED} of an unknown layout"
-    if not weight.requires_grad:
+    if not weight.requires_grad and leaf not in vars(owner).get(FROZEN, ()):
         return f"{FUSED}, frozen"
     if getattr(owner, "_is_expert_parallel", False):
         return f"{FUSED}, spread over processes"

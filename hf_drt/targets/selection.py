@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_drt.forms import LowRankLinear, odd_tensors, own_behaviour
+from hf_drt.forms import Dense, FormedLinear, LowRankLinear, form_of, odd_tensors, own_behaviour
 from hf_drt.targets.blocks import block_roots, conv_inside, is_linear, linear_inside
 from hf_drt.targets.convolutions import conv_unfit, has_conv_form, is_convolution
 from hf_drt.targets.experts import FUSED, as_layer, fused_weights, unfit_experts
@@ -296,13 +296,13 @@ def _matches(name: str, patterns: list[str] | None) -> bool:
 
 def _unfit(name: str, module: nn.Module, around: _Surroundings) -> str | None:
     """Why a layer inside a block cannot be replaced, or None."""
-    if isinstance(module, LowRankLinear):
+    if isinstance(module, FormedLinear):
         return own_behaviour(module)
     owner = around.parents.get(name)
     if reason := odd_tensors(module):
         return reason
     weight = module._parameters["weight"]
-    if weight is None or not weight.requires_grad:
+    if weight is None or (not weight.requires_grad and form_of(module) == Dense()):
         return "frozen"
     if id(weight) in around.shared:
         return "tied or shared weight"

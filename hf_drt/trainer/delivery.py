@@ -75,5 +75,5 @@ def _has_room(model: nn.Module) -> bool:
 
 def deliver(controller: DynamicRank, optimizer: torch.optim.Optimizer | None) -> None:
     """The model dense, in place, where that loses nothing; an optimizer follows."""
-    if any(True for _ in low_rank_layers(controller.model)) and may_become_dense(controller.model):
+    if not controller.is_dense and may_become_dense(controller.model):
         controller.to_dense(optimizer)

@@ -59,7 +59,8 @@ class PhaseDriver:
         if transition is not None:
             self.meter.start_phase(transition.phase, args.device, transition.seconds)
             self._log(state, self._switch_row(transition))
-            logger.info("update step %d: phase %d (%s)", transition.step, transition.phase, transition.kind)
+            form = self.controller.plan.phases[transition.phase].form
+            logger.info("update step %d: phase %d (%s)", transition.step, transition.phase, form)
         self._loop.count(self.meter, args)
         self.meter.start_step()
 

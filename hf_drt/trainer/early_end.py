@@ -25,7 +25,7 @@ def warn_of_early_end(plan: Plan, step: int) -> None:
 
 
 def _consequence(reached: Sequence[Phase], missed: Sequence[Phase]) -> str:
-    kinds = list(dict.fromkeys(phase.kind for phase in reached))
-    if "dense" not in kinds and any(phase.kind == "dense" for phase in missed):
+    kinds = list(dict.fromkeys(kind for phase in reached for kind in phase.kinds))
+    if "dense" not in kinds and any("dense" in phase.kinds for phase in missed):
         return f"the model was trained in {' and '.join(kinds)} form only, and never at full rank."
     return f"what the model has learned last is that of phase '{reached[-1]}'."

@@ -28,6 +28,7 @@ def run_summary(controller: DynamicRank, history: list[dict[str, Any]], export: 
         phases.append(
             PhaseSummary(
                 kind=phase.kind,
+                form=phase.form,
                 start=phase.start,
                 end=plan.end_of(index),
                 ranks=(min(ranks), max(ranks)) if ranks else None,
@@ -48,4 +49,5 @@ def run_summary(controller: DynamicRank, history: list[dict[str, Any]], export: 
         export=export,
         repository=repository,
         model_class=type(controller.model).__name__,
+        plan=plan,
     )

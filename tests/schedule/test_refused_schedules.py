@@ -33,7 +33,7 @@ TEXTS = [
     ("factored@0 dense@lr>1.5", r"an LR anchor must lie in \(0, 1\), got lr>1\.5"),
     ("factored@0 dense@lr<0.00", r"an LR anchor must lie in \(0, 1\)"),
     # ranks
-    ("dense:8@0", r"'dense:8@0' gives a rank to the dense form, which has none; write dense@0"),
+    ("dense:8@0", r"'dense:8@0' gives a rank to the dense form, which has none; leave ':8' out"),
     ("factored:@0", r"'' in 'factored:@0' is not a rank; allowed is a whole number of at least 1 \(factored:64\), or"),
     ("factored:0@0", r"'0' in 'factored:0@0' is not a rank"),
     ("factored:-8@0", r"'-8' in 'factored:-8@0' is not a rank"),

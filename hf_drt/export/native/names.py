@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from hf_drt.checkpoint import AGAIN, CheckpointError, DeclaredLayer
-from hf_drt.forms import LowRankLinear, check_rank, layer_of, weight_shape
+from hf_drt.forms import FormedLinear, check_rank, layer_of, weight_shape
 from hf_drt.messages import some
 from hf_drt.targets import is_layer
 
@@ -60,7 +60,7 @@ def _has(model: nn.Module, name: str) -> bool:
 
 
 def _check_layer(name: str, module: nn.Module, layer: DeclaredLayer) -> None:
-    if not is_layer(module) or isinstance(module, LowRankLinear):
+    if not is_layer(module) or isinstance(module, FormedLinear):
         raise CheckpointError(
             f"{name} is a {type(module).__name__}, and in the checkpoint a linear layer of shape (out, in) = "
             f"{layer.shape}. {_SAME}"

@@ -1,0 +1,97 @@
+"""Groups of target layers, which have full rank in turns: by block, by kind of layer, or by patterns."""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+
+from hf_drt.config import DRTConfig
+from hf_drt.planning.layers import Shapes
+
+Weights = dict[str, int]  # how many a unit has, by its key
+
+
+def group_numbers(targets: Shapes, count: int, config: DRTConfig) -> dict[str, int]:
+    """The group of every target layer, from 1 to ``count``, by name; no group is empty.
+
+    By blocks, neighbours stand together, and the largest group has as few weights as such a division can have. Where
+    there are fewer blocks than groups, what stands in lists inside of them is divided, or the layers themselves. By
+    kind of layer, the names without their numbers are what is divided. Patterns are one per group; a layer is in that
+    of the first one that its name matches.
+
+    Raises:
+        ValueError: There are fewer kinds or layers than groups, not as many patterns, or one of them finds no layer, or
+            a layer is found by none.
+    """
+    if config.group_by not in (None, ["block"], ["kind"]):
+        return _by_patterns(targets, count, config.group_by)
+    if config.group_by == ["kind"]:
+        kinds = {name: re.sub(r"(^|\.)\d+(?=\.|$)", r"\1", name) for name in targets}
+        return _divided(targets, count, kinds.__getitem__, "kinds of layers")
+    for depth in range(1, max(map(_depth, targets)) + 1):
+        blocks = {name: _block(name, depth) for name in targets}
+        if len(set(blocks.values())) >= count:
+            return _divided(targets, count, blocks.__getitem__, "blocks")
+    return _divided(targets, count, lambda name: name, "layers")
+
+
+def _depth(name: str) -> int:
+    return sum(part.isdigit() for part in name.split("."))
+
+
+def _block(name: str, depth: int) -> str:
+    """The name up to its number of that depth, or to its last one."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()][:depth]
+    return ".".join(parts[: numbers[-1] + 1]) if numbers else name
+
+
+def _divided(targets: Shapes, count: int, unit_of: Callable[[str], str], what: str) -> dict[str, int]:
+    weights: Weights = {}
+    for name, shape in targets.items():
+        weights[unit_of(name)] = weights.get(unit_of(name), 0) + math.prod(shape) * (shape.experts or 1)
+    if len(weights) < count:
+        raise ValueError(
+            f"the schedule has {count} groups, and the target layers are of {len(weights)} {what}. Take at most "
+            f"{len(weights)} groups{', or group_by=block' if what == 'kinds of layers' else ''}."
+        )
+    number = dict(zip(weights, division(list(weights.values()), count), strict=True))
+    return {name: number[unit_of(name)] for name in targets}
+
+
+def division(sizes: Sequence[int], count: int) -> list[int]:
+    """The group of each of a row of units, from 1 to ``count``, neighbours together, none empty; the largest group is
+    as small as it can be."""
+    low, high = max(sizes), sum(sizes)
+    while low < high:  # the least capacity by which `count` groups are enough
+        middle = (low + high) // 2
+        low, high = (low, middle) if _packed(sizes, middle, count)[-1] <= count else (middle + 1, high)
+    return _packed(sizes, low, count)
+
+
+def _packed(sizes: Sequence[int], capacity: int, count: int) -> list[int]:
+    """Each group filled up to the capacity, but that a unit is left for each of ``count`` groups."""
+    return list(accumulate(_steps(sizes, capacity, count)))
+
+
+def _steps(sizes: Sequence[int], capacity: int, count: int) -> Iterator[int]:
+    held, number = 0, 0
+    for place, size in enumerate(sizes):
+        full = number == 0 or held + size > capacity
+        must = len(sizes) - place <= count - number  # as many groups are empty as units are left
+        held, number = (size, number + 1) if full or must else (held + size, number)
+        yield int(full or must)
+
+
+def _by_patterns(targets: Shapes, count: int, patterns: Sequence[str]) -> dict[str, int]:
+    if len(patterns) != count:
+        raise ValueError(f"group_by has {len(patterns)} patterns, and the schedule {count} groups. Give one per group.")
+    found = {name: next((i for i, p in enumerate(patterns, 1) if re.search(p, name)), None) for name in targets}
+    if lost := [name for name, number in found.items() if number is None]:
+        raise ValueError(
+            f"group_by: no pattern matches {lost[0]} ({len(lost)} of {len(found)} layers are without a group), which "
+            "would never have its turn. Add a pattern, or exclude the layers."
+        )
+    if idle := [pattern for number, pattern in enumerate(patterns, 1) if number not in found.values()]:
+        raise ValueError(f"group_by: {idle[0]!r} is the first match of no layer. Change it, or the order of patterns.")
+    return {name: number for name, number in found.items() if number is not None}
