@@ -46,9 +46,9 @@ def print_estimate(
     typer.echo(f"\nmemory in MiB, of tensors; a switch may need up to {extra} MiB more than the larger of its phases")
     typer.echo(
         f"the run: {run.flops:.4g} FLOPs, {run.share:.3f} of dense training of the whole model; trainable parameters "
-        f"{run.trainable:.3f} of the whole model's on average; peak {mib(run.peak)} MiB, "
-        f"{run.peak / run.dense.peak:.3f} of dense"
+        f"{run.trainable:.3f} of the whole model's on average"
     )
+    typer.echo(_peaks(run))
     if resolved.config.uses_matrix_optimizer:
         typer.echo(_update_line(run))
     if times is not None:
@@ -66,9 +66,20 @@ def print_estimate(
         print_table(*_layer_table(run))
 
 
+def _peaks(run: RunEstimate) -> str:
+    """The largest memory of all phases, and where it is met."""
+    largest = max(range(len(run.phases)), key=lambda index: run.phases[index].step.peak)
+    fullest = max(range(len(run.phases)), key=lambda index: run.phases[index].step.held)
+    return (
+        f"peak {mib(run.peak)} MiB, {run.peak / run.dense.peak:.3f} of dense, in phase {largest}; of it weights, "
+        f"gradients and optimizer state up to {mib(run.held)} MiB, {run.held / run.dense.held:.3f} of dense, in phase "
+        f"{fullest}"
+    )
+
+
 def _update_line(run: RunEstimate) -> str:
     """What the matrix optimizer adds to the FLOPs of every phase."""
-    shares = [f"{p.update_flops / p.step.flops:.1%} in phase {i} ({p.kind})" for i, p in enumerate(run.phases)]
+    shares = [f"{p.update_flops / p.step.flops:.1%} in phase {i} ({p.form})" for i, p in enumerate(run.phases)]
     return f"matrix_optimizer adds to an update step's FLOPs, which do not contain it: {', '.join(shares)}"
 
 
@@ -79,7 +90,7 @@ def _phase_table(run: RunEstimate, times: tuple[PhaseTime, ...] | None) -> tuple
     rows = []
     for index, phase in enumerate(run.phases):
         rows.append(
-            [f"{index}", phase.kind, f"{phase.steps}", _ranks(phase.ranks), *_cost_cells(phase.step, run.dense)]
+            [f"{index}", phase.form, f"{phase.steps}", _ranks(phase.ranks), *_cost_cells(phase.step, run.dense)]
         )
         if times is not None:
             rows[-1] += [f"{times[index].seconds:.3f}", f"{times[index].switch:.2f}"]
@@ -105,12 +116,13 @@ def _ranks(ranks: tuple[int, int] | None) -> str:
 def _layer_table(run: RunEstimate) -> tuple[list[str], list[list[str]]]:
     columns = ["layer", "out x in", "break-even", "vectors/step"]
     for index, phase in enumerate(run.phases):
-        columns += [f"rank {index} ({phase.kind})", "FLOPs/dense"]
+        columns += [f"rank {index} ({phase.form})", "FLOPs/dense"]
     rows = []
     for layer in run.layers:
         rows.append([layer.name, f"{layer.shape[0]} x {layer.shape[1]}", f"{layer.break_even:.1f}", f"{layer.rows:,}"])
         for index, form in enumerate(layer.forms):
-            rows[-1] += ["full" if isinstance(form, Dense) else f"{form.rank}", f"{layer.share(index):.3f}"]
+            rank = ("frozen" if form.frozen else "full") if isinstance(form, Dense) else f"{form.rank}"
+            rows[-1] += [rank, f"{layer.share(index):.3f}"]
     return columns, rows
 
 
@@ -130,7 +142,7 @@ def as_json(
         return {key: value for key, value in vars(step).items() if key != "rows"}
 
     phases: list[dict[str, Any]] = [
-        {"form": p.kind, "start": p.start, "end": p.end, "ranks": p.ranks, **cost(p.step),
+        {"form": p.form, "start": p.start, "end": p.end, "ranks": p.ranks, **cost(p.step),
          "update_flops": p.update_flops}
         for p in run.phases
     ]  # fmt: skip
@@ -141,7 +153,8 @@ def as_json(
         }  # fmt: skip
     result = {
         "steps": run.steps, "flops": run.flops, "flops_share": run.share, "trainable_share": run.trainable,
-        "peak": run.peak, "switch_extra": run.switch_extra, "rank_ratio": resolved.config.rank_ratio, "phases": phases,
+        "peak": run.peak, "held": run.held, "switch_extra": run.switch_extra,
+        "rank_ratio": resolved.config.rank_ratio, "phases": phases,
         "target_layers_flops_share": resolved.cost.flops, "plan": str(resolved.plan), "decided": facts(resolved),
         "dense": cost(run.dense), "warnings": list(run.warnings),
         "layers": [

@@ -15,7 +15,7 @@ def description(resolved: ResolvedPlan) -> list[str]:
     """Lines to print: the phases; what 'lowrank' stands for; ranks, boundaries and settings, each with what has decided
     it; and what the plan takes of the dense training of the target layers."""
     lines = timelines(spans(resolved.plan), marks=LETTERS).splitlines()
-    return [headline(resolved), *lines, *_groups(resolved), *facts(resolved)]
+    return [headline(resolved), *lines, *facts(resolved)]
 
 
 def _groups(resolved: ResolvedPlan) -> Iterator[str]:
@@ -46,7 +46,7 @@ def headline(resolved: ResolvedPlan) -> str:
 
 def facts(resolved: ResolvedPlan) -> list[str]:
     """:func:`description` without the phases."""
-    lines = [*_decided(resolved), *_ranks(resolved)]
+    lines = [*_groups(resolved), *_decided(resolved), *_ranks(resolved)]
     cost = resolved.cost
     lines.append(
         f"cost, of the target layers alone: {cost.flops:.3f} of their dense training FLOPs, {cost.parameters:.3f} of "

@@ -6,11 +6,11 @@ from itertools import pairwise
 
 import torch
 
-from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.forms import Adapter, Dense, Factored, Form, LayerShape, flops_of, form_of, layer_of, parameters_of
 from hf_drt.optim import check_step, maker
 from hf_drt.planning import break_even_of, stays_dense, update_multiply_adds
+from hf_drt.schedule import LOW_RANK
 from hf_drt.simulate.batch import BatchSpec
 from hf_drt.simulate.step import StepCost, simulate_step
 from hf_drt.transition import empty_forms
@@ -22,6 +22,7 @@ class PhaseEstimate:
 
     Attributes:
         kind: Form of the target layers.
+        form: As the plan has it: ``dense[2/8]+frozen[1/8]`` where groups of layers change.
         start, end: Update steps ``[start, end)``.
         ranks: Smallest and largest rank of a target layer; None where all are dense.
         step: Cost of each of its update steps.
@@ -34,6 +35,7 @@ class PhaseEstimate:
     ranks: tuple[int, int] | None
     step: StepCost
     update_flops: int = 0
+    form: str = ""
 
     @property
     def steps(self) -> int:
@@ -108,6 +110,11 @@ class RunEstimate:
         """Bytes of the phase that needs most."""
         return max(phase.step.peak for phase in self.phases)
 
+    @property
+    def held(self) -> int:
+        """Bytes of weights, gradients and the optimizer's state in the phase in which they are most."""
+        return max(phase.step.held for phase in self.phases)
+
 
 def estimate_run(
     controller: DynamicRank,
@@ -156,7 +163,7 @@ def estimate_run(
         _put(controller, plain)
     layers = tuple(_layer_estimates(controller, dense, by_phase))
     warnings = [controller.fused_note] if controller.fused_note else []
-    warnings += _warnings(phases, layers, dense, controller.config)
+    warnings += _warnings(phases, layers, dense, controller)
     extra = _switch_extra(controller, dense) + (_copies(controller, by_phase) if rule.averages else 0)
     return RunEstimate(phases, dense, layers, extra, tuple(warnings))
 
@@ -179,7 +186,8 @@ def _phase(controller: DynamicRank, index: int, forms: dict[str, Form], step: St
     ranks = [form.rank for form in forms.values() if not isinstance(form, Dense)]
     span = (min(ranks), max(ranks)) if ranks else None
     update = _update_flops(controller, forms)
-    return PhaseEstimate(plan.phases[index].kind, plan.phases[index].start, plan.end_of(index), span, step, update)
+    phase, end = plan.phases[index], plan.end_of(index)
+    return PhaseEstimate(phase.kind, phase.start, end, span, step, update, phase.form if phase.parts else phase.kind)
 
 
 def _update_flops(controller: DynamicRank, forms: dict[str, Form]) -> int:
@@ -216,15 +224,15 @@ def _changing(controller: DynamicRank, now: dict[str, Form], then: dict[str, For
 
 
 def _warnings(
-    phases: tuple[PhaseEstimate, ...], layers: tuple[LayerEstimate, ...], dense: StepCost, config: DRTConfig
+    phases: tuple[PhaseEstimate, ...], layers: tuple[LayerEstimate, ...], dense: StepCost, controller: DynamicRank
 ) -> list[str]:
-    found = []
+    found, config = [], controller.config
     for index, phase in enumerate(phases):
-        title = f"phase {index} ({phase.kind})"
-        kept = [layer for layer in layers if stays_dense(phase.kind, layer.name, config)]
+        title, parts = f"phase {index} ({phase.form})", controller.resolved.parts(index)
+        asked = [layer for layer in layers if layer.name in parts and parts[layer.name].kind in LOW_RANK]
+        kept = [layer for layer in asked if stays_dense(parts[layer.name].kind, layer.name, config)]
         found += [f"{title}: {len(kept)} query and key projections stay dense (dense_query_key)"] if kept else []
-        dense_here = [layer for layer in layers if phase.kind != "dense" and layer.forms[index] == Dense()]
-        stays = [layer for layer in dense_here if not stays_dense(phase.kind, layer.name, config)]
+        stays = [layer for layer in asked if layer.forms[index] == Dense() and layer not in kept]
         found += [f"{title}: {_layers(stays)} stay dense: the rank reaches break-even"] if stays else []
         dearer = [layer for layer in layers if isinstance(layer.forms[index], Adapter) and layer.share(index) > 1]
         if dearer:

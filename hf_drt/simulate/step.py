@@ -52,6 +52,11 @@ class StepCost:
     peak: int
     rows: dict[str, int]
 
+    @property
+    def held(self) -> int:
+        """Bytes of weights, gradients and the optimizer's state."""
+        return self.weights + self.gradients + self.optimizer
+
 
 def simulate_step(
     model: nn.Module,
