@@ -1,6 +1,7 @@
 """What a run costs before it runs: FLOPs and memory of the whole model, phase by phase, without a weight."""
 
 from hf_drt.simulate.batch import BatchSpec, batch_spec
+from hf_drt.simulate.counter import StepCounter
 from hf_drt.simulate.optimizer import optimizer_bytes
 from hf_drt.simulate.proposal import Layer, Proposal, propose
 from hf_drt.simulate.run import LayerEstimate, PhaseEstimate, RunEstimate, estimate_run
@@ -15,6 +16,7 @@ __all__ = [
     "RunEstimate",
     "SimulationError",
     "StepCost",
+    "StepCounter",
     "batch_spec",
     "estimate_run",
     "optimizer_bytes",
