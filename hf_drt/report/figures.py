@@ -23,7 +23,10 @@ from hf_drt.report.tables import title
 FORMATS = ("png", "svg")
 _COLOURS = ("#0072b2", "#d55e00", "#008060", "#a8428a", "#7a6400", "#3b3f45")
 _MARKERS = ("o", "s", "^", "D")
-_FORMS = {"factored": "#f0862b", "dense": "#31688e", "adapter": "#7a9e26", "unknown": "#808080"}
+_FORMS = {
+    "factored": "#f0862b", "dense": "#31688e", "adapter": "#7a9e26", "frozen": "#a5afba", "mixed": "#7a6fae",
+    "unknown": "#808080",
+}  # fmt: skip
 _UNITS = {"steps": "update steps", "seconds": "seconds of training"}
 STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -80,6 +83,10 @@ def draw_figures(runs: Sequence[RunData]) -> Iterator[tuple[str, Figure]]:
     for index, ((run, ranks), name) in enumerate(zip(ranked, names, strict=True)):
         twin = f"-{index}" if names.count(name) > 1 else ""
         yield f"effective-rank-{name}{twin}", _heat_map(run, ranks, limits)
+    grouped = [run for run in runs if run.groups]
+    for index, run in enumerate(grouped):
+        twin = f"-{index}" if len(grouped) > 1 else ""
+        yield f"groups{twin}", _groups(run)
     changing = [(index, run) for index, run in enumerate(runs) if run.changes]
     if changing:
         yield "phases", _phase_bars(changing)
@@ -184,6 +191,29 @@ def _span(phase: PhaseData, axis: str) -> tuple[float | None, float | None]:
 def _form_style(kind: str | None) -> dict[str, Any]:
     kind = kind or "unknown"
     return {"facecolor": _FORMS[kind], "edgecolor": "white", "hatch": "////" if kind == "adapter" else None}
+
+
+# ---- groups
+
+
+def _groups(run: RunData) -> Figure:
+    """The forms of each group of layers over update steps."""
+    figure = Figure(figsize=(7, 0.9 + 0.2 * len(run.groups)), layout="constrained")
+    panel = figure.subplots()
+    for place, row in enumerate(run.groups.values()):
+        for span in row:
+            panel.barh(place, span.end - span.start, left=span.start, height=0.8, **_form_style(span.kind), alpha=0.75,
+                       linewidth=0)  # fmt: skip
+    panel.set_yticks(range(len(run.groups)), list(run.groups))
+    panel.tick_params(axis="y", length=0)
+    panel.invert_yaxis()
+    panel.set_xlim(0, run.max_steps)
+    panel.set_xlabel(_UNITS["steps"])
+    panel.set_title(run.name)
+    kinds = dict.fromkeys(span.kind for row in run.groups.values() for span in row)
+    patches = [Patch(**_form_style(kind), alpha=0.75, linewidth=0) for kind in kinds]
+    figure.legend(patches, list(kinds), loc="outside lower center", ncols=len(kinds))
+    return figure
 
 
 # ---- effective rank, layer by time

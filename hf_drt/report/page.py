@@ -181,10 +181,30 @@ def _sections(runs: Sequence[RunData]) -> list[str]:
     found.append(f'<h2>Curves</h2>\n{_legend(runs)}<div class="charts" id="charts"></div>')
     if any(key in run.series for run in runs for key in _RANK_KEYS):
         found.append(f'<h2>Effective rank</h2>\n<div class="stack" id="rankcharts"></div>{_rank_hint(runs)}')
+    if rows := "".join(_groups(index, run) for index, run in enumerate(runs) if run.groups):
+        found.append(f'<h2>Groups</h2>\n{_legend_of(_group_forms(runs))}<div class="card" id="groups">{rows}</div>')
     for name, table in (("Phases", phase_table(runs)), ("Switches", switch_table(runs))):
         if table.groups:
             found.append(f'<h2>{name}</h2>\n<div class="card">{_grouped(runs, table, name.lower())}</div>')
     return found
+
+
+def _group_forms(runs: Sequence[RunData]) -> list[str]:
+    return list(dict.fromkeys(span.kind for run in runs for row in run.groups.values() for span in row))
+
+
+def _groups(index: int, run: RunData) -> str:
+    """The forms of each group of a run over its update steps, as bars."""
+    rows = []
+    for name, row in run.groups.items():
+        bars = "".join(
+            f'<i class="{span.kind}" style="width:{100 * (span.end - span.start) / row[-1].end:.3f}%" '
+            f'title="{span.kind}, steps {span.start} to {span.end}"></i>'
+            for span in row
+        )
+        told = ", ".join(f"{span.kind} from {span.start}" for span in row)
+        rows.append(f'<span>{escape(name)}</span><div role="img" aria-label="{told}">{bars}</div>')
+    return f'<h3>{_named(index, run)}</h3><div class="groups">{"".join(rows)}</div>'
 
 
 def _overview(runs: Sequence[RunData]) -> str:
@@ -232,10 +252,12 @@ def _remarks(runs: Sequence[RunData]) -> str:
 
 def _legend(runs: Sequence[RunData]) -> str:
     kinds = dict.fromkeys(phase.kind or "unknown" for run in runs if run.changes for phase in run.phases)
-    if not kinds:
-        return ""
+    return _legend_of(list(kinds), "phases", ' id="phaselegend"') if kinds else ""
+
+
+def _legend_of(kinds: Sequence[str], name: str = "forms", mark: str = "") -> str:
     items = "".join(f'<span><i class="{kind}"></i>{escape(kind)}</span>' for kind in kinds)
-    return f'<div class="legend" id="phaselegend"><span class="muted">phases</span>{items}</div>\n'
+    return f'<div class="legend"{mark}><span class="muted">{name}</span>{items}</div>\n'
 
 
 def _rank_hint(runs: Sequence[RunData]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from hf_drt.report.clock import Clock, Rows, read_clock
 from hf_drt.report.run_files import RunError, RunFiles, read_files
-from hf_drt.schedule import Phase, Plan, Run, Schedule
+from hf_drt.schedule import FormSpan, Phase, Plan, Run, Schedule, spans
 
 LAYER_PREFIX = "drt_effective_rank/"
 _NO_METRIC = ("epoch", "step", "total_flos", "num_input_tokens_seen", "num_tokens", "train_")
@@ -42,6 +42,7 @@ class PhaseData:
         trainable: Parameters of the whole model.
         ranks: Lowest and highest rank of a target layer in low-rank form.
         effective_rank: Mean over the target layers, last measured.
+        parts: Where groups of layers change form, which, and into what.
     """
 
     index: int
@@ -59,10 +60,13 @@ class PhaseData:
     trainable: int | None = None
     ranks: tuple[int, int] | None = None
     effective_rank: float | None = None
+    parts: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
-        """``factored``, ``factored:64``, or ``phase 0`` where the form is unknown."""
+        """``factored``, ``factored:64``, ``dense[2/8]`` of groups, or ``phase 0`` where the form is unknown."""
+        if self.parts:
+            return self.parts[0]
         form = self.kind or f"phase {self.index}"
         return form if self.rank is None else f"{form}:{self.rank}"
 
@@ -106,6 +110,7 @@ class RunData:
         clock: Time of its steps.
         series: Curves by name, among them ``loss``, ``learning_rate``, ``eval_*``.
         totals: Last value of every number that describes the run as a whole.
+        groups: Forms over time of each group of layers, by its name; of a plan without groups none.
     """
 
     name: str
@@ -120,6 +125,7 @@ class RunData:
     series: dict[str, Series] = field(default_factory=dict)
     ranks: RankMap | None = None
     totals: dict[str, float] = field(default_factory=dict)
+    groups: dict[str, list[FormSpan]] = field(default_factory=dict)
 
     @property
     def dynamic(self) -> bool:
@@ -188,8 +194,14 @@ def _read_run(name: str, files: RunFiles) -> RunData:
         switches=switches,
         series=_curves(rows, clock),
         ranks=_rank_map(rows, clock, (files.state or {}).get("layers", ())),
+        groups=_groups(plan) if plan else {},
         totals={k: v for row in rows for k, v in row.items() if k.startswith(("drt_plan_", "train_", "total_flos"))},
     )
+
+
+def _groups(plan: Plan) -> dict[str, list[FormSpan]]:
+    rows = spans(plan)
+    return rows if len(rows) > 1 else {}
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
@@ -278,6 +290,7 @@ def _phases(
                 trainable=_whole(own.get("drt_trainable_parameters")),
                 ranks=(int(own["drt_rank_min"]), int(own["drt_rank_max"])) if "drt_rank_max" in own else None,
                 effective_rank=own.get("drt_effective_rank_mean"),
+                parts=tuple(map(str, entry.parts)) if entry else (),
             )
         )
     return tuple(found)

@@ -162,7 +162,7 @@ def notes(run: RunData) -> list[str]:
 def _ranks(phase: PhaseData) -> str:
     """Rank of the target layers, the lowest to the highest where they differ."""
     if phase.ranks is None:
-        return "full" if phase.kind == "dense" else "–"
+        return "full" if phase.kind in ("dense", "frozen") else "–"
     low, high = phase.ranks
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
