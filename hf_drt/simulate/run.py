@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import torch
 
+from hf_drt.activations import Activations
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.forms import Adapter, Dense, Factored, Form, LayerShape, flops_of, form_of, layer_of, parameters_of
@@ -69,7 +70,8 @@ class RunEstimate:
 
     Attributes:
         phases: In order.
-        dense: An update step of dense training with the same optimizers, to compare with.
+        dense: An update step of dense training with the same optimizers, and without the settings on memory of
+            activations, to compare with.
         layers: The target layers.
         switch_extra: Bytes that a switch may need beyond the larger of its two phases: one layer's weight, gradient and
             optimizer state, at most; under an optimizer that evaluates at averages also a copy of all weights that
@@ -128,16 +130,17 @@ def estimate_run(
     Raises:
         SimulationError: The cost of the model does not follow from its shapes.
         ValueError: The optimizer is not one that may follow a change of form, or its package is not installed, or it
-            cannot have the matrix optimizer beside it.
+            cannot have the matrix optimizer beside it; as :func:`hf_drt.activations.checkpointing_error`.
     """
     rule, _ = maker(optimizer)
     check_step(rule, f"optim='{optimizer}'", controller.config)
-    costs: dict[tuple[Form, ...], StepCost] = {}
+    costs: dict[tuple, StepCost] = {}
+    activations = Activations(controller.model, controller.config)
     names = list(controller.targets)
     matrices = names if controller.config.uses_matrix_optimizer else ()
 
-    def cost(forms: dict[str, Form]) -> StepCost:
-        key = tuple(forms.values())
+    def cost(forms: dict[str, Form], trains_dense: bool = False) -> StepCost:
+        key = (trains_dense, *forms.values())
         if key not in costs:
             _put(controller, forms)
             costs[key] = simulate_step(
@@ -147,12 +150,20 @@ def estimate_run(
             tick()
         return costs[key]
 
+    def cost_in(phase: int) -> StepCost:
+        trains_dense = saves_in_dense and controller.resolved.trains_dense(phase)
+        _put(controller, by_phase[phase])
+        activations.enter(trains_dense)
+        return cost(by_phase[phase], trains_dense)
+
     plain: dict[str, Form] = dict.fromkeys(names, Dense())
+    saves_in_dense = controller.config.dense_checkpointing
     by_phase = [controller.forms(index) for index in range(len(controller.plan))]
     try:
         dense = cost(plain)
-        phases = tuple(_phase(controller, index, forms, cost(forms)) for index, forms in enumerate(by_phase))
+        phases = tuple(_phase(controller, index, forms, cost_in(index)) for index, forms in enumerate(by_phase))
     finally:
+        activations.leave()
         _put(controller, plain)
     layers = tuple(_layer_estimates(controller, dense, by_phase))
     warnings = [controller.fused_note] if controller.fused_note else []
