@@ -1,4 +1,4 @@
-"""Activation checkpointing of a model's blocks, switched on and off from phase to phase.
+"""Activation checkpointing of a model's blocks, in whole or up to their bottlenecks, switched from phase to phase.
 
 A model of transformers has the attribute ``gradient_checkpointing`` on every module that can have its forward pass
 repeated in the backward pass, and beside it ``_gradient_checkpointing_func(function, *args)``, which calls a block in
@@ -15,16 +15,18 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_drt.config import DRTConfig
+from hf_drt.forms import FactoredLinear, keep_bottlenecks
 from hf_drt.targets import is_checkpointing_layer
 
 FLAG, FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
 
 
 class Activations:
-    """Switches what a model's blocks keep, as ``dense_checkpointing`` says.
+    """Switches what a model's blocks keep, as ``dense_checkpointing`` and ``recompute`` say.
 
-    In a phase in which a layer is dense and trained, all blocks keep their inputs alone, those without such a layer
-    too: a block keeps about as much in any form, and the peak is that of all of them.
+    In a phase in which a layer is dense and trained, ``dense_checkpointing`` has all blocks keep their inputs alone,
+    those without such a layer too: a block keeps about as much in any form, and the peak is that of all of them. In
+    other phases, and without it, blocks with a factored layer keep what ``recompute`` says.
 
     Args:
         model: Whose blocks they are; it stays as it is until :meth:`enter`.
@@ -40,7 +42,7 @@ class Activations:
         if reason := checkpointing_error(model, config, options):
             raise ValueError(reason)
         self._model, self._config = model, config
-        self._every, self._repeat = _repetition(options or {})
+        self._every, self._repeat, self._bottleneck = _repetition(options or {})
         self._before: list[tuple[nn.Module, dict[str, Any]]] | None = None
 
     def enter(self, trains_dense: bool) -> None:
@@ -49,15 +51,23 @@ class Activations:
         Args:
             trains_dense: Whether any layer is dense and trained in it by the plan.
         """
-        if not self._config.dense_checkpointing:
+        if not _switched(self._config):
             return
+        checkpoints = trains_dense and self._config.dense_checkpointing
         if self._before is None:
             self._before = [(m, _own(m)) for m in _switches(self._model)]
         blocks = 0
         for module, _ in self._before:
             in_turn = blocks % self._every == 0 or not is_checkpointing_layer(module)
             blocks += is_checkpointing_layer(module)
-            self._switch(module, self._repeat if trains_dense and in_turn else None)
+            self._switch(module, self._repeat if checkpoints and in_turn else self._kept_by(module))
+
+    def _kept_by(self, module: nn.Module) -> Callable[..., Any] | None:
+        """The function that calls a block which is not checkpointed as a whole; None to keep all."""
+        factored = self._config.recompute == "bottleneck" and any(
+            isinstance(m, FactoredLinear) for m in module.modules()
+        )
+        return self._bottleneck if factored else None
 
     def _switch(self, module: nn.Module, function: Callable[..., Any] | None) -> None:
         """What does not change is not written to: compiled code asks whether it has been."""
@@ -76,9 +86,9 @@ class Activations:
 
 def checkpointing_error(model: nn.Module, config: DRTConfig, options: Mapping[str, Any] | None = None) -> str | None:
     """Why a model's blocks cannot be switched as the settings say, and what to do; None where they can."""
-    if not config.dense_checkpointing:
+    if not (names := _switched(config)):
         return None
-    found = "dense_checkpointing is True, "
+    found = f"{names[0]} is {getattr(config, names[0])!r}, "
     switches = _switches(model)
     if not switches or not getattr(model, "supports_gradient_checkpointing", True):
         return (
@@ -88,7 +98,7 @@ def checkpointing_error(model: nn.Module, config: DRTConfig, options: Mapping[st
     if any(getattr(module, FLAG) for module in switches):
         return (
             f"{found}but the model's blocks are checkpointed in every phase already. Turn activation checkpointing of "
-            "the whole run off, or leave dense_checkpointing out."
+            f"the whole run off, or leave {names[0]} out."
         )
     if (options or {}).get("use_reentrant"):
         return (
@@ -96,6 +106,12 @@ def checkpointing_error(model: nn.Module, config: DRTConfig, options: Mapping[st
             "phases than in others. Leave use_reentrant out, or set it to False."
         )
     return None
+
+
+def _switched(config: DRTConfig) -> list[str]:
+    """The settings that are on."""
+    on = {"dense_checkpointing": config.dense_checkpointing, "recompute": config.recompute != "none"}
+    return [name for name, value in on.items() if value]
 
 
 def _switches(model: nn.Module) -> list[nn.Module]:
@@ -107,11 +123,12 @@ def _own(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name in (FLAG, FUNCTION)}
 
 
-def _repetition(options: Mapping[str, Any]) -> tuple[int, Callable[..., Any]]:
-    """Every how many blocks one is checkpointed, and the function that calls it."""
-    rest = {"use_reentrant": False} | dict(options)
+def _repetition(options: Mapping[str, Any]) -> tuple[int, Callable[..., Any], Callable[..., Any]]:
+    """Every how many blocks one is checkpointed, the function that calls it, and the one that keeps bottlenecks."""
+    rest = {name: value for name, value in options.items() if name != "use_reentrant"}
     every, offload = rest.pop("every_n_layers", 1), rest.pop("offload", False)
-    return every, partial(_on_cpu if offload else checkpoint, **rest)
+    whole = partial(_on_cpu if offload else checkpoint, use_reentrant=False, **rest)
+    return every, whole, partial(keep_bottlenecks, **rest)
 
 
 def _on_cpu(function: Callable[..., Any], *args: Any, **options: Any) -> Any:

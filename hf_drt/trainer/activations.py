@@ -21,17 +21,20 @@ def refuse_activations(model: nn.Module, args: TrainingArguments, config: DRTCon
         ValueError: The whole run is checkpointed, by the Trainer or by FSDP; or as
             :func:`hf_drt.activations.checkpointing_error`.
     """
-    if not config.dense_checkpointing:
-        return
+    if config.recompute != "none" and args.torch_compile:
+        raise ValueError(
+            f"recompute='{config.recompute}' does not go with torch_compile: the compiler plans by itself what a "
+            "forward pass keeps. Leave one of the two out."
+        )
+    recomputes = "recompute" if config.recompute != "none" else None
     fsdp: Any = args.fsdp_config or {}
     for name, on in (
         ("activation_checkpointing (gradient_checkpointing)", args.gradient_checkpointing),
         ("fsdp_config['activation_checkpointing']", str(fsdp.get("activation_checkpointing")).lower() == "true"),
     ):
-        if on:
+        if on and (own := "dense_checkpointing" if config.dense_checkpointing else recomputes):
             raise ValueError(
-                f"dense_checkpointing has no effect: {name} checkpoints the blocks in every phase. Turn that off, or "
-                "leave dense_checkpointing out."
+                f"{own} has no effect: {name} checkpoints the blocks in every phase. Turn that off, or leave {own} out."
             )
     if reason := checkpointing_error(model, config, checkpointing_options(args)):
         raise ValueError(reason)

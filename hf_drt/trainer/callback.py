@@ -120,8 +120,8 @@ class DRTCallback(DriverEvents):
             )
         if self.config.dense_accumulation > 1:
             raise ValueError(
-                "dense_accumulation divides the batches of a training step, of which a callback in a plain Trainer sees "
-                "nothing. Use DRTTrainer, or gradient_accumulation_steps."
+                "dense_accumulation divides the batches of a training step, and a callback in a plain Trainer sees "
+                "none of them. Use DRTTrainer, or gradient_accumulation_steps."
             )
         refuse_activations(model, args, config)
         if not EXPORTERS[self.config.export].by_plain_trainer or self.config.tag_phases:

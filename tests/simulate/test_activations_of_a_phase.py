@@ -1,4 +1,4 @@
-"""The estimate of a run knows what blocks keep in each phase: against the allocator, and simulated whole-run settings."""
+"""The estimate of a run knows what blocks keep in each phase: against the allocator, and whole runs."""
 
 import pytest
 import tiny
@@ -31,7 +31,7 @@ def test_checkpointed_phases_are_those_with_a_trained_dense_layer():
 
 
 def test_a_checkpointed_phase_takes_what_a_checkpointed_run_takes():
-    saved, controller = estimated("factored:4@0 dense@50%", dense_checkpointing=True)
+    saved, _ = estimated("factored:4@0 dense@50%", dense_checkpointing=True)
     whole = on_meta(num_hidden_layers=4)
     whole.activation_checkpointing_enable()
     expected = simulate_step(whole, batch_spec(whole, ROWS, LENGTH), optimizer="sgd")
