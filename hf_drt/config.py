@@ -16,6 +16,7 @@ Start = Literal["auto", "scratch", "pretrained"]
 AdapterInit = Literal["zero", "principal"]
 Moments = Literal["project", "reset"]
 MatrixOptimizer = Literal["none", "muon"]
+Recompute = Literal["none", "bottleneck"]
 
 
 class _Help(Mapping[str, Any]):
@@ -130,6 +131,21 @@ class DRTConfig:
         "Type in which a layer of 'frozen' form keeps its weight: bfloat16, for 2 bytes a weight, in linear layers. "
         "Unset: as it is.",
     )
+    dense_checkpointing: bool = _option(
+        False,
+        "Activation checkpointing in phases in which a target layer is dense and trained, turns of groups among them, "
+        "and in no other: every block keeps its input, and repeats its forward pass in the backward pass.",
+    )
+    dense_accumulation: int = _option(
+        1,
+        "Pieces that each batch is divided into, by samples, for the forward and backward passes of phases in which a "
+        "target layer is dense and trained, at least 1; gradients are those of the whole batch.",
+    )
+    recompute: Recompute = _option(
+        "none",
+        "What a block with factored layers repeats in the backward pass: 'none', or all but the products of each layer "
+        "with V ('bottleneck'), so that it keeps its input and the layers' ranks of numbers per token.",
+    )
     start: Start = _option(
         "auto",
         "What 'lowrank' in a schedule or preset stands for: factored form for a model from 'scratch', adapter form for "
@@ -226,6 +242,7 @@ class DRTConfig:
             ("adapter_init", AdapterInit),
             ("moments", Moments),
             ("matrix_optimizer", MatrixOptimizer),
+            ("recompute", Recompute),
         ):
             unset = name == "matrix_optimizer" and self.matrix_optimizer is None
             allowed = get_args(choices)
@@ -233,14 +250,17 @@ class DRTConfig:
         for name, default, registry in (("export", "dense", EXPORTERS), ("decomposition", "svd", PRODUCTS)):
             if getattr(self, name) != default:  # which is known without a look
                 registry.find(getattr(self, name))
-        for name in ("frobenius_decay", "log_rank_per_layer", "evaluate_at_switch", "save_at_switch", "tag_phases"):
+        for name in (
+            "dense_checkpointing", "frobenius_decay", "log_rank_per_layer", "evaluate_at_switch", "save_at_switch",
+            "tag_phases",
+        ):  # fmt: skip
             _require(isinstance(getattr(self, name), bool), self, name, "True or False")
         _require(self.dense_query_key in (None, True, False), self, "dense_query_key", "True, False or None")
 
     def _check_ranks(self) -> None:
         hint = "It is a share of min(out, in); for an absolute rank use rank=."
         _require(_is_number(self.rank_ratio) and 0 < self.rank_ratio <= 1, self, "rank_ratio", "in (0, 1]", hint)
-        for name in ("rank", "rank_multiple"):
+        for name in ("rank", "rank_multiple", "dense_accumulation"):
             value = getattr(self, name)
             if name != "rank" or value is not None:
                 _require(_is_int(value) and value >= 1, self, name, "a whole number of at least 1")

@@ -192,7 +192,7 @@ def _estimated(model: nn.Module, load: _Load, resolved: ResolvedPlan, budget: fl
     batch = load.batch(model)
     how: dict[str, Any] = {"optimizer": load.optimizer, "accumulation": load.accumulation}
     how |= {"autocast": torch.bfloat16 if load.bf16 else None}
-    controller, proposal = DynamicRank(model, resolved.config, plan=resolved), None
+    controller, proposal = DynamicRank(model, resolved.config, plan=resolved, in_trainer=True), None
     with progress("counting", len(resolved.plan) + 1) as tick:
         if budget is not None and not schedule_of(resolved.config).uses_budget:
             chosen: dict[str, Any] = {**resolved.config.selection}
@@ -205,7 +205,7 @@ def _estimated(model: nn.Module, load: _Load, resolved: ResolvedPlan, budget: fl
             if any(phase.kind != "dense" and phase.rank is None for phase in resolved.plan.phases):
                 config = replace(config, rank=None, rank_ratio=proposal.rank_ratio)
             resolved = resolved.with_config(config, proposal.plan)
-            controller = DynamicRank(model, config, plan=resolved)
+            controller = DynamicRank(model, config, plan=resolved, in_trainer=True)
         estimate = estimate_run(controller, batch, **how, tick=tick)
     if resolved.trigger is not None:
         estimate = replace(estimate, warnings=(*estimate.warnings, _WINDOWS.format(resolved.budget)))

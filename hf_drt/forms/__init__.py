@@ -1,5 +1,6 @@
 """One linear map, several parametrizations: Dense | Factored | Adapter, and what their products are."""
 
+from hf_drt.forms.bottleneck import keep_bottlenecks
 from hf_drt.forms.conversion import Conversion, rounding
 from hf_drt.forms.convert import (
     check,
@@ -95,6 +96,7 @@ __all__ = [
     "form_to_dict",
     "frozen_by_user",
     "is_transposed",
+    "keep_bottlenecks",
     "layer_of",
     "layout_of",
     "merged",

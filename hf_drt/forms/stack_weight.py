@@ -8,6 +8,7 @@ memory and time than the dense model does.
 """
 
 from collections.abc import Callable
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.overrides import resolve_name
 from torch.utils._pytree import tree_any
 
+from hf_drt.forms.bottleneck import narrow
 from hf_drt.forms.lazy import METADATA, TENSOR, refuse_writing
 
 ALLOWED = (
@@ -152,8 +154,8 @@ def _linear(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return NotImplemented
     C, L, R, s = weight.parts
     if C is None and s == 1:
-        return F.linear(F.linear(x, R), L, bias)
-    low = F.linear(F.linear(x, R), L)
+        return F.linear(narrow(F.linear, x, R), L, bias)
+    low = F.linear(narrow(F.linear, x, R), L)
     if C is None:
         return _sum(bias, low, s)
     return _sum(F.linear(x, C, bias), low, s)
@@ -166,9 +168,9 @@ def _matmul(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     weight = left if isinstance(left, StackWeight) else right
     C, L, R, s = weight.parts
     if weight is left:
-        low = torch.matmul(L, torch.matmul(R, right))
+        low = torch.matmul(L, narrow(torch.matmul, R, right))
         return _sum(None if C is None else torch.matmul(C, right), low, s)
-    low = torch.matmul(torch.matmul(left, L), R)
+    low = torch.matmul(narrow(torch.matmul, left, L), R)
     return _sum(None if C is None else torch.matmul(left, C), low, s)
 
 
@@ -179,7 +181,7 @@ def _grouped(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return NotImplemented
     C, L, R, s = weight.parts
     L, R = _aligned(L, R)
-    low = func(func(x, L, *rest, **kwargs), R, *rest, **kwargs)
+    low = func(narrow(partial(func, **kwargs), x, L, *rest), R, *rest, **kwargs)
     return _sum(None if C is None else func(x, C, *rest, **kwargs), low, s)
 
 

@@ -248,6 +248,18 @@ def _needs_trainer(usage: Usage) -> str | None:
     return "DRTTrainer uses it; a training loop of your own evaluates, saves and logs by itself."
 
 
+def _dense_memory(usage: Usage) -> str | None:
+    if not usage.in_trainer:
+        return "DRTTrainer uses it; a training loop of your own makes its forward and backward passes by itself."
+    return None if usage.grows else _needs_phase("dense")(usage)
+
+
+def _recompute(usage: Usage) -> str | None:
+    if not usage.in_trainer:
+        return "DRTTrainer uses it; a training loop of your own says by itself what a forward pass keeps."
+    return _needs_phase("factored")(usage)
+
+
 def _needs_matrix_optimizer(usage: Usage) -> str | None:
     if usage.config.uses_matrix_optimizer:
         return None
@@ -295,6 +307,9 @@ IDLE: dict[str, Reason] = {
     "dense_query_key": _dense_query_key,
     "group_by": _needs_groups,
     "frozen_dtype": _needs_phase("frozen"),
+    "dense_checkpointing": _dense_memory,
+    "dense_accumulation": _dense_memory,
+    "recompute": _recompute,
     "start": _start,
     "adapter_alpha": _needs_phase("adapter"),
     "adapter_init": _needs_phase("adapter"),

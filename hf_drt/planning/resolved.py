@@ -65,6 +65,14 @@ class ResolvedPlan:
         """The layers that a phase brings into a form, all or those of its groups, by the part that they are in."""
         return _parts(provisional(self.plan).phases[phase], self.targets, self.config)
 
+    def trains_dense(self, phase: int) -> bool:
+        """Whether the plan has a layer dense, and trained, in a phase. One that a setting or its rank keeps dense where
+        it has it factored does not count."""
+        kinds: dict[str, str] = {}
+        for index in range(phase + 1):
+            kinds |= {name: part.kind for name, part in self.parts(index).items()}
+        return "dense" in kinds.values()
+
     def groups(self, count: int) -> dict[str, int]:
         """:func:`hf_drt.planning.groups.group_numbers` of the target layers."""
         return group_numbers(self.targets.shapes, count, self.config)

@@ -7,13 +7,13 @@ from itertools import pairwise
 import torch
 
 from hf_drt.controller import DynamicRank
-from hf_drt.forms import Adapter, Dense, Factored, Form, LayerShape, flops_of, form_of, layer_of, parameters_of
-from hf_drt.optim import check_step, maker
+from hf_drt.forms import Adapter, Dense, Factored, Form, LayerShape, flops_of, parameters_of
+from hf_drt.optim import maker
 from hf_drt.planning import break_even_of, stays_dense, update_multiply_adds
 from hf_drt.schedule import LOW_RANK
 from hf_drt.simulate.batch import BatchSpec
-from hf_drt.simulate.step import StepCost, simulate_step
-from hf_drt.transition import empty_forms
+from hf_drt.simulate.step import StepCost
+from hf_drt.simulate.step_costs import StepCosts
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class RunEstimate:
 
     Attributes:
         phases: In order.
-        dense: An update step of dense training with the same optimizers, to compare with.
+        dense: An update step of dense training with the same optimizers, and without the settings on memory of
+            activations, to compare with.
         layers: The target layers.
         switch_extra: Bytes that a switch may need beyond the larger of its two phases: one layer's weight, gradient and
             optimizer state, at most; under an optimizer that evaluates at averages also a copy of all weights that
@@ -135,42 +136,18 @@ def estimate_run(
     Raises:
         SimulationError: The cost of the model does not follow from its shapes.
         ValueError: The optimizer is not one that may follow a change of form, or its package is not installed, or it
-            cannot have the matrix optimizer beside it.
+            cannot have the matrix optimizer beside it; as :func:`hf_drt.activations.checkpointing_error`.
     """
     rule, _ = maker(optimizer)
-    check_step(rule, f"optim='{optimizer}'", controller.config)
-    costs: dict[tuple[Form, ...], StepCost] = {}
-    names = list(controller.targets)
-    matrices = names if controller.config.uses_matrix_optimizer else ()
-
-    def cost(forms: dict[str, Form]) -> StepCost:
-        key = tuple(forms.values())
-        if key not in costs:
-            _put(controller, forms)
-            costs[key] = simulate_step(
-                controller.model, batch, optimizer=optimizer, accumulation=accumulation, autocast=autocast, watch=names,
-                matrices=matrices,
-            )  # fmt: skip
-            tick()
-        return costs[key]
-
-    plain: dict[str, Form] = dict.fromkeys(names, Dense())
     by_phase = [controller.forms(index) for index in range(len(controller.plan))]
-    try:
-        dense = cost(plain)
-        phases = tuple(_phase(controller, index, forms, cost(forms)) for index, forms in enumerate(by_phase))
-    finally:
-        _put(controller, plain)
+    with StepCosts(controller, batch, optimizer, accumulation, autocast, tick) as costs:
+        dense = costs.dense()
+        phases = tuple(_phase(controller, index, forms, costs.of(index)) for index, forms in enumerate(by_phase))
     layers = tuple(_layer_estimates(controller, dense, by_phase))
     warnings = [controller.fused_note] if controller.fused_note else []
     warnings += _warnings(phases, layers, dense, controller)
     extra = _switch_extra(controller, dense) + (_copies(controller, by_phase) if rule.averages else 0)
     return RunEstimate(phases, dense, layers, extra, tuple(warnings))
-
-
-def _put(controller: DynamicRank, forms: dict[str, Form]) -> None:
-    model = controller.model
-    empty_forms(model, {name: form for name, form in forms.items() if form_of(layer_of(model, name)) != form})
 
 
 def _layer_estimates(

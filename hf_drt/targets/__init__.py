@@ -1,5 +1,6 @@
 """Which layers of a model change form, and how a layer is put in the place of another."""
 
+from hf_drt.targets.blocks import is_checkpointing_layer
 from hf_drt.targets.experts import copies
 from hf_drt.targets.selection import Selection, find_targets, is_layer
 from hf_drt.targets.surgery import Places, Swap, replace
@@ -10,6 +11,7 @@ __all__ = [
     "Swap",
     "copies",
     "find_targets",
+    "is_checkpointing_layer",
     "is_layer",
     "replace",
 ]

@@ -31,7 +31,7 @@ def block_roots(model: nn.Module, blocks: list[str] | None = None) -> dict[str, 
         return _outermost(named_blocks(model, blocks), modules)
     named = set().union(*(getattr(m, "_no_split_modules", None) or () for m in model.modules()))
     candidates = (
-        {name for name, m in modules.items() if name and _is_checkpointing_layer(m)},
+        {name for name, m in modules.items() if name and is_checkpointing_layer(m)},
         {name for name, m in modules.items() if name and type(m).__name__ in named},
         _units(modules),
     )
@@ -96,7 +96,8 @@ def _is_layer(module: nn.Module) -> bool:
     return is_linear(module) or is_convolution(module)
 
 
-def _is_checkpointing_layer(module: nn.Module) -> bool:
+def is_checkpointing_layer(module: nn.Module) -> bool:
+    """Whether a module is a block of transformers that checkpoints its own forward pass if it is told to."""
     return any(f"{cls.__module__}.{cls.__qualname__}" == _CHECKPOINTING_LAYER for cls in type(module).__mro__)
 
 

@@ -13,6 +13,7 @@ from hf_drt.optim import form_group_options, group_settings
 from hf_drt.planning import LayersOf, resolved_plan, schedule_of, settled
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Run
+from hf_drt.trainer.activations import refuse_activations
 from hf_drt.trainer.delivery import deliver
 from hf_drt.trainer.driver import PhaseDriver
 from hf_drt.trainer.events import DriverEvents
@@ -117,6 +118,12 @@ class DRTCallback(DriverEvents):
                 f"{group_settings(config)}: this needs parameter groups from before the scheduler is made. Use "
                 f"DRTTrainer.{config.without_matrix_optimizer}"
             )
+        if self.config.dense_accumulation > 1:
+            raise ValueError(
+                "dense_accumulation divides the batches of a training step, and a callback in a plain Trainer sees "
+                "none of them. Use DRTTrainer, or gradient_accumulation_steps."
+            )
+        refuse_activations(model, args, config)
         if not EXPORTERS[self.config.export].by_plain_trainer or self.config.tag_phases:
             raise ValueError(
                 "export=adapter and tag_phases need DRTTrainer's own way to save and to push, which a plain Trainer "
@@ -148,6 +155,8 @@ class DRTCallback(DriverEvents):
     def _begin(self, args: TrainingArguments, state: TrainerState, kwargs: dict[str, Any]) -> PhaseDriver:
         if state.global_step > 0:
             raise ValueError(_LIMITS)
+        if self._driver is not None:  # of a run that may have failed
+            self._driver.leave()
         model, scheduler = kwargs["model"], kwargs["lr_scheduler"]
         self._check(args, model)  # on_init_end is too early for a callback that is added later
         refuse_unsaved(kwargs["optimizer"], args, self.config)

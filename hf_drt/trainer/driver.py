@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_drt.activations import Activations
 from hf_drt.checkpoint import write_state
 from hf_drt.controller import DynamicRank
 from hf_drt.forms import Dense
+from hf_drt.trainer.activations import checkpointing_options
 from hf_drt.trainer.announce import announce
 from hf_drt.trainer.checkpoint import random_state_files
 from hf_drt.trainer.early_end import warn_of_early_end
@@ -41,10 +43,13 @@ class PhaseDriver:
         self.controller, self.meter = controller, meter if meter is not None else PhaseMeter()
         self.requests = SwitchRequests(controller.config)
         self._loop, self._first = loop, first
+        self._activations: Activations | None = None
 
     def train_begins(self, args: TrainingArguments, state: TrainerState) -> None:
         """Report the plan and the switch into the first phase."""
         first, cost = self._first, self.controller.cost()
+        self._activations = Activations(self.controller.model, self.controller.config, checkpointing_options(args))
+        self._activations.enter(self.trains_dense)
         announce(self.controller.resolved, args, state)
         self.meter.start_phase(self.controller.phase or 0, args.device, first.seconds if first is not None else 0.0)
         if first is not None:
@@ -57,6 +62,8 @@ class PhaseDriver:
         with self._loop.around_switch() if changes else contextlib.nullcontext():
             transition = self.controller.begin_step(state.global_step, optimizer, self._loop.probe)
         if transition is not None:
+            if self._activations is not None:
+                self._activations.enter(self.trains_dense)
             self.meter.start_phase(transition.phase, args.device, transition.seconds)
             self._log(state, self._switch_row(transition))
             form = self.controller.plan.phases[transition.phase].form
@@ -91,6 +98,18 @@ class PhaseDriver:
             self._log(state, self.meter.row())
         if state.is_world_process_zero:
             warn_of_early_end(self.controller.plan, state.global_step)
+        self.leave()
+
+    def leave(self) -> None:
+        """Blocks keep what they kept before the run; wherever it has ended."""
+        if self._activations is not None:
+            self._activations.leave()
+
+    @property
+    def trains_dense(self) -> bool:
+        """Whether a layer is dense, and trained, by the plan in the phase that the model is in."""
+        phase = self.controller.phase
+        return phase is not None and self.controller.resolved.trains_dense(phase)
 
     def write_state(self, folder: str, step: int, args: TrainingArguments) -> None:
         """Write ``drt_state.json`` into a checkpoint folder."""

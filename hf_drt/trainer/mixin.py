@@ -394,6 +394,8 @@ class DRTTrainerMixin(PublishingMixin):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._drt_starting, self._drt_load = False, None
+            if self._drt_driver is not None:
+                self._drt_driver.leave()
 
     def _drt_around_loading(self, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around ``_load_from_checkpoint(folder, ...)``, whoever overrides it.

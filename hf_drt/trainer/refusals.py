@@ -25,6 +25,7 @@ from hf_drt.optim import (
 from hf_drt.planning import TargetLayers, Usage, idle_settings, lowrank_kind, refuse_idle, schedule_of, usage_of
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Schedule
+from hf_drt.trainer.activations import refuse_activations
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def refuse_unsupported(trainer: Any, config: DRTConfig) -> None:
             raise ValueError(f"dynamic-rank training does not support {found}. {remedy} Or unset drt_schedule.")
     _refuse_nameless(trainer.model, config)
     args = trainer.args
+    refuse_activations(trainer.model, args, config)
     if config.tag_phases and (not args.push_to_hub or args.hub_strategy == HubStrategy.END):
         raise ValueError(
             "tag_phases makes revisions on the Hub of what is pushed during training, but nothing is: push_to_hub is "

@@ -39,6 +39,9 @@ SETTINGS = {
         r"Use the preset auto, auto_late or adaptive, or write a boundary @budget",
     ),
     "dense_query_key": ({"dense_query_key": True}, "factored@0", "adapter@0", r"only factored phases use it"),
+    "dense_checkpointing": ({"dense_checkpointing": True}, "paper", "factored@0", r"only dense phases use it, and the"),
+    "dense_accumulation": ({"dense_accumulation": 2}, "paper", "factored@0", r"only dense phases use it, .*dense@80%"),
+    "recompute": ({"recompute": "bottleneck"}, "fixed", "dense@0", r"only factored phases use it, and there is none"),
     "start": ({"start": "pretrained"}, "lowrank@0", "adapter@0", r"'lowrank' stands for, .*Write lowrank in it"),
     "adapter_alpha": (
         {"adapter_alpha": 8.0},
@@ -71,7 +74,17 @@ SETTINGS = {
     "tag_phases": ({"tag_phases": True}, None, None, None),  # needs a Hub
     "seed": ({"seed": 7}, "fixed", None, None),
 }
-IN_TRAINER = ("log_rank_steps", "log_rank_per_layer", "evaluate_at_switch", "save_at_switch", "export", "tag_phases")
+IN_TRAINER = (
+    "dense_checkpointing",
+    "dense_accumulation",
+    "recompute",
+    "log_rank_steps",
+    "log_rank_per_layer",
+    "evaluate_at_switch",
+    "save_at_switch",
+    "export",
+    "tag_phases",
+)
 
 
 def test_every_setting_has_taken_a_stand():

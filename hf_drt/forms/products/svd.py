@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_drt.forms.bottleneck import narrow
 from hf_drt.forms.layout import LayerShape
 from hf_drt.forms.products.product import Convolution, LowRank, Shapes, Source, TwoFactors
 from hf_drt.forms.stack_math import of_each, stacked_truncation
@@ -71,7 +72,7 @@ class Svd(TwoFactors):
 
     def linear(self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
         R, L = tensors
-        return F.linear(F.linear(x, R), L, bias)
+        return F.linear(narrow(F.linear, x, R), L, bias)
 
     def added_linear(self, y: Tensor, x: Tensor, tensors: Sequence[Tensor], scale: float) -> Tensor:
         """One product that adds and scales: the sum of two outputs would be a third pass over memory of their size."""
@@ -81,7 +82,7 @@ class Svd(TwoFactors):
 
     def convolution(self, x: Tensor, tensors: Sequence[Tensor], layer: Convolution, bias: Tensor | None) -> Tensor:
         R, L = tensors
-        low = layer.convolve(x, R.view(R.shape[0], layer.in_channels, *layer.kernel_size))
+        low = narrow(layer.convolve, x, R.view(R.shape[0], layer.in_channels, *layer.kernel_size))
         return layer.pointwise(low, L, bias)
 
 
