@@ -1,4 +1,4 @@
-"""Pictures of a task from its records: quality against cost, effective rank over time, quality over a grid of windows.
+"""Pictures of a task from its records: quality against cost, loss and effective rank over time, quality over a grid.
 
 Needs ``matplotlib`` (extra ``report``).
 """
@@ -55,7 +55,7 @@ def write_plots(
     written = []
     with rc_context(STYLE):
         points = tuned_quality(name, rows_of(name, store, seeds), methods) if "tuned" in task else quality(name, shown)
-        figures = {"quality": points, "rank": rank_over_time(name, shown)}
+        figures = {"quality": points, "curve": loss_over_time(name, shown), "rank": rank_over_time(name, shown)}
         figures |= {g: heat_map(name, g, section, found) for g, section in task.get("grid", {}).items()}
         folder.mkdir(parents=True, exist_ok=True)
         for kind, figure in figures.items():
@@ -94,6 +94,34 @@ def quality(name: str, found: Records) -> Figure | None:
     for panel, key in zip(panels, ("cpu_seconds", "flops"), strict=True):
         label(panel, {m: (statistics.fmean(r[key] for r in rs), statistics.fmean(r["value"] for r in rs))
                        for m, rs in found.items()})  # fmt: skip
+    return figure
+
+
+# ---- loss over time
+
+DRAWN = 10  # points that a curve needs
+
+
+def loss_over_time(name: str, found: Records) -> Figure | None:
+    """The evaluated loss of the first seed against CPU seconds, all methods in one panel; of tasks whose runs are
+    evaluated often."""
+    runs = {m: records[0] for m, records in found.items() if len(records[0]["curve"]) >= DRAWN}
+    if not runs:
+        return None
+    figure = Figure(figsize=(7, 3.8), layout="constrained")
+    panel = figure.subplots()
+    methods = task_file(name)["methods"]
+    for method, record in runs.items():
+        points = [(point["cpu_seconds"], point["loss"]) for point in record["curve"]]
+        panel.plot(*zip(*points, strict=True), marker="o", markersize=2, label=methods[method].get("label", method))
+    ends = [record["curve"][-1]["loss"] for record in runs.values()]
+    middles = [record["curve"][len(record["curve"]) // 3]["loss"] for record in runs.values()]
+    panel.set_ylim(min(ends) - 0.05 * min(ends), max(middles))  # what comes before tells the methods apart less
+    panel.set_xlabel("CPU seconds")
+    panel.set_ylabel("loss")
+    panel.set_title(name)
+    panel.grid(color="#000000", alpha=0.08, linewidth=0.5)
+    panel.legend()
     return figure
 
 

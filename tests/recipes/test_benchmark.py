@@ -292,6 +292,16 @@ def test_pictures_are_drawn_from_records(folder, capsys):
     assert all((folder / "png" / name).read_bytes().startswith(b"\x89PNG") for name in names)
 
 
+def test_a_run_that_is_evaluated_often_has_a_curve_of_its_loss(folder):
+    results = Store(folder, "made_up")
+    points = [{"cpu_seconds": float(i), "loss": 5.0 - i / 10} for i in range(plots.DRAWN)]
+    often = record("late", 1, results, value=4.0) | {"curve": points}
+    figure = plots.loss_over_time("made_up", {"late": [often], "dense": [with_curve("dense", 1, results, 1.0)]})
+    (line,) = figure.axes[0].lines
+    assert list(line.get_ydata()) == [point["loss"] for point in points]
+    assert plots.loss_over_time("made_up", {"dense": [with_curve("dense", 1, results, 1.0)]}) is None
+
+
 def test_labels_do_not_overlap(folder):
     results = Store(folder, "made_up")
     found = {f"method_{i}": [with_curve("dense", 1, results, 1.0 + i / 1e5)] for i in range(12)}
