@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig, get_scheduler
 from typer import Option
 
+from hf_drt.cli.fit import Fitted, fitted, largest_phase, parse_bytes
 from hf_drt.cli.measurement import PhaseTime, measured
 from hf_drt.cli.options import with_settings
 from hf_drt.cli.output import print_json, progress
@@ -18,10 +19,10 @@ from hf_drt.cli.source import build, guessed_task, has_weights, read_config
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.optim import maker
-from hf_drt.planning import ResolvedPlan, resolved_plan, schedule_of
+from hf_drt.planning import ResolvedPlan, TargetLayers, resolved_plan, schedule_of
 from hf_drt.schedule import Run, Schedule, draw_timeline
-from hf_drt.simulate import BatchSpec, Layer, Proposal, RunEstimate, batch_spec, estimate_run, propose
-from hf_drt.trainer import simulated_curve
+from hf_drt.simulate import BatchSpec, Candidate, Layer, Proposal, RunEstimate, batch_spec, estimate_run, propose
+from hf_drt.trainer import simulated_curve, unused
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _WINDOWS = (
@@ -53,9 +54,15 @@ class _Load:
         default = min(512, limit) if isinstance(limit, int) and limit > 0 else 512
         return batch_spec(model, self.batch_size, self.seq_length or default)
 
+    def step(self) -> dict[str, Any]:
+        """How an update step is simulated."""
+        autocast = torch.bfloat16 if self.bf16 else None
+        return {"optimizer": self.optimizer, "accumulation": self.accumulation, "autocast": autocast}
+
     def __str__(self) -> str:
         length = f", {self.seq_length} tokens" if self.seq_length else ""
-        return f"batch {self.batch_size} x {self.accumulation}{length}, {self.optimizer}"
+        checkpointing = ", activation checkpointing" if self.checkpointing else ""
+        return f"batch {self.batch_size} x {self.accumulation}{length}, {self.optimizer}{checkpointing}"
 
     def arguments(self) -> dict[str, Any]:
         """Of a Trainer."""
@@ -113,6 +120,13 @@ def plan(
     dtype: Annotated[str, Option(help="Of the weights: float32 or bfloat16.")] = "float32",
     bf16: Annotated[bool, Option("--bf16", help="Mixed precision (autocast).")] = False,
     checkpointing: Annotated[bool, Option("--checkpointing", help="Activation checkpointing.")] = False,
+    max_memory: Annotated[
+        str | None,
+        Option(
+            help="Propose a plan whose tensors fit into this, e.g. 24GiB: dense training, or the schedule given if "
+            "it is not 'auto'; with activation checkpointing; full rank in turns (rotate)."
+        ),
+    ] = None,
     layers: Annotated[bool, Option("--layers", help="A table of all target layers too.")] = False,
     measure: Annotated[bool, Option("--measure", help="Time real steps here, and predict the run's length.")] = False,
     measure_steps: Annotated[int, Option(min=2, help="Steps per phase to time; the first is left out.")] = 5,
@@ -130,23 +144,60 @@ def plan(
     source = read_config(model)
     origin = settings["start"] if settings["start"] != "auto" else "pretrained" if has_weights(model) else "scratch"
     run = Run(steps, steps_per_epoch, _lr_curve(lr_scheduler, warmup_steps, steps))
-    config = _parsed(settings, origin)
     guess = guessed_task(source) if task is None else None
     load = _Load(batch_size, seq_length, accumulation, optimizer, _DTYPES[dtype], bf16, checkpointing, task or guess)
+    fit = None if max_memory is None else _fitted(_limit(max_memory), settings, origin, load, source, run)
+    if fit is not None:
+        load = replace(load, checkpointing=fit.found.checkpointing)
     bare = load.model(source, meta=True)
+    config = _parsed(settings, origin) if fit is None else _config_of(fit.found, settings, origin, bare)
     found = _estimated(bare, load, _resolved(config, run, bare), settings["budget"])
     times = _measured(source, load, found.resolved, measure_steps) if measure else None
     estimate = found.estimate
     if guess is not None:
         estimate = replace(estimate, warnings=(_GUESSED.format(guess), *estimate.warnings))
     if json:
-        print_json(as_json(estimate, found.resolved, found.proposal, times))
+        fits = {} if fit is None else {"fitting": fit.as_json()}
+        print_json(as_json(estimate, found.resolved, found.proposal, times) | fits)
     else:
+        if fit is not None:
+            fit.print()
         print_estimate(f"{model}, {origin}; {load}", estimate, found.resolved, found.proposal, times, layers)
     if picture is not None:
         if not draw_timeline(rows_of(estimate, found.resolved.plan), picture):
             raise ValueError("the picture needs matplotlib: pip install 'hf-drt[report]'.")
         typer.echo(f"{picture} written", err=True)
+
+
+def _limit(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--max-memory") from None
+
+
+def _fitted(
+    limit: int, settings: dict[str, Any], origin: str, load: _Load, source: PretrainedConfig, run: Run
+) -> Fitted:
+    if settings["budget"] is not None:
+        raise typer.BadParameter("a budget and a memory both propose a rank. Give one of them.", param_hint="--budget")
+
+    def peak(candidate: Candidate) -> int:
+        model = replace(load, checkpointing=candidate.checkpointing).model(source, meta=True)
+        plan = _resolved(_config_of(candidate, settings, origin, model), run, model)
+        return largest_phase(plan, model, load.batch(model), load.step())
+
+    layers = len(TargetLayers.of(load.model(source, meta=True), _parsed(settings, origin)).shapes)
+    return fitted(limit, settings, load.checkpointing, layers, peak)
+
+
+def _config_of(candidate: Candidate, settings: dict[str, Any], origin: str, model: nn.Module) -> DRTConfig:
+    """The settings with a candidate's; those for other forms than it has are left out, if its schedule is not the
+    user's own."""
+    config = _parsed(settings | candidate.settings, origin)
+    if candidate.settings["schedule"] == settings["schedule"]:
+        return config
+    return replace(config, **{name: DRTConfig.__dataclass_fields__[name].default for name, _ in unused(model, config)})
 
 
 def _parsed(values: dict[str, Any], origin: str) -> DRTConfig:
@@ -190,8 +241,7 @@ class _Found:
 
 def _estimated(model: nn.Module, load: _Load, resolved: ResolvedPlan, budget: float | None) -> _Found:
     batch = load.batch(model)
-    how: dict[str, Any] = {"optimizer": load.optimizer, "accumulation": load.accumulation}
-    how |= {"autocast": torch.bfloat16 if load.bf16 else None}
+    how = load.step()
     controller, proposal = DynamicRank(model, resolved.config, plan=resolved, in_trainer=True), None
     with progress("counting", len(resolved.plan) + 1) as tick:
         if budget is not None and not schedule_of(resolved.config).uses_budget:

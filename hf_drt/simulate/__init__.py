@@ -2,13 +2,16 @@
 
 from hf_drt.simulate.batch import BatchSpec, batch_spec
 from hf_drt.simulate.counter import StepCounter
+from hf_drt.simulate.fitting import Candidate, Trial, fitting
 from hf_drt.simulate.optimizer import optimizer_bytes
 from hf_drt.simulate.proposal import Layer, Proposal, propose
 from hf_drt.simulate.run import LayerEstimate, PhaseEstimate, RunEstimate, estimate_run
 from hf_drt.simulate.step import SimulationError, StepCost, simulate_step
+from hf_drt.simulate.step_costs import StepCosts
 
 __all__ = [
     "BatchSpec",
+    "Candidate",
     "Layer",
     "LayerEstimate",
     "PhaseEstimate",
@@ -16,9 +19,12 @@ __all__ = [
     "RunEstimate",
     "SimulationError",
     "StepCost",
+    "StepCosts",
     "StepCounter",
+    "Trial",
     "batch_spec",
     "estimate_run",
+    "fitting",
     "optimizer_bytes",
     "propose",
     "simulate_step",

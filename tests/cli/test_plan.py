@@ -69,8 +69,8 @@ def test_the_model_is_looked_through_once(hf_drt, configured, monkeypatch, sched
     monkeypatch.setattr(selection._Surroundings, "of", classmethod(of))
     if schedule == "adaptive":
         budget = ("--budget", 0.95)
-    if schedule == "paper_conv" and budget:
-        budget = ()  # its ranks are its own, and nothing can be proposed
+    if schedule in ("paper_conv", "rotate") and budget:
+        budget = ()  # the ranks of the one are its own, of the other's groups, and nothing can be proposed
     wanted = ("plan", configured(), "--batch-size", 2, "--seq-length", 8, "--rank-multiple", 1, "--schedule", schedule)
     result = hf_drt(*wanted, *budget)
     assert result.code == 0, result.err
@@ -260,9 +260,53 @@ def test_precision_and_checkpointing_change_the_memory(hf_drt, configured):
     assert dense("--optimizer", "sgd")["optimizer"] == 0
 
 
+def test_a_plan_in_turns_tells_of_its_groups(hf_drt, configured):
+    wanted = ("plan", configured(), *SMALL, "--schedule", "rotate(groups=2)", "--steps", 100)
+    out, data = hf_drt(*wanted).out, json.loads(hf_drt(*wanted, "--json").out)
+    forms = ["factored", "dense[1/2]", "dense[2/2]+frozen[1/2]"]
+    assert [phase["form"] for phase in data["phases"]] == forms
+    for text in ("group 1/2  ...", "groups: 2 of 7 layers (group_by=block)", "dense[2/2]+frozen[1/2]"):
+        assert text in out
+    held = [sum(phase[key] for key in ("weights", "gradients", "optimizer")) for phase in data["phases"]]
+    assert data["held"] == max(held)
+    assert f"in phase {held.index(max(held))}" in out
+
+
+def test_a_plan_is_proposed_for_a_memory(hf_drt, configured):
+    """It is the plan that the proposed settings give."""
+    wanted = ("plan", configured(), *SMALL, "--batch-size", 1, "--steps", 100)
+    most = json.loads(hf_drt(*wanted, "--json").out)["dense"]["peak"] * 3 // 4
+    data = json.loads(hf_drt(*wanted, "--max-memory", f"{most}B", "--json").out)
+    chosen = data["fitting"]["proposal"]
+    assert chosen["schedule"].startswith("rotate(")
+    assert data["peak"] <= most == data["fitting"]["limit"]
+    assert max(phase["peak"] for phase in data["phases"]) == data["peak"]
+    (trial,) = [t for t in data["fitting"]["tried"] if {**chosen, "peak": t["peak"], "fits": True} == t]
+    assert trial["peak"] == data["peak"]
+    flags = ["--schedule", chosen["schedule"], "--rank-ratio", chosen["rank_ratio"], "--frozen-dtype", "bfloat16"]
+    flags += ["--checkpointing"] if chosen["checkpointing"] else []
+    assert json.loads(hf_drt(*wanted, *flags, "--json").out)["peak"] == data["peak"]
+    out = hf_drt(*wanted, "--max-memory", f"{most}B").out
+    assert f"proposal: --schedule '{chosen['schedule']}'" in out
+    assert "what fits into" in out
+
+
+def test_a_schedule_that_fits_is_proposed_itself(hf_drt, configured):
+    wanted = ("plan", configured(), *SMALL, "--schedule", "factored@0", "--max-memory", "1GB", "--json")
+    data = json.loads(hf_drt(*wanted).out)
+    assert data["fitting"]["proposal"] == {"schedule": "factored@0", "checkpointing": False}
+    assert data["fitting"]["limit"] == 10**9
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
+        (("--schedule", "rotate", "--budget", "0.5"), 1, "'dense[1/8]@700' brings a group of layers into a form"),
+        (("--max-memory", "1KiB"), 1, "nothing that was tried fits into 0.0 MiB: the least is"),
+        (("--max-memory", "1GiB", "--budget", "0.3"), 2, "a budget and a memory both propose a rank"),
+        (("--max-memory", "much"), 2, "'much' is not a size above 0; write e.g. 24GiB"),
+        (("--max-memory", "0GB"), 2, "'0GB' is not a size above 0"),
+        (("--max-memory", "3TiB"), 2, "'3TiB' is not a size above 0"),
         (("--schedule", "factored@0 dnse@40%"), 2, "the plan: 'dnse' in 'dnse@40%' is not a form"),
         (("--schedule", "sometimes"), 2, "'sometimes' is neither a preset"),
         (("--schedule", "dense@0 factored@2ep"), 2, "needs data of known length"),

@@ -1,0 +1,86 @@
+"""``hf-drt plan --max-memory``: which plan fits, and what was tried on the way."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+
+from hf_drt.cli.output import mib
+from hf_drt.config import DRTConfig
+from hf_drt.controller import DynamicRank
+from hf_drt.planning import ResolvedPlan
+from hf_drt.simulate import Candidate, StepCosts, Trial, fitting
+from hf_drt.tables import print_table
+
+_UNITS = {"": 2**20, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)")
+
+Peak = Callable[[Candidate], int]
+
+
+def parse_bytes(text: str) -> int:
+    """``24GiB``, ``24GB`` or ``24000`` (MiB) as bytes.
+
+    Raises:
+        ValueError: It is no size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match[2].upper() not in _UNITS or not float(match[1]):
+        raise ValueError(f"'{text}' is not a size above 0; write e.g. 24GiB, 24GB, 900MiB, or a number of MiB.")
+    return round(float(match[1]) * _UNITS[match[2].upper()])
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What is proposed for a limit of so many bytes, and what was tried."""
+
+    limit: int
+    trials: list[Trial]
+    found: Candidate
+
+    def print(self) -> None:
+        """As a table."""
+        rows = [[str(trial.candidate), mib(trial.peak), "yes" if trial.fits else "no"] for trial in self.trials]
+        typer.echo(f"what fits into {mib(self.limit)} MiB of tensors:\n")
+        print_table(["settings", "peak MiB", "fits"], rows, left=1)
+        typer.echo(f"\nproposal: {self.found}\n")
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as JSON; memory in bytes."""
+        tried = [{**_told(trial.candidate), "peak": trial.peak, "fits": trial.fits} for trial in self.trials]
+        return {"limit": self.limit, "tried": tried, "proposal": _told(self.found)}
+
+
+def _told(candidate: Candidate) -> dict[str, Any]:
+    return {**candidate.settings, "checkpointing": candidate.checkpointing}
+
+
+def fitted(limit: int, values: dict[str, Any], checkpointing: bool, layers: int, peak: Peak) -> Fitted:
+    """What is proposed: where no other schedule than 'auto' was asked for, from dense training on.
+
+    Raises:
+        ValueError: Nothing fits; the message has the smallest that was found.
+    """
+    asked = values["schedule"] if values["schedule"] != "auto" else "dense@0"
+    ratio = values["rank_ratio"] if values["rank_ratio"] != DRTConfig().rank_ratio else None
+    trials, found = fitting(limit, Candidate({"schedule": asked}, checkpointing), layers, ratio, peak)
+    if found is None:
+        least = min(trials, key=lambda trial: trial.peak)
+        raise ValueError(
+            f"nothing that was tried fits into {mib(limit)} MiB: the least is {mib(least.peak)} MiB, with "
+            f"{least.candidate}. Take a smaller batch (--batch-size, --seq-length), an optimizer with a smaller state "
+            "(--optimizer, --matrix-optimizer), --dtype bfloat16, or a smaller rank (--rank-ratio)."
+        )
+    return Fitted(limit, trials, found)
+
+
+def largest_phase(resolved: ResolvedPlan, model: Any, batch: Any, how: dict[str, Any]) -> int:
+    """Bytes of the largest phase: of turns the first and the last are looked at, between which the others lie."""
+    controller = DynamicRank(model, resolved.config, plan=resolved, in_trainer=True)
+    phases = range(len(resolved.plan))
+    grouped = any(phase.parts for phase in resolved.plan.phases)
+    looked_at = dict.fromkeys((0, 1, len(phases) - 1)) if grouped else phases
+    with StepCosts(controller, batch, **how) as costs:
+        return max(costs.of(index).peak for index in looked_at)

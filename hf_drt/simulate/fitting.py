@@ -1,0 +1,86 @@
+"""What fits into a memory: plans that save more and more of it, tried in turn."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+RATIOS = (1 / 4, 1 / 8, 1 / 16)  # ranks of the layers that wait, the largest first
+GROUPS = (4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Settings of a run, as far as its memory depends on them.
+
+    Attributes:
+        settings: Fields of :class:`hf_drt.DRTConfig`, the schedule among them.
+        checkpointing: Activation checkpointing of the whole run.
+    """
+
+    settings: dict[str, Any]
+    checkpointing: bool = False
+
+    def __str__(self) -> str:
+        told = [f"--{name.replace('_', '-')} {_quoted(value)}" for name, value in self.settings.items()]
+        return " ".join([*told, *(["--checkpointing"] if self.checkpointing else [])])
+
+
+def _quoted(value: Any) -> str:
+    return f"'{value}'" if isinstance(value, str) and "(" in value else f"{value}"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate that was looked at: the bytes of its largest phase, and whether that is within the limit."""
+
+    candidate: Candidate
+    peak: int
+    fits: bool
+
+
+def fitting(
+    limit: int, given: Candidate, layers: int, ratio: float | None, peak: Callable[[Candidate], int]
+) -> tuple[list[Trial], Candidate | None]:
+    """All trials, and the candidate that is proposed: the first that fits.
+
+    They are, in this order: what was asked for, without and with activation checkpointing; then full rank in turns
+    (the preset rotate), of the largest rank that can fit at all the one with the fewest groups, without and with
+    checkpointing.
+
+    Args:
+        limit: Bytes.
+        given: What was asked for.
+        layers: How many layers there are to be divided.
+        ratio: Rank of the layers that wait as a share of min(out, in), where it is given.
+        peak: Gives the bytes of a candidate's largest phase.
+    """
+    trials: list[Trial] = []
+
+    def fits(candidate: Candidate) -> bool:
+        known = next((trial for trial in trials if trial.candidate == candidate), None)
+        if known is None:
+            size = peak(candidate)
+            known = Trial(candidate, size, size <= limit)
+            trials.append(known)
+        return known.fits
+
+    asked = dict.fromkeys((given.checkpointing, True))
+    found = next((c for on in asked if fits(c := replace(given, checkpointing=on))), None)
+    if found is not None:
+        return trials, found
+    for share in (ratio,) if ratio is not None else RATIOS:
+        *others, smallest = _turns(share, layers)
+        if fits(smallest):
+            return trials, next((candidate for candidate in others if fits(candidate)), smallest)
+    return trials, None
+
+
+def _turns(ratio: float, layers: int) -> Iterator[Candidate]:
+    """Rotations at a rank, each smaller than the one before."""
+    counts = [count for count in GROUPS if count <= layers] or [2]
+    for checkpointing in (False, True):
+        for count in counts:
+            settings = {
+                "schedule": f"rotate(groups={count})", "rank_ratio": ratio, "frozen_dtype": "bfloat16",
+            }  # fmt: skip
+            yield Candidate(settings, checkpointing)
