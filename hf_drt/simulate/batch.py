@@ -38,6 +38,17 @@ class BatchSpec:
     fields: dict[str, Field]
     tokens: int
 
+    @property
+    def rows(self) -> int:
+        """Samples."""
+        return next(iter(self.fields.values())).shape[0]
+
+    def piece(self, count: int) -> "BatchSpec":
+        """The largest of so many pieces of the batch, as equal as can be; one sample where there are more pieces."""
+        rows = -(-self.rows // count)
+        fields = {name: Field((rows, *field.shape[1:]), field.high) for name, field in self.fields.items()}
+        return BatchSpec(fields, self.tokens * rows // self.rows)
+
     def random(self, generator: torch.Generator) -> dict[str, Tensor]:
         """A batch on the CPU."""
         return {

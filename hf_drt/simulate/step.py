@@ -64,6 +64,7 @@ def simulate_step(
     *,
     optimizer: str = "adamw_torch",
     accumulation: int = 1,
+    pieces: int = 1,
     autocast: torch.dtype | None = None,
     watch: Sequence[str] = (),
     matrices: Sequence[str] = (),
@@ -72,9 +73,11 @@ def simulate_step(
 
     Args:
         model: On the meta device, of transformers, in any mix of forms; it stays as it is.
-        batch: Of one forward pass.
+        batch: Of one forward pass, before it is divided.
         optimizer: A value of ``optim`` in TrainingArguments, of :func:`hf_drt.optim.optim_names`.
-        accumulation: Forward and backward passes per update step.
+        accumulation: Batches per update step.
+        pieces: Forward and backward passes per batch, each of as many samples; the memory is that of the largest, and
+            the FLOPs are those of all samples.
         autocast: Mixed precision.
         watch: Names of linear layers whose :attr:`StepCost.rows` are asked for.
         matrices: Names of the layers whose weights the matrix optimizer trains in place of ``optimizer``.
@@ -91,18 +94,20 @@ def simulate_step(
         rows = stack.enter_context(_watched(model, watch))
         counter = _with_parameters(model)
         weights = counter.now
-        inputs = batch.empty()
+        piece = batch.piece(pieces)
+        inputs = piece.empty()
         for tensor in inputs.values():
             counter.add(tensor)
         # A third micro-batch takes the memory of the second.
-        passes = min(accumulation, 2)
+        passes = min(accumulation * min(pieces, batch.rows), 2)
+        done = passes * piece.rows
         try:
             activations = _passes(model, inputs, counter, passes, autocast)
         except Exception as error:  # whatever a model raises on tensors without data
             raise SimulationError(_explained(model, error)) from error
         gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
         return StepCost(
-            flops=counter.flops * accumulation // passes,
+            flops=counter.flops * accumulation * batch.rows // done,
             parameters=sum(p.numel() for p in model.parameters()),
             trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
             weights=weights,
@@ -110,7 +115,7 @@ def simulate_step(
             optimizer=state,
             activations=activations,
             peak=state + max(counter.peak, weights + gradients + scratch),
-            rows={name: count * accumulation // passes for name, count in rows.items()},
+            rows={name: count * accumulation * batch.rows // done for name, count in rows.items()},
         )
 
 

@@ -58,7 +58,8 @@ class StepCosts:
         """In a phase, by its index."""
         controller = self._controller
         forms = controller.forms(phase)
-        trains_dense = controller.config.dense_checkpointing and controller.resolved.trains_dense(phase)
+        saves = controller.config.dense_checkpointing or controller.config.dense_accumulation > 1
+        trains_dense = saves and controller.resolved.trains_dense(phase)
         self._put(forms)
         self._activations.enter(trains_dense)
         return self._cost(forms, trains_dense)
@@ -69,8 +70,10 @@ class StepCosts:
             self._put(forms)
             names = list(self._controller.targets)
             matrices = names if self._controller.config.uses_matrix_optimizer else ()
-            model = self._controller.model
-            self._costs[key] = simulate_step(model, self._batch, watch=names, matrices=matrices, **self._how)
+            pieces = self._controller.config.dense_accumulation if trains_dense else 1
+            self._costs[key] = simulate_step(
+                self._controller.model, self._batch, pieces=pieces, watch=names, matrices=matrices, **self._how
+            )
             self._tick()
         return self._costs[key]
 

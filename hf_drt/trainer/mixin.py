@@ -7,7 +7,8 @@ What each override is for:
 - ``_load_optimizer_and_scheduler``: the last moment at which a resumed run's scheduler stands at its beginning.
 - ``create_optimizer``: form groups and step hooks, before the scheduler is made.
 - ``get_batch_samples``: sees the batches; counts them, and keeps one as the probe of a switch.
-- ``training_step``: sees the losses, for full-rank windows that a trigger begins.
+- ``training_step``: sees the losses, for full-rank windows that a trigger begins; divides batches into pieces.
+- ``compute_loss``: the loss of a piece, by its weight.
 - ``_save_checkpoint``, ``save_model``, ``_save``: checkpoints keep their form and get ``drt_state.json``; models saved
   by the user are what drt_export says. A save that fails leaves no unfinished files, and a checkpoint that it was to
   replace.
@@ -52,6 +53,7 @@ from hf_drt.trainer.loop import TrainerLoop
 from hf_drt.trainer.meter import PhaseMeter
 from hf_drt.trainer.optimizers import refuse_optimizer
 from hf_drt.trainer.outermost import call_with, wrap_overrides
+from hf_drt.trainer.pieces import Pieces
 from hf_drt.trainer.publishing import PublishingMixin
 from hf_drt.trainer.push import Publisher
 from hf_drt.trainer.rates import RunRates
@@ -77,6 +79,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "create_optimizer": ("model",),
     "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
     "training_step": ("model", "inputs", "num_items_in_batch"),
+    "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
     "_determine_best_metric": ("metrics", "trial"),
     "_save_checkpoint": ("model", "trial"),
     "_save": ("output_dir", "state_dict"),
@@ -127,6 +130,7 @@ class DRTTrainerMixin(PublishingMixin):
     _drt_made: torch.optim.Optimizer | None = None
     _drt_starting = False
     _drt_load: Callable[[], Any] | None = None
+    _drt_pieces: Pieces | None = None  # with dense_accumulation
 
     def __init__(self, *args: Any, drt: DRTConfig | str | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -144,6 +148,7 @@ class DRTTrainerMixin(PublishingMixin):
         layers = self._drt_layers(self.model, config)
         refuse_experts(self, config, layers)
         refuse_unused(self.model, config, layers)
+        self._drt_pieces = Pieces.of(self, config.dense_accumulation)
         self._drt_loop, self._drt_rates = TrainerLoop(self), RunRates(self)
         self._drt_writer = ModelWriter(self, lambda: self._drt_config().export, self._drt_write_state)
         self._drt_publisher = Publisher(self.args, self._drt_publish)
@@ -250,7 +255,7 @@ class DRTTrainerMixin(PublishingMixin):
                 f"{GROUP_SETTINGS} decide the optimizer's groups, and cannot change between two "
                 "train() calls with one optimizer. Make a new trainer."
             )
-        self._drt_settings = config
+        self._drt_settings, self._drt_pieces = config, Pieces.of(self, config.dense_accumulation)
         plan = self._drt_rates.first_plan(self._drt_resolution, resumed)
         drt = self.drt
         fits = drt is not None and (drt.model, drt.initial.plan, drt.config) == (self.model, plan.plan, config)
@@ -289,12 +294,21 @@ class DRTTrainerMixin(PublishingMixin):
             self._drt_loop.saw_batches(result[0])
         return result
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The base's; its loss is added up where a trigger wants to know it."""
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """The base's, in pieces in dense phases; its loss is added up where a trigger wants to know it."""
+        if self._drt_pieces is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            dense = self._drt_running().trains_dense
+            loss = self._drt_pieces.step(super().training_step, model, inputs, num_items_in_batch, dense)
         if self.drt is not None and self.drt.windows is not None:
             self._drt_loop.saw_loss(loss)
         return loss
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's, by the weight of a piece in its batch."""
+        loss = super().compute_loss(*args, **kwargs)
+        return loss if self._drt_pieces is None else self._drt_pieces.weighted(loss)
 
     # ---- saving
 

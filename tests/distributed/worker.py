@@ -46,7 +46,7 @@ def made(
     gpu_fp16: bool = False,
     kind: str = "llama",
     **arguments,
-) -> OutOfMemory:
+) -> DRTTrainer:
     """The trainer of one cell.
 
     Args:
@@ -59,7 +59,8 @@ def made(
     model = model.to(getattr(torch, dtype))
     if "RANK" in os.environ:
         arguments["ddp_backend"] = "gloo"
-    trainer = tiny.trainer(folder, model=model, kind=kind, cls=OutOfMemory, use_cpu=True, **arguments)
+    cls = DRTTrainer if out_of_memory_at is None else OutOfMemory
+    trainer = tiny.trainer(folder, model=model, kind=kind, cls=cls, use_cpu=True, **arguments)
     trainer.at = out_of_memory_at
     for name, value in (handler or {}).items():
         value = DDPCommunicationHookType(value) if name.startswith("comm_") and isinstance(value, str) else value

@@ -71,3 +71,42 @@ def test_a_model_that_is_checkpointed_as_a_whole_is_refused():
     model.activation_checkpointing_enable()
     with pytest.raises(ValueError, match=r"checkpointed in every phase already\. Turn activation checkpointing"):
         estimated(model=model, dense_checkpointing=True)
+
+
+# ---- batches in pieces
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 16, 40])
+def test_a_divided_phase_takes_the_memory_of_its_largest_piece_and_the_flops_of_all(pieces):
+    saved, _ = estimated(dense_accumulation=pieces)
+    plain, _ = estimated()
+    for index, divides in enumerate([False, True, True, False]):
+        ours, whole = saved.phases[index].step, plain.phases[index].step
+        assert ours.flops == pytest.approx(whole.flops, rel=1e-6)
+        share = -(-ROWS // pieces) / ROWS if divides else 1
+        assert ours.activations == pytest.approx(share * whole.activations, rel=0.05)
+        assert (ours.gradients, ours.optimizer, ours.weights) == (whole.gradients, whole.optimizer, whole.weights)
+    assert [layer.rows for layer in saved.layers] == [layer.rows for layer in plain.layers]
+
+
+def test_pieces_are_batches_of_their_own():
+    model = on_meta()
+    divided = simulate_step(model, batch_spec(model, ROWS, LENGTH), pieces=4)
+    accumulated = simulate_step(model, batch_spec(model, ROWS // 4, LENGTH), accumulation=4)
+    assert divided == accumulated
+
+
+def test_all_three_settings_together():
+    """The peak of a rotation with all of them is below that with any one, in every phase that one acts in."""
+    settings = {"dense_checkpointing": True, "dense_accumulation": 4, "recompute": "bottleneck"}
+    together, _ = estimated(**settings)
+    for name, value in settings.items():
+        alone, _ = estimated(**{name: value})
+        assert all(t.step.peak <= a.step.peak for t, a in zip(together.phases, alone.phases, strict=True)), name
+
+
+def test_a_phase_with_recompute_keeps_what_it_keeps_by_itself():
+    saved, _ = estimated("factored:4@0 dense@50%", recompute="bottleneck")
+    plain, _ = estimated("factored:4@0 dense@50%")
+    assert saved.phases[0].step.activations < 0.6 * plain.phases[0].step.activations
+    assert saved.phases[1].step == plain.phases[1].step == plain.dense

@@ -3,9 +3,11 @@
 import inspect
 
 import pytest
-from transformers import Seq2SeqTrainer, Trainer
+import tiny
+from transformers import Seq2SeqTrainer, Trainer, modeling_layers
 
 from hf_drt import DRTTrainerMixin
+from hf_drt.activations.blocks import FLAG, FUNCTION
 from hf_drt.trainer import probe, rates
 from hf_drt.trainer.mixin import SEAMS
 from hf_drt.trainer.publishing import PublishingMixin
@@ -62,3 +64,19 @@ def test_the_trainer_makes_its_loader_and_then_its_optimizer():
 
 def test_the_trainer_says_whether_it_made_the_scheduler_itself():
     assert "self._created_lr_scheduler = True" in inspect.getsource(Trainer.create_scheduler)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5", "vit"])
+def test_activation_checkpointing_is_two_attributes_of_a_module(kind):
+    """hf_drt/activations/blocks.py sets them block by block. Hooks on embeddings are for reentrant backward passes."""
+    model = tiny.MODELS[kind]()
+    before = [dict(vars(module)) for module in model.modules()]
+    model.activation_checkpointing_enable()
+    changed, switches = set(), 0
+    for module, old in zip(model.modules(), before, strict=True):
+        new = {name for name, value in vars(module).items() if old.get(name) is not value}
+        changed |= new - {"_require_grads_hooks", "_require_grads_hook"}
+        switches += FLAG in new
+    assert changed == {FLAG, FUNCTION}
+    assert switches == sum(hasattr(module, FLAG) for module in model.modules()) > 0
+    assert "_gradient_checkpointing_func(" in inspect.getsource(modeling_layers.GradientCheckpointingLayer)

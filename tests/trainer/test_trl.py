@@ -17,7 +17,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 
-from hf_drt import DRTTrainer, DRTTrainerMixin, DRTTrainingArguments, form_of
+from hf_drt import DRTConfig, DRTTrainer, DRTTrainerMixin, DRTTrainingArguments, form_of
 
 pytest.importorskip("trl")
 
@@ -173,6 +173,39 @@ class Tells(DRTTrainer):
 
     def log(self, logs, *args):
         super().log({**logs, **self._metrics}, *args)
+
+
+def test_batches_of_dense_phases_are_divided(tmp_path, tokenizer):
+    """The same loss, gradient norm and count of tokens as in whole batches; completions differ in length."""
+    logs = []
+    for pieces in (1, 3):
+        settings = {
+            "logging_steps": 1,
+            "max_steps": 6,
+            "gradient_accumulation_steps": 2,
+            "drt_schedule": "factored@0 dense@2",
+        }
+        args = arguments(tmp_path, **SETTINGS | EXACT | settings, drt_dense_accumulation=pieces)
+        model = tiny.llama(vocab_size=VOCABULARY, max_position_embeddings=512)
+        trainer = DRTSFTTrainer(model, args, train_dataset=rows(), processing_class=tokenizer)
+        trainer.train()
+        logs.append([row for row in trainer.state.log_history if "loss" in row])
+    for one, other in zip(*logs, strict=True):
+        for key in ("loss", "grad_norm", "num_tokens"):
+            assert other[key] == pytest.approx(one[key], rel=1e-3), key
+
+
+def test_a_padding_free_batch_is_not_divided(tmp_path, tokenizer):
+    args = arguments(tmp_path, **SETTINGS | EXACT, drt_dense_accumulation=2, padding_free=True)
+    with pytest.raises(ValueError, match=r"does not go with padding_free batches, which are one row"):
+        DRTSFTTrainer(llama(), args, train_dataset=rows(), processing_class=tokenizer)
+
+
+def test_a_loss_of_pairs_is_not_divided(tmp_path, tokenizer):
+    drt = DRTConfig(schedule=PHASES, rank=4, dense_accumulation=2)
+    args = arguments(tmp_path, DPOConfig, **EXACT)
+    with pytest.raises(ValueError, match=r"does not go with the compute_loss of trl\..*DPOTrainer, of which it is not"):
+        DRTDPOTrainer(llama(), llama(), args, train_dataset=preferences(), processing_class=tokenizer, drt=drt)
 
 
 def test_metrics_of_another_kind_are_left_alone(tmp_path):
