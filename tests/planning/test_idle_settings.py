@@ -39,6 +39,18 @@ SETTINGS = {
         r"Use the preset auto, auto_late or adaptive, or write a boundary @budget",
     ),
     "dense_query_key": ({"dense_query_key": True}, "factored@0", "adapter@0", r"only factored phases use it"),
+    "group_by": (
+        {"group_by": ["kind"]},
+        "rotate(groups=2)",
+        "paper",
+        r"the schedule has no groups\. Use the preset rot",
+    ),
+    "frozen_dtype": (
+        {"frozen_dtype": "bfloat16"},
+        "rotate(groups=2)",
+        "rotate(groups=2,after=adapter)",
+        r"only frozen phases use it, and there is none\. Write one .* frozen@80%",
+    ),
     "start": ({"start": "pretrained"}, "lowrank@0", "adapter@0", r"'lowrank' stands for, .*Write lowrank in it"),
     "adapter_alpha": (
         {"adapter_alpha": 8.0},
