@@ -275,16 +275,17 @@ class DynamicRank:
         )
 
     def _decide(self, index: int) -> None:
-        """Whose turn it is in a phase that is about to begin, where the run decides."""
-        if self.turns is not None and index != self.phase:
-            self._grow(self.turns.decide(self.plan, index, self._needs))
+        """Whose turn it is in a phase that is about to begin, and in those that are skipped, where the run decides."""
+        if self.turns is not None:
+            for due in range(index + 1):  # those that were decided stay so
+                self._grow(self.turns.decide(self.plan, due, self._needs))
 
     def _needs(self, count: int) -> dict[int, float]:
         """By what share the effective rank of each group's layers has fallen since the run began, on average."""
         now, then = self.effective_ranks(), self.turns.reference if self.turns is not None else {}
         falls: dict[int, list[float]] = {}
         for name, number in self.resolved.groups(count).items():
-            falls.setdefault(number, []).append(1 - now[name] / then[name])
+            falls.setdefault(number, []).append(1 - now[name] / then[name] if then[name] else 0.0)  # began at zero
         return {number: sum(values) / len(values) for number, values in sorted(falls.items())}
 
     def _changes(self, index: int) -> dict[str, Form]:
@@ -392,6 +393,7 @@ class DynamicRank:
         principal directions, an adapter's base where it is merged) it keeps a copy.
         """
         phase, step, resolved = self.phase, self._step, self.resolved
+        turns = None if self.turns is None else self.turns.state_dict()
         layers = {name: self._layer(name) for name in self.targets}
         parameters = [p for layer in layers.values() for p in layer.parameters()]
         flags = [p.requires_grad for p in parameters]
@@ -409,6 +411,8 @@ class DynamicRank:
                     parameter.copy_(value)
             declare(self.model)
             self.phase, self._step, self.resolved = phase, step, resolved
+            if self.turns is not None and turns is not None:
+                self.turns.load_state_dict(turns)
 
         return restore
 

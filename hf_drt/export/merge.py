@@ -110,7 +110,7 @@ def _layers_of(model: nn.Module, kind: type[L]) -> Iterator[tuple[str, L]]:
 
 
 def _whole(layer: FrozenLinear) -> Tensor:
-    return layer.weight.to(layer.dtype)
+    return layer.kept.to(layer.dtype)
 
 
 def _merge_error(layer: LowRankLinear, tensors: dict[str, Tensor]) -> float:

@@ -6,22 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_drt.forms.lazy import EffectiveWeight
 from hf_drt.forms.modules import FormedLinear
 from hf_drt.forms.specs import Dense
 
 
 class FrozenLinear(FormedLinear):
-    """``y = W x + b`` with a frozen ``weight`` in the dense layout and in ``form.dtype``, widened for each product.
+    """``y = W x + b`` with a frozen W in the dense layout and in ``form.dtype``, widened for each product.
 
-    Saved, it is a dense layer: it loads where a dense one does.
+    Saved, it is a dense layer, with the parameter ``weight``: it loads where a dense one does. The attribute ``weight``
+    has the dtype in which the layer computes, since models cast to that of the weights (the T5 family does).
 
     Attributes:
-        dtype: Of W when it is trained.
+        dtype: Of W when it is trained, and of the attribute ``weight``.
         by_user: Whether its user had frozen it before its form did.
     """
 
     form: Dense
-    weight: nn.Parameter
 
     def __init__(
         self,
@@ -35,8 +36,30 @@ class FrozenLinear(FormedLinear):
         super().__init__(dense, form, {"weight": weight}, bias)
         self.dtype, self.by_user = dtype, by_user
 
+    @property
+    def kept(self) -> nn.Parameter:
+        """W as it is kept, in the dense layout."""
+        kept = self._parameters.get("weight")
+        if kept is None:  # as while nn.Module registers it, which asks for the attribute
+            raise AttributeError("weight")
+        return kept
+
+    @property
+    def weight(self) -> Tensor:
+        """W in the dense layout and in :attr:`dtype`; widened when it is computed with."""
+        kept = self.kept
+        if torch.compiler.is_compiling() or kept.dtype == self.dtype:
+            return kept.to(self.dtype)
+        like = torch.empty(0, dtype=self.dtype, device=kept.device)
+        return EffectiveWeight(lambda: kept.detach().to(self.dtype), tuple(kept.shape), like)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FrozenLinear":
+        """Under ``module.to(dtype)``, the dtype of W when it is trained follows."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.kept.device)).dtype
+        return super()._apply(fn, recurse)
+
     def forward(self, x: Tensor) -> Tensor:
-        W = self.layout.matrix(self.weight)
+        W = self.layout.matrix(self.kept)
         if torch.is_autocast_enabled(x.device.type) or x.dtype == W.dtype:
             return F.linear(x, W, self.bias)
         return Widened.apply(x, W, self.bias)
@@ -55,5 +78,5 @@ class Widened(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,), (W,) = gradients, ctx.saved_tensors
         dx = gradient @ W.to(gradient.dtype) if ctx.needs_input_grad[0] else None
-        db = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        db = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, db

@@ -48,7 +48,8 @@ def trainable_weights(module: nn.Module) -> tuple[nn.Parameter, ...]:
 
     A frozen W keeps its place there, without a gradient or a state, so that it can be trained again."""
     if not isinstance(module, LowRankLinear):
-        return (_as_layer(module).weight,)
+        kept = module._parameters.get("weight")  # not by attribute: of a frozen W in fewer bits that is another tensor
+        return (_as_layer(module).weight if kept is None else kept,)
     return tuple(getattr(module, name) for name in module.tensors if name != "base")
 
 

@@ -25,6 +25,8 @@ class Dense:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.frozen, bool):
+            raise ValueError(f"frozen must be True or False, got {self.frozen!r}.")
         if self.dtype is not None and (not self.frozen or self.dtype != "bfloat16"):
             raise ValueError(f"dtype is of a frozen weight, and 'bfloat16' or None; got {self.dtype!r} of {self}.")
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hf_drt.engines import Engine, Single
-from hf_drt.forms import trainable_weights
+from hf_drt.forms import Dense, form_of, trainable_weights
 from hf_drt.optim.counts import OwnCounts, begun_counts
 from hf_drt.optim.groups import spliced_groups
 from hf_drt.optim.index import model_order
@@ -121,8 +121,8 @@ def take_states(
     """
     optimizer = unwrap(optimizer)
     states = [optimizer.state.pop(weight, {}) for weight in trainable_weights(old)]
-    if policy == "reset":
-        return [{} for _ in trainable_weights(new)]
+    if policy == "reset" or not _trained(new):
+        return [{} for _ in _trained(new)]
     states = [{key: engine.full(value) for key, value in state.items()} for state in states]
     keys = rule_of(optimizer).moments_of(optimizer)
     return project(whole, new, states, MomentKeys((*keys.first, MOMENTUM), keys.second))
@@ -133,11 +133,17 @@ def put_states(optimizer: torch.optim.Optimizer, new: nn.Module, states: list[St
     from which the optimizer's rule makes the state that its step does not make."""
     optimizer = unwrap(optimizer)
     rule = rule_of(optimizer)
-    for weight, state in zip(trainable_weights(new), states, strict=True):
+    for weight, state in zip(_trained(new), states, strict=True):
         carried = {key: engine.like(value, weight) for key, value in state.items()}
         if begun := _new_state(optimizer, rule, weight, carried) | carried:
             optimizer.state[weight] = begun
     OwnCounts.install(optimizer)
+
+
+def _trained(layer: nn.Module) -> tuple[nn.Parameter, ...]:
+    """The weights of which there is state: none where the form is a frozen W, until that is trained again."""
+    form = form_of(layer)
+    return () if isinstance(form, Dense) and form.frozen else trainable_weights(layer)
 
 
 def _new_state(optimizer: torch.optim.Optimizer, rule: OptimizerRule, weight: nn.Parameter, carried: State) -> State:

@@ -238,6 +238,17 @@ def _needs_groups(usage: Usage) -> str | None:
     return "the schedule has no groups. Use the preset rotate, or write some, e.g. dense[1/8]@70%."
 
 
+def _frozen_dtype(usage: Usage) -> str | None:
+    if reason := _needs_phase("frozen")(usage):
+        return reason
+    if any(not shape.kernel and not shape.experts for shape in usage.targets.values()):
+        return None
+    return (
+        f"none of the {len(usage.targets)} target layers is a linear one, and a frozen convolution, or frozen experts, "
+        "are kept as they are. Include linear layers."
+    )
+
+
 def _rewarmup_start(usage: Usage) -> str | None:
     return None if usage.config.rewarmup_steps else "there is no re-warm-up. Set rewarmup_steps."
 
@@ -306,7 +317,7 @@ IDLE: dict[str, Reason] = {
     "budget": _budget,
     "dense_query_key": _dense_query_key,
     "group_by": _needs_groups,
-    "frozen_dtype": _needs_phase("frozen"),
+    "frozen_dtype": _frozen_dtype,
     "dense_checkpointing": _dense_memory,
     "dense_accumulation": _dense_memory,
     "recompute": _recompute,

@@ -93,8 +93,8 @@ def check_parts(parts: Sequence[Part], phase: str) -> None:
     """Whether they make up a phase in which not all layers are in one form.
 
     Raises:
-        ValueError: A part is of all layers, two are of the same group, or of another division; or a rank is left to the
-            budget.
+        ValueError: A part is of all layers, two are of the same group, may turn out to be, or are of another division;
+            or a rank is left to the budget.
     """
     groups = [part.group for part in parts if part.group is not None]
     if len(groups) < len(parts):
@@ -103,6 +103,11 @@ def check_parts(parts: Sequence[Part], phase: str) -> None:
         raise ValueError(
             f"the parts of '{phase}' must be different groups of one division into so many, e.g. "
             "dense[2/8]+frozen[1/8]."
+        )
+    if len({group.decided for group in groups}) > 1:
+        raise ValueError(
+            f"'{phase}' has groups by number beside one that the run decides, which may turn out to be the same. Write "
+            "numbers alone, or 'next' and 'last', e.g. dense[next/8]+frozen[last/8]."
         )
     if any(part.group.number == NEXT and part.kind != "dense" for part in parts if part.group is not None):
         raise ValueError(
@@ -118,13 +123,17 @@ def parts_text(parts: Sequence[Part]) -> str:
 
 
 def check_last(phases: Iterable["Phase"], plan: str) -> None:
-    """Whether the turn that 'last' is of has come before it.
+    """Whether the turn that 'last' is of, one of the same division, has come before it.
 
     Raises:
         ValueError: It has not.
     """
-    turned = False
+    turned: set[int] = set()
     for phase in phases:
-        if not turned and any(part.group is not None and part.group.number == LAST for part in phase.parts):
-            raise ValueError(f"'{phase}' is of the group of the last turn, and there was none before it, in '{plan}'.")
-        turned = turned or any(part.kind == "dense" for part in phase.parts)
+        for group in (part.group for part in phase.parts if part.group is not None):
+            if group.number == LAST and group.of not in turned:
+                raise ValueError(
+                    f"'{phase}' is of the group of the last turn, and there was none of {group.of} groups before it, "
+                    f"in '{plan}'."
+                )
+        turned |= {part.group.of for part in phase.parts if part.group is not None and part.kind == "dense"}

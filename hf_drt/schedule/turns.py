@@ -37,6 +37,8 @@ class Turns:
         group = _undecided(plan.phases[index])
         if group is None:
             return plan
+        if group.number == LAST:  # which follows
+            return _filled(plan, index)
         seen = needs(group.of)
         number = max(candidates(plan, index, group), key=lambda number: (seen[number], -number))
         row = {"step": plan.phases[index].start, "phase": index, "group": number}
@@ -54,21 +56,22 @@ class Turns:
 
 
 def candidates(plan: Plan, index: int, group: Group) -> list[int]:
-    """The groups whose turn may come with a phase: those that have had none in this round, and not the one to which
-    the same phase gives another form."""
-    turns = [n for phase in plan.phases[:index] for part in phase.parts if (n := _turn(part, group.of)) is not None]
+    """The groups whose turn may come with a phase: those that have had none in this round, and not that of the turn
+    before where the same phase gives it another form. There is one: that of the turn before is left only where a round
+    begins."""
+    turns = _turns(plan, index, group.of)
     round_begun = len(turns) // group.of * group.of
     left = [number for number in range(1, group.of + 1) if number not in turns[round_begun:]]
     named = {part.group.number for part in plan.phases[index].parts if part.group is not None}
-    named |= {turns[-1]} if LAST in named and turns else set()
-    return [number for number in left if number not in named] or left
+    return [number for number in left if LAST not in named or number != turns[-1]]
 
 
 def provisional(plan: Plan) -> Plan:
     """The plan as if groups had their turns in ascending order, where the run decides."""
     for index, phase in enumerate(plan.phases):
         if (group := _undecided(phase)) is not None:
-            plan = _filled(plan, index, candidates(plan, index, group)[0])
+            number = candidates(plan, index, group)[0] if group.number == NEXT else None
+            plan = _filled(plan, index, number)
     return plan
 
 
@@ -99,23 +102,24 @@ def _undecided(phase: Phase) -> Group | None:
     return next((group for group in groups if group.number == NEXT), groups[0] if groups else None)
 
 
-def _filled(plan: Plan, index: int, number: int) -> Plan:
+def _filled(plan: Plan, index: int, number: int | None = None) -> Plan:
+    """The plan with ``number`` for 'next', and that of the turn before for 'last', in one of its phases."""
     phase = plan.phases[index]
-    turns = [n for before in plan.phases[:index] for part in before.parts if (n := _turn(part)) is not None]
-    decided = {NEXT: number, LAST: turns[-1] if turns else number}
+    of = next(part.group.of for part in phase.parts if part.group is not None)
+    decided = {NEXT: number, LAST: next(iter(_turns(plan, index, of)[::-1]), None)}
     parts = tuple(_with_number(part, decided) for part in phase.parts)
     return replace(plan, phases=(*plan.phases[:index], replace(phase, parts=parts), *plan.phases[index + 1 :]))
 
 
-def _with_number(part: Part, decided: Mapping[str, int]) -> Part:
+def _with_number(part: Part, decided: Mapping[str, int | None]) -> Part:
     if part.group is None or isinstance(part.group.number, int):
         return part
-    return replace(part, group=Group(decided[part.group.number], part.group.of))
+    number = decided[part.group.number]
+    return part if number is None else replace(part, group=Group(number, part.group.of))
 
 
-def _turn(part: Part, of: int | None = None) -> int | None:
-    """The number of the group that a part brings to full rank, of a division into ``of``."""
-    group = part.group
-    if part.kind != "dense" or group is None or not isinstance(group.number, int) or of not in (None, group.of):
-        return None
-    return group.number
+def _turns(plan: Plan, index: int, of: int) -> list[int]:
+    """The numbers of the groups, of a division into ``of``, that phases before one have brought to full rank."""
+    parts = [part for phase in plan.phases[:index] for part in phase.parts if part.kind == "dense"]
+    groups = [part.group for part in parts if part.group is not None and part.group.of == of]
+    return [group.number for group in groups if isinstance(group.number, int)]

@@ -12,7 +12,7 @@ from hf_drt.forms import Adapter, AdapterLinear, Dense, Factored, Form, convert
 OUT, IN = 24, 40
 
 SAMPLES = {
-    Dense: [Dense()],
+    Dense: [Dense(), Dense(frozen=True)],
     Factored: [Factored(12), Factored(4)],
     Adapter: [Adapter(4, 16.0, "zero"), Adapter(6, 8.0, "principal")],
 }

@@ -111,8 +111,12 @@ def test_names_are_disjoint_across_forms():
 @layouts
 @pairs
 def test_every_trainable_weight_gets_a_gradient_in_its_first_two_steps(layout, before, after):
-    """A zero factor next to a zero factor would never learn. LoRA's A waits one step for B."""
+    """A zero factor next to a zero factor would never learn. LoRA's A waits one step for B. A frozen W gets none."""
     layer = convert(trained(layout, before), after).module
+    if after == Dense(frozen=True):
+        layer(X.clone().requires_grad_()).square().sum().backward()
+        assert [name for name, p in layer.named_parameters() if p.grad is None] == ["weight"]
+        return
     optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1)
     seen = [torch.zeros_like(p) for p in trainable_weights(layer)]
     for step in range(2):

@@ -42,6 +42,18 @@ SETTINGS = {
     "dense_checkpointing": ({"dense_checkpointing": True}, "paper", "factored@0", r"only dense phases use it, and the"),
     "dense_accumulation": ({"dense_accumulation": 2}, "paper", "factored@0", r"only dense phases use it, .*dense@80%"),
     "recompute": ({"recompute": "bottleneck"}, "fixed", "dense@0", r"only factored phases use it, and there is none"),
+    "group_by": (
+        {"group_by": ["kind"]},
+        "rotate(groups=2)",
+        "paper",
+        r"the schedule has no groups\. Use the preset rot",
+    ),
+    "frozen_dtype": (
+        {"frozen_dtype": "bfloat16"},
+        "rotate(groups=2)",
+        "rotate(groups=2,after=adapter)",
+        r"only frozen phases use it, and there is none\. Write one .* frozen@80%",
+    ),
     "start": ({"start": "pretrained"}, "lowrank@0", "adapter@0", r"'lowrank' stands for, .*Write lowrank in it"),
     "adapter_alpha": (
         {"adapter_alpha": 8.0},

@@ -258,6 +258,7 @@ OPTIONS = [
     "warmup(until=33.3)", "cyclic", "cyclic(windows=1)",
     "cyclic(windows=7, share=10)", "cyclic(share=99)", "decay", "decay(stages=9)", "decay(shape=exponential)",
     "decay(shape=sigmoid, first=1.0, last=0.01)", "auto", "auto_late", "adaptive", "adaptive(signal=rank, drop=0.5)",
+    "rotate", "rotate(groups=3, share=12.5, order=random, after=adapter, rounds=2, seed=5)", "rotate(order=need)",
 ]  # fmt: skip
 
 

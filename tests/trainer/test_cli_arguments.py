@@ -31,6 +31,8 @@ FLAGS = {
     "start": (["pretrained"], "pretrained"),
     "budget": (["0.5"], 0.5),
     "dense_query_key": (["False"], False),
+    "group_by": (["attn", "mlp"], ["attn", "mlp"]),
+    "frozen_dtype": (["bfloat16"], "bfloat16"),
     "adapter_alpha": (["32"], 32.0),
     "adapter_init": (["principal"], "principal"),
     "moments": (["reset"], "reset"),
