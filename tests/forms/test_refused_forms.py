@@ -78,6 +78,6 @@ def test_factors_that_are_not_finite_are_not_decomposed():
 )
 def test_a_dict_that_describes_no_form_is_refused(data):
     with pytest.raises(
-        ValueError, match=r"describes no form; allowed are dense, factored \(rank\) and adapter \(rank, al"
+        ValueError, match=r"describes no form; allowed are dense \(frozen\), factored \(rank\) and adapter \(rank, al"
     ):
         form_from_dict(data)

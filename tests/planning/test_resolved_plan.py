@@ -41,7 +41,7 @@ def looks(monkeypatch):
 
 def arguments(folder, schedule, **changes):
     own = {f"drt_{name}": value for name, value in {"rank_multiple": 8, **settings(schedule)}.items()}
-    return tiny.arguments(folder, max_steps=16, lr_scheduler_type="linear", **own, **changes)
+    return tiny.arguments(folder, max_steps=32, lr_scheduler_type="linear", **own, **changes)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -84,10 +84,10 @@ def test_a_model_made_by_model_init_is_looked_through_too(tmp_path, looks):
 def test_by_hand_a_model_is_looked_through_once(looks, schedule):
     model, config = tiny.llama(), DRTConfig(**settings(schedule))
     if config.parsed.uses_lr and schedule != "paper":
-        resolved = resolved_plan(config, Run(16, lr=lambda: [1 - step / 16 for step in range(16)]), model)
+        resolved = resolved_plan(config, Run(32, lr=lambda: [1 - step / 32 for step in range(32)]), model)
         drt = DynamicRank(model, config, plan=resolved)
     else:
-        drt = DynamicRank(model, config, max_steps=16)
+        drt = DynamicRank(model, config, max_steps=32)
     assert len(looks) == 1
     drt.apply(0)
     assert len(looks) == 1
