@@ -392,3 +392,42 @@ def test_the_matrix_optimizer_and_its_share_of_a_step(hf_drt, configured):
         "(dense) of the target layers' training"
     ) in out.splitlines()
     assert not any(line.startswith("matrix_optimizer") for line in hf_drt(*wanted[:-2]).out.splitlines())
+
+
+# ---- memory of activations
+
+MEMORY = ("--dense-checkpointing", "--dense-accumulation", 2, "--recompute", "bottleneck")
+
+
+def test_settings_on_memory_of_activations_are_in_the_plan(hf_drt, configured):
+    load = ("--batch-size", 32, "--seq-length", 8, "--rank-multiple", 4)  # else gradients are the larger part
+    words = ("plan", configured(), *load, "--schedule", "factored@0 dense@50%", "--json")
+    plain, saved = (json.loads(hf_drt(*words, *more).out) for more in ((), MEMORY))
+    for ours, theirs in zip(saved["phases"], plain["phases"], strict=True):
+        assert ours["activations"] < theirs["activations"]
+        assert ours["peak"] <= theirs["peak"]
+        assert (ours["gradients"], ours["optimizer"]) == (theirs["gradients"], theirs["optimizer"])
+    assert saved["dense"] == plain["dense"]
+
+
+def test_checkpointing_of_all_phases_and_of_dense_ones_do_not_go_together(hf_drt, configured):
+    result = hf_drt("plan", configured(), *SMALL, "--schedule", "paper", "--checkpointing", "--dense-checkpointing")
+    assert result.code != 0
+    assert "blocks are checkpointed in every phase already. Turn activation checkpointing" in " ".join(
+        result.err.split()
+    )
+
+
+def test_a_setting_on_memory_that_no_phase_uses_is_refused(hf_drt, configured):
+    result = hf_drt("plan", configured(), *SMALL, "--schedule", "factored@0", "--dense-checkpointing")
+    assert result.code != 0
+    assert "dense_checkpointing is True, and would have no effect: only dense phases use it" in " ".join(
+        result.err.split()
+    )
+
+
+def test_measured_phases_have_the_settings_too(hf_drt, configured):
+    words = ("plan", configured(), *SMALL, "--schedule", "factored@0 dense@50%", *MEMORY)
+    result = hf_drt(*words, "--measure", "--measure-steps", 2, "--json")
+    assert result.code == 0, result.err
+    assert [phase["seconds_per_step"] > 0 for phase in json.loads(result.out)["phases"]] == [True, True]

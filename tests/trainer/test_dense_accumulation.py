@@ -43,7 +43,7 @@ def padded(rows=64, classes=tiny.VOCAB):
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
 
 
-def run(folder, pieces, model=None, data=None, cls=DRTTrainer, options=None, **settings):
+def run(folder, pieces, model=None, data=None, cls=DRTTrainer, options=None, scaler=False, **settings):
     settings = {
         "max_steps": 3, "warmup_steps": 0, "drt_schedule": "factored@0 dense@1", "per_device_train_batch_size": 8,
         "optim": "sgd", "learning_rate": 1e-6, "max_grad_norm": 0, "drt_dense_accumulation": pieces, **settings,
@@ -52,6 +52,8 @@ def run(folder, pieces, model=None, data=None, cls=DRTTrainer, options=None, **s
     data = data if data is not None else padded()
     args = tiny.arguments(folder, **settings)
     trainer = cls(model=model, args=args, train_dataset=data, **(options or {}))
+    if scaler:  # as accelerate has it for fp16 on a GPU
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     trainer.add_callback(gradients := Gradients())
     trainer.train()
     return trainer, gradients
@@ -144,6 +146,16 @@ def test_a_regression_whose_loss_is_a_mean_whatever_it_is_passed(tmp_path):
     _, whole = run(tmp_path / "b", 1, make(), data)
     assert ours._drt_pieces._kind == "samples"
     assert_same_gradients(divided, whole)
+
+
+@pytest.mark.parametrize("kind", ["a sum", "a mean"])
+def test_with_a_gradient_scaler(tmp_path, kind):
+    make = (lambda: plain_mean(tiny.llama())) if kind == "a mean" else tiny.llama
+    ours, divided = run(tmp_path / "a", 3, make(), scaler=True)
+    _, whole = run(tmp_path / "b", 1, make(), scaler=True)
+    assert max(g.abs().max() for g in divided.gradients[1].values()) > 10  # scaled, as the optimizer gets them
+    assert_same_gradients(divided, whole)
+    assert ours.accelerator.scaler.get_scale() == 1024
 
 
 def test_label_smoothing(tmp_path):

@@ -169,6 +169,20 @@ def test_in_a_plain_trainer_too(tmp_path):
     assert not any(checkpointed(model))
 
 
+def test_compiled(tmp_path):
+    """Turned on and off between compiled phases; the numbers are those of a run that is not compiled."""
+    runs = []
+    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        schedule = "factored@0 dense@2 factored@4"
+        trainer, flags = run(
+            tmp_path, tiny.llama(), drt_schedule=schedule, max_steps=6, logging_steps=1, drt_moments="project",
+            lr_scheduler_type="constant", learning_rate=1e-3, **settings,
+        )  # fmt: skip
+        runs.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+        assert {step: all(found) for step, found in flags.items()} == {step: 2 <= step < 4 for step in range(6)}
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4)
+
+
 # ---- refused
 
 

@@ -196,7 +196,7 @@ def test_batches_of_dense_phases_are_divided(tmp_path, tokenizer):
 
 
 def test_a_padding_free_batch_is_not_divided(tmp_path, tokenizer):
-    args = arguments(tmp_path, **SETTINGS | EXACT, drt_dense_accumulation=2, padding_free=True)
+    args = arguments(tmp_path, **SETTINGS | EXACT, drt_dense_accumulation=2, padding_free=True, max_length=None)
     with pytest.raises(ValueError, match=r"does not go with padding_free batches, which are one row"):
         DRTSFTTrainer(llama(), args, train_dataset=rows(), processing_class=tokenizer)
 
