@@ -27,10 +27,16 @@ class GroupIndex:
         """Index of the group of each of a layer's trainable weights: one group, or the form groups of one.
 
         Raises:
-            ValueError: A trainable weight of the layer is not in the optimizer, or they come from several groups.
+            ValueError: A trainable or frozen weight of the layer is not in the optimizer, or they come from several groups.
         """
         found = [self._home.get(id(weight)) for weight in trainable_weights(module)]
         homes = [home for home in found if home is not None]
+        if len(homes) < len(found) and isinstance(form := form_of(module), Dense) and form.frozen:
+            raise ValueError(
+                f"the weight of {name} is frozen in this phase, and not in the optimizer, in which it keeps its place. "
+                "Make the optimizer after the first phase is in force, as in drt.apply(0), and resume with it: "
+                "drt.load_state_dict(state, optimizer); or make it over model.parameters()."
+            )
         if len(homes) < len(found):
             raise ValueError(
                 f"the weights of {name} are not in the optimizer. Make it after the first phase is in force, as in "

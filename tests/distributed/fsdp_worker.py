@@ -69,7 +69,7 @@ def main(folder: str, settings: dict) -> None:
     if world > 1:
         dist.init_process_group("gloo")
         shard(model)
-    config = DRTConfig(schedule="factored@0 dense@3 adapter@6 factored@9", **settings["drt"])
+    config = DRTConfig(**{"schedule": "factored@0 dense@3 adapter@6 factored@9"} | settings["drt"])
     drt = DynamicRank(model, config, STEPS)
     drt.apply(0)
     optimizer = getattr(torch.optim, settings["optimizer"])(

@@ -68,6 +68,27 @@ def test_two_processes_equal_one_with_the_same_global_batch(tmp_path, sides):
         assert torch.allclose(p, runs[2][name], atol=1e-5, rtol=0), name
 
 
+TURNS = {
+    "frozen": {"drt_schedule": "rotate(groups=4,share=80)"},
+    "need": {"drt_schedule": "rotate(groups=3,share=75,order=need,rounds=2)", "drt_frozen_dtype": "bfloat16"},
+    "adapter": {"drt_schedule": "rotate(groups=2,share=80,after=adapter)", "drt_moments": "project"},
+}
+
+
+def test_turns_of_full_rank_are_the_same_on_all_processes_and_what_one_process_does(tmp_path):
+    settings = SGD | {"learning_rate": 0.01, "dropout": 0.0, "max_steps": 10, "drt_rank": 4}
+    for processes, accumulation in ((2, 2), (1, 4)):
+        own = settings | {"gradient_accumulation_steps": accumulation}
+        cells = {name: own | changes for name, changes in TURNS.items()}
+        for seen in launch_all(tmp_path / str(processes), processes, cells).values():
+            assert seen.get("equal", []) == [True] * (10 if processes > 1 else 0)
+    for name in TURNS:
+        found, expected = (final(tmp_path / f"{processes}/{name}", "dense.pt") for processes in (2, 1))
+        for key, p in expected.items():
+            close = 1e-5 + (2**-8 * p.abs() if name == "need" else 0)  # a last bit decides how bfloat16 rounds
+            assert ((found[key] - p).abs() <= close).all(), (name, key)
+
+
 # Newton-Schulz of dense weights is in bfloat16, where the last bit of a gradient can turn one of eight.
 MATRICES = {
     "auto": ({"drt_schedule": "auto", "drt_matrix_optimizer": None}, 1e-5),

@@ -45,6 +45,9 @@ CASES = {
     "sgd": SGD | {"drt": {"rank_multiple": 4}},
     "adamw, moments projected": ADAM | {"drt": {"rank_multiple": 4, "moments": "project"}},
     "form groups": ADAM | {"drt": {"rank": 4, "factored_lr_scale": 0.5, "frobenius_decay": True}},
+    "turns": ADAM | {"drt": {"rank": 4, "schedule": "factored@0 dense[1/2]@3 dense[2/2]+frozen[1/2]@6 dense@9"}},
+    "turns by need, in bfloat16": SGD
+    | {"drt": {"rank": 4, "schedule": "rotate(groups=3,share=75,order=need)", "frozen_dtype": "bfloat16"}},
     "groups of sides": ADAM | {"drt": {"rank": 4, "left_lr_scale": 2.0, "frobenius_decay": True}},
 }
 
