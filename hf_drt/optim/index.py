@@ -27,7 +27,8 @@ class GroupIndex:
         """Index of the group of each of a layer's trainable weights: one group, or the form groups of one.
 
         Raises:
-            ValueError: A trainable or frozen weight of the layer is not in the optimizer, or they come from several groups.
+            ValueError: A trainable or frozen weight of the layer is not in the optimizer, or they come from several
+                groups.
         """
         found = [self._home.get(id(weight)) for weight in trainable_weights(module)]
         homes = [home for home in found if home is not None]
