@@ -11,7 +11,8 @@ from hf_drt.config import DRTConfig
 
 def checkpointing_options(args: TrainingArguments) -> dict[str, Any]:
     """What the arguments give for checkpointed blocks, for those of single phases too."""
-    return dict(args.gradient_checkpointing_kwargs or {})
+    options: Any = args.gradient_checkpointing_kwargs  # which the arguments have read from JSON
+    return {} if options is None else {**options}
 
 
 def refuse_activations(model: nn.Module, args: TrainingArguments, config: DRTConfig) -> None:

@@ -122,32 +122,36 @@ def kind_of_loss(trainer: Any, inputs: Any, items: Any) -> Kind | None:
         tolerance = _tolerance(trainer)
         if error(pair, "sum") <= tolerance:
             return "sum"
-        if not _has_many_labels(pair):
-            kinds = {"labels" if _are_classes(pair) else "samples": pair}
-        elif (classes := pair["labels"][pair["labels"] != -100]).numel():
+        kinds: dict[Kind, dict[str, Any]] = {"labels" if _are_classes(pair) else "samples": pair}
+        if _has_many_labels(pair):
+            classes = pair["labels"][pair["labels"] != -100]
+            if not classes.numel():
+                return None
             uneven = _uneven(pair, classes[0], -1)
-            shifted = math.isnan(loss(samples(_uneven(pair, classes[0], 0), 1, 2)))
-            kinds = {"shifted labels" if shifted else "labels": uneven, "samples": uneven}
-        else:
-            return None
-        errors = {kind: error(batch, kind) for kind, batch in kinds.items()}
-    best = min(errors, key=lambda kind: errors[kind])
-    if not errors[best] <= tolerance:
+            shifted = not loss(samples(_uneven(pair, classes[0], 0), 1, 2)) > 0  # 0, or not a number
+            kinds = {"sum": uneven, "shifted labels" if shifted else "labels": uneven, "samples": uneven}
+        errors: dict[Kind, float] = {kind: error(batch, kind) for kind, batch in kinds.items()}
+    least, best = min((share, kind) for kind, share in errors.items())
+    if math.isinf(least):
+        return None
+    if least > tolerance:
         raise ValueError(
             "dense_accumulation: the loss of two samples is neither the sum of their own losses nor a mean of them, so "
-            f"that a batch in pieces would have another gradient (it is off by {errors[best]:.1%}). {_PASS}"
+            f"that a batch in pieces would have another gradient (it is off by {least:.1%}). {_PASS}"
         )
     return best
 
 
 def _error(loss: Callable[[dict[str, Any]], float], pair: dict[str, Any], kind: Kind) -> float:
-    """By how much the loss of two samples differs from what it is if losses are of this kind; a share of it."""
+    """By how much the loss of two samples differs from what it is if losses are of this kind; a share of it. Infinite
+    where that loss is 0 or no number, as it is without a label."""
     singles = [samples(pair, 0, 1), samples(pair, 1, 2)]
     weights = [_weight(kind, single) for single in singles]
     total = 1.0 if kind == "sum" else sum(weights)
     parts = (weight / total * loss(single) for weight, single in zip(weights, singles, strict=True) if weight)
     whole = loss(pair)
-    return abs(sum(parts) - whole) / abs(whole) if whole else math.inf
+    share = abs(sum(parts) - whole) / abs(whole) if whole else math.inf
+    return share if math.isfinite(share) else math.inf
 
 
 def _are_classes(batch: Mapping[str, Any]) -> bool:

@@ -177,6 +177,21 @@ def test_a_loss_function_of_the_users(tmp_path, uses):
     assert_same_gradients(divided, whole)
 
 
+@pytest.mark.parametrize("kept", [0, 1], ids=["none that is counted", "one"])
+def test_first_samples_with_next_to_no_labels(tmp_path, kept):
+    """Of a causal model the first label of a sequence is not counted."""
+    rows = padded().to_dict()
+    rows["labels"] = [
+        [row[0], *[-100] * (tiny.LENGTH - 1)] if kept else [-100] * tiny.LENGTH for row in rows["labels"][:4]
+    ] + rows["labels"][4:]
+    data = Dataset.from_dict(rows)
+    settings = {"drt_schedule": "dense@0", "train_sampling_strategy": "sequential", "per_device_train_batch_size": 4}
+    ours, divided = run(tmp_path / "a", 2, data=data, **settings)
+    _, whole = run(tmp_path / "b", 1, data=data, **settings)
+    assert ours._drt_pieces._kind == "sum"
+    assert_same_gradients(divided, whole)
+
+
 def test_a_batch_of_fewer_samples_than_pieces(tmp_path):
     """The last batch of an epoch has one sample."""
     settings = {"drt_schedule": "dense@0", "max_steps": 3, "gradient_accumulation_steps": 1}
