@@ -131,7 +131,7 @@ def kind_of_loss(trainer: Any, inputs: Any, items: Any) -> Kind | None:
             shifted = not loss(samples(_uneven(pair, classes[0], 0), 1, 2)) > 0  # 0, or not a number
             kinds = {"sum": uneven, "shifted labels" if shifted else "labels": uneven, "samples": uneven}
         errors: dict[Kind, float] = {kind: error(batch, kind) for kind, batch in kinds.items()}
-    least, best = min((share, kind) for kind, share in errors.items())
+    least = min(errors.values())
     if math.isinf(least):
         return None
     if least > tolerance:
@@ -139,7 +139,7 @@ def kind_of_loss(trainer: Any, inputs: Any, items: Any) -> Kind | None:
             "dense_accumulation: the loss of two samples is neither the sum of their own losses nor a mean of them, so "
             f"that a batch in pieces would have another gradient (it is off by {least:.1%}). {_PASS}"
         )
-    return best
+    return next(kind for kind, share in errors.items() if share == least)
 
 
 def _error(loss: Callable[[dict[str, Any]], float], pair: dict[str, Any], kind: Kind) -> float:
