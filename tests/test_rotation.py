@@ -110,12 +110,12 @@ def test_resume_is_bitwise_equal_at_every_step(schedule, settings):
 def test_a_state_of_other_turns_is_refused():
     loop = Loop("rotate(groups=4,share=80,order=need)", rank=4).run()
     state = loop.drt.state_dict()
-    other = Loop("rotate(groups=4,share=80)", rank=4)
-    if str(other.drt.plan) != state["plan"]:
-        with pytest.raises(ValueError, match=r"the plan has changed: the state is of 'factored@0 dense\[\d/4\]@"):
-            other.drt.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"group_by is \['kind'\] here, and None in the state"):
-        Loop("rotate(groups=4,share=80,order=need)", rank=4, group_by="kind").drt.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"the plan has changed: the state is of 'factored@0 dense\[\d/4\]@"):
+        Loop("rotate(groups=4,share=80,after=factored)", rank=4).drt.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"group_by is \['0\|1', .*\] here, and None in the state"):
+        Loop("rotate(groups=4,share=80,order=need)", rank=4, group_by=["0|1", "2|3", "4|5", ""]).drt.load_state_dict(
+            state
+        )
     with pytest.raises(ValueError, match=r"frozen_dtype is 'bfloat16' here, and None in the state"):
         Loop("rotate(groups=4,share=80,order=need)", rank=4, frozen_dtype="bfloat16").drt.load_state_dict(state)
 
@@ -308,7 +308,7 @@ def test_a_failed_switch_leaves_all_as_it_was():
         loop.forms(),
         loop.optimizer.param_groups[0]["params"],
     )
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(ValueError, match="holds inf or nan"):
         loop.drt.begin_step(6, loop.optimizer)
     assert loop.forms() == forms
     assert loop.optimizer.param_groups[0]["params"] is held
@@ -362,9 +362,9 @@ def state_bytes(loop: Loop) -> int:
 
 
 def test_a_rotation_holds_less_than_half_of_dense_training():
-    dense = state_bytes(Loop("dense@0").run(end=2))
+    dense = state_bytes(Loop("dense@0", include=None).run(end=2))
     for dtype, share in ((None, 0.55), ("bfloat16", 0.5)):
-        loop, peaks = Loop(EIGHT, rank=4, frozen_dtype=dtype), []
+        loop, peaks = Loop(EIGHT, rank=2, include=None, frozen_dtype=dtype), []
         for step in range(STEPS):
             loop.step(step)
             peaks.append(state_bytes(loop))

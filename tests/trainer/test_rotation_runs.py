@@ -93,8 +93,11 @@ def test_turns_are_logged_and_effective_ranks_are_those_of_all_layers(tmp_path):
     run.train()
     rows = run.state.log_history
     assert [row["drt_phase"] for row in rows if "drt_switch_seconds" in row] == [0, 1, 2, 3]
-    ranked = [row for row in rows if "drt_effective_rank" in row]
-    assert ranked
+    ranked = [row for row in rows if "drt_effective_rank_mean" in row]
+    assert [row["step"] for row in ranked] == [2, 4, 6, 8]
+    for row in ranked:
+        ranks = [row[f"drt_effective_rank/{name}"] for name in run.drt.targets]
+        assert row["drt_effective_rank_mean"] == pytest.approx(sum(ranks) / len(ranks))
     assert sorted(row["group"] for row in run.drt.turns.trace) == [1, 2, 3]
 
 
