@@ -98,6 +98,8 @@ def test_every_supported_optimizer_trains_on_after_a_switch(tmp_path, name, poli
         trainable = {n for n, p in model.named_parameters() if p.requires_grad and p.abs().sum() > 0}
         assert k == 0 or moved >= trainable - {n for n in trainable if "lora_A" in n}
     state = optimizer.state_dict()
+    if after == FROZEN:  # an optimizer is made before a layer freezes, and keeps its place
+        model.requires_grad_()
     other = Trainer(model=model, args=tiny.arguments(tmp_path, optim=name)).create_optimizer()
     other.load_state_dict(state)  # what a resume does
     step(model, other)
