@@ -170,6 +170,7 @@ def run(settings: Settings, cache: Path, folder: str, turns: TrainerCallback | N
     rate = training.get("drt_matrix_lr", DRTConfig().matrix_lr)
     if profile := settings.extras.get("profile"):
         training["drt_rank_pattern"] = profiled_ranks(deepcopy(model), names, data, training, rate, profile)
+        training.pop("drt_rank_ratio", None)  # which has no layer left
         set_seed(settings.seed)
     if guide := settings.extras.get("guide"):
         callbacks.append(Guide(model, names, guide["share"], rate))

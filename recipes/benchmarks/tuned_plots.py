@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from tables import deviation
 from tuned_tables import Row
 
-COLOURS = {"muon": "#7a9e26", "dense": "#31688e"}  # by the first that is in the method's name
+COLOURS = {"muon": "#7a9e26", "dense": "#31688e"}  # by the beginning of a method's name
 LOW_RANK = "#d55e00"
 
 Points = dict[str, tuple[float, list[float]]]  # of each method its seconds, and the metric by seed
@@ -43,7 +43,7 @@ def tuned_quality(name: str, rows: dict[str, Row], methods: list[str] | None = N
 
 def _draw(panel: Axes, points: Points) -> None:
     for method, (seconds, values) in points.items():
-        colour = next((c for part, c in COLOURS.items() if part in method and "default" != method[:7]), LOW_RANK)
+        colour = next((c for beginning, c in COLOURS.items() if method.startswith(beginning)), LOW_RANK)
         panel.errorbar(seconds, statistics.fmean(values), yerr=deviation(values) or 0.0, fmt="o", color=colour,
                        elinewidth=0.7, capsize=1.5)  # fmt: skip
     panel.set_xlabel("CPU seconds")
