@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_drt.config import DRTConfig
 from hf_drt.engines import engine_of
-from hf_drt.forms import layer_of, layout_of, trainable_weights, weight_shape
+from hf_drt.forms import frozen_by_user, layer_of, layout_of, weight_shape
 from hf_drt.optim.counts import OwnCounts
 from hf_drt.optim.groups import add_form_groups
 from hf_drt.optim.index import GroupIndex
@@ -75,7 +75,7 @@ def install(optimizer: torch.optim.Optimizer, owner: Owner, config: DRTConfig, t
     enter, add_groups = staged(optimizer, owner, config)
     index = GroupIndex(optimizer)
     for name, module in targets.items():
-        if any(weight.requires_grad for weight in trainable_weights(module)):
+        if not frozen_by_user(module):
             index.homes(name, module)
     OwnCounts.install(optimizer)
     StepRules.clear(optimizer)  # first: a step that has raised leaves its scaled rates behind

@@ -28,6 +28,8 @@ def refuse_activations(model: nn.Module, args: TrainingArguments, config: DRTCon
             "forward pass keeps. Leave one of the two out."
         )
     recomputes = "recompute" if config.recompute != "none" else None
+    if not config.dense_checkpointing and recomputes is None:
+        return
     fsdp: Any = args.fsdp_config or {}
     for name, on in (
         ("activation_checkpointing (gradient_checkpointing)", args.gradient_checkpointing),
