@@ -84,7 +84,7 @@ class RunSummary:
     def rows(self) -> dict[str, Sequence[Span]]:
         """What the timeline shows: the phases, or the forms of each group."""
         rows = spans(self.plan) if self.plan is not None else {}
-        return rows if len(rows) > 1 else {"": self.phases}
+        return {**rows} if len(rows) > 1 else {"": self.phases}
 
 
 def renew_card(folder: str | Path) -> None:

@@ -57,7 +57,8 @@ def presented(model: nn.Module, weight: Callable[[LowRankLinear], Tensor] = dens
         weight: Gives the dense weight of a layer; by default what it computes with.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FormedLinear)}
-    weights = {name: _whole(m) if isinstance(m, FrozenLinear) else weight(m) for name, m in layers.items()}
+    frozen = {name: _whole(layer) for name, layer in layers.items() if isinstance(layer, FrozenLinear)}
+    weights = frozen | {name: weight(layer) for name, layer in layers.items() if isinstance(layer, LowRankLinear)}
     swaps = [
         Swap(name, layer, layer.dense_with(nn.Parameter(weights.pop(name).detach(), requires_grad=False)))
         for name, layer in layers.items()

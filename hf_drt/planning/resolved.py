@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from hf_drt.config import DRTConfig
 from hf_drt.forms import Form
@@ -108,7 +109,7 @@ def _forms_by_phase(plan: Plan, targets: TargetLayers, config: DRTConfig, known:
     for phase in provisional(plan).phases:
         for part in phase.whole:
             if (key := _key(part)) not in known:
-                known[key] = forms_of(part.kind, part.rank, targets, config)
+                known[key] = forms_of(part.kind, cast(float | None, part.rank), targets, config)  # no 'budget' any more
         if phase.parts:
             changed = {name: known[_key(part)][name] for name, part in _parts(phase, targets, config).items()}
             forms = FrozenDict({**forms, **changed})

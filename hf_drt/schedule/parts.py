@@ -35,8 +35,7 @@ class Group:
     of: int
 
     def __post_init__(self) -> None:
-        numbered = isinstance(self.number, int)
-        if self.of < 2 or (numbered and not 1 <= self.number <= self.of):
+        if self.of < 2 or (isinstance(self.number, int) and not 1 <= self.number <= self.of):
             raise ValueError(
                 f"'[{self}]' is not a group: there must be 2 or more, numbered from 1 to their count, e.g. [1/8]."
             )
@@ -86,7 +85,12 @@ def _group(text: str | None, entry: str) -> Group | None:
             f"'[{text}]' in '{entry}' is not a group; write its number and their count, e.g. [1/8], or [next/8] or "
             "[last/8]."
         )
-    return Group(int(match[1]) if match[1].isdigit() else match[1], int(match[2]))
+    number: Literal["next", "last"] | int = "last"
+    if match[1] == NEXT:
+        number = "next"
+    elif match[1] != LAST:
+        number = int(match[1])
+    return Group(number, int(match[2]))
 
 
 def check_parts(parts: Sequence[Part], phase: str) -> None:
