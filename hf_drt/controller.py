@@ -14,18 +14,7 @@ from torch import Tensor, nn
 from hf_drt.checkpoint import check_plan, check_preset, check_structure, declare, lasting, stored_plan, structure
 from hf_drt.config import DRTConfig
 from hf_drt.engines import engine_of
-from hf_drt.forms import (
-    AdapterLinear,
-    Dense,
-    FactoredLinear,
-    Form,
-    effective_weight,
-    form_of,
-    layer_of,
-    stack_count,
-    weight_shape,
-)
-from hf_drt.linalg import effective_rank, factored_singular_values, gram_singular_values
+from hf_drt.forms import AdapterLinear, Dense, Form, form_of, layer_of, layer_rank, weight_shape
 from hf_drt.optim import (
     Owner,
     form_group_options,
@@ -36,10 +25,10 @@ from hf_drt.optim import (
     staged,
     unwrap,
 )
-from hf_drt.planning import PlanCost, ResolvedPlan, budget_of, check_arguments, check_resolved, resolved_for
+from hf_drt.planning import PlanCost, ResolvedPlan, budget_of, check_arguments, check_resolved, mean_falls, resolved_for
 from hf_drt.schedule import Plan, Trigger, Turns, Windows, could_become, provisional, whole_number
 from hf_drt.targets import Swap, is_layer, replace
-from hf_drt.transition import FunctionError, Transition, change_forms, empty_forms
+from hf_drt.transition import FunctionError, Transition, change_forms, empty_forms, warn_of_rounding
 
 logger = logging.getLogger(__name__)
 
@@ -257,7 +246,7 @@ class DynamicRank:
         outcome = change_forms(self.model, forms, optimizer, self.config.moments, generator, function.look)
         enter()
         declare(self.model)
-        _warn_of_rounding(step, outcome.merge_error)
+        warn_of_rounding(step, outcome.merge_error)
         self.phase, self._step = index, step
         if self.turns is not None and not self.turns.reference:
             self.turns.reference = self.effective_ranks()
@@ -282,11 +271,8 @@ class DynamicRank:
 
     def _needs(self, count: int) -> dict[int, float]:
         """By what share the effective rank of each group's layers has fallen since the run began, on average."""
-        now, then = self.effective_ranks(), self.turns.reference if self.turns is not None else {}
-        falls: dict[int, list[float]] = {}
-        for name, number in self.resolved.groups(count).items():
-            falls.setdefault(number, []).append(1 - now[name] / then[name] if then[name] else 0.0)  # began at zero
-        return {number: sum(values) / len(values) for number, values in sorted(falls.items())}
+        then = self.turns.reference if self.turns is not None else {}
+        return mean_falls(then, self.effective_ranks(), self.resolved.groups(count))
 
     def _changes(self, index: int) -> dict[str, Form]:
         """The layers that change, and their new forms, from what the model is in now."""
@@ -488,7 +474,7 @@ class DynamicRank:
         """Effective rank of every target layer, of fused experts their mean; factored ones from r x r matrices only.
         Collective under FSDP2."""
         engine = engine_of(self.model)
-        return {name: _effective_rank(engine.whole(self._layer(name))) for name in self.targets}
+        return {name: layer_rank(engine.whole(self._layer(name))) for name in self.targets}
 
     @property
     def is_dense(self) -> bool:
@@ -505,28 +491,6 @@ class DynamicRank:
         change_forms(self.model, low_rank, optimizer, "reset", lambda name: self._generator(0, name))
         declare(self.model)
         self.phase = None
-
-
-def _effective_rank(module: nn.Module) -> float:
-    count = stack_count(module)
-    experts = range(count) if count is not None else [...]
-    if isinstance(module, FactoredLinear):
-        L, R, _ = module.pair()
-        spectra = [factored_singular_values(L[e], R[e]) for e in experts]
-    else:
-        W = effective_weight(module)
-        spectra = [gram_singular_values(W[e]) for e in experts]
-    return sum(map(effective_rank, spectra)) / len(spectra)
-
-
-def _warn_of_rounding(step: int, merge_error: float) -> None:
-    if merge_error > 0.1:
-        logger.warning(
-            "update step %d: rounding to the weights' dtype loses %.0f %% of what a layer has learned since the last "
-            "switch. Keep the weights in float32, and use bf16 or fp16 autocast.",
-            step,
-            100 * merge_error,
-        )
 
 
 def _trainable_parameters(model: nn.Module) -> int:

@@ -76,11 +76,15 @@ def fitted(limit: int, values: dict[str, Any], checkpointing: bool, layers: int,
     return Fitted(limit, trials, found)
 
 
-def largest_phase(resolved: ResolvedPlan, model: Any, batch: Any, how: dict[str, Any]) -> int:
-    """Bytes of the largest phase: of turns the first and the last are looked at, between which the others lie."""
+def largest_phase(resolved: ResolvedPlan, model: Any, batch: Any, how: dict[str, Any], limit: int) -> int:
+    """Bytes of the largest phase; where one is above the limit already, of that one. The first turn of full rank and
+    the last are looked at first, since most often they are the largest."""
     controller = DynamicRank(model, resolved.config, plan=resolved, in_trainer=True)
-    phases = range(len(resolved.plan))
-    grouped = any(phase.parts for phase in resolved.plan.phases)
-    looked_at = dict.fromkeys((0, 1, len(phases) - 1)) if grouped else phases
+    count, largest = len(resolved.plan), 0
+    order = dict.fromkeys(index for index in (1, count - 1, *range(count)) if index < count)
     with StepCosts(controller, batch, **how) as costs:
-        return max(costs.of(index).peak for index in looked_at)
+        for index in order:
+            largest = max(largest, costs.of(index).peak)
+            if largest > limit:
+                break
+    return largest

@@ -14,6 +14,7 @@ from hf_drt.forms.convert import (
     rank_limit,
 )
 from hf_drt.forms.frozen import FrozenLinear
+from hf_drt.forms.layer_rank import layer_rank
 from hf_drt.forms.layout import LayerShape, Layout, is_transposed
 from hf_drt.forms.marks import FROZEN
 from hf_drt.forms.modules import (
@@ -98,6 +99,7 @@ __all__ = [
     "is_transposed",
     "keep_bottlenecks",
     "layer_of",
+    "layer_rank",
     "layout_of",
     "merged",
     "odd_tensors",

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from hf_drt.config import DRTConfig
@@ -113,3 +113,17 @@ def _by_patterns(targets: Shapes, count: int, patterns: Sequence[str]) -> dict[s
     if idle := [pattern for number, pattern in enumerate(patterns, 1) if number not in found.values()]:
         raise ValueError(f"group_by: {idle[0]!r} is the first match of no layer. Change it, or the order of patterns.")
     return {name: number for name, number in found.items() if number is not None}
+
+
+def mean_falls(before: Mapping[str, float], now: Mapping[str, float], numbers: Mapping[str, int]) -> dict[int, float]:
+    """By what share a measure of layers has fallen, on average over each group: ``1 - now / before``, and 0 of a layer
+    that began at 0.
+
+    Args:
+        before, now: Of every layer, by name.
+        numbers: The group of every layer.
+    """
+    falls: dict[int, list[float]] = {}
+    for name, number in numbers.items():
+        falls.setdefault(number, []).append(1 - now[name] / before[name] if before[name] else 0.0)
+    return {number: sum(shares) / len(shares) for number, shares in sorted(falls.items())}

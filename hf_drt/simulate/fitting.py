@@ -31,7 +31,8 @@ def _quoted(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate that was looked at: the bytes of its largest phase, and whether that is within the limit."""
+    """A candidate that was looked at: the bytes of its largest phase, or of the first that was found above the limit;
+    and whether that is within it."""
 
     candidate: Candidate
     peak: int
@@ -52,7 +53,7 @@ def fitting(
         given: What was asked for.
         layers: How many layers there are to be divided.
         ratio: Rank of the layers that wait as a share of min(out, in), where it is given.
-        peak: Gives the bytes of a candidate's largest phase.
+        peak: Gives the bytes of a candidate's largest phase, or of one that is above the limit.
     """
     trials: list[Trial] = []
 

@@ -134,9 +134,7 @@ def estimate_run(
         tick: Called after each simulated step, of which there are as many as different phases, and one.
 
     Raises:
-        SimulationError: The cost of the model does not follow from its shapes.
-        ValueError: The optimizer is not one that may follow a change of form, or its package is not installed, or it
-            cannot have the matrix optimizer beside it; as :func:`hf_drt.activations.checkpointing_error`.
+        SimulationError, ValueError: As :class:`hf_drt.simulate.StepCosts`.
     """
     rule, _ = maker(optimizer)
     by_phase = [controller.forms(index) for index in range(len(controller.plan))]

@@ -51,7 +51,8 @@ class StepCosts:
         self._put(self._plain())
 
     def dense(self) -> StepCost:
-        """Of dense training, without the settings on memory of activations. Ask for it before any phase."""
+        """Of dense training, without the settings on memory of activations."""
+        self._activations.leave()
         return self._cost(self._plain())
 
     def of(self, phase: int) -> StepCost:

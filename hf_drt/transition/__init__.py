@@ -1,6 +1,6 @@
 """A change of form of many layers: prepared as a whole, put in force layer by layer."""
 
-from hf_drt.transition.change import Transition, change_forms, empty_forms
+from hf_drt.transition.change import Transition, change_forms, empty_forms, warn_of_rounding
 from hf_drt.transition.exchange import Change, HalfwayError, Outcome, exchange, exchange_layers
 from hf_drt.transition.function_error import FunctionError
 
@@ -14,4 +14,5 @@ __all__ = [
     "empty_forms",
     "exchange",
     "exchange_layers",
+    "warn_of_rounding",
 ]

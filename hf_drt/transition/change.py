@@ -142,3 +142,19 @@ def _unset(layer: nn.Module) -> nn.Module:
             if name != "bias":
                 parameter.fill_(torch.nan)
     return layer
+
+
+def warn_of_rounding(step: int, merge_error: float) -> None:
+    """Say so where the weights' dtype is too coarse for what has been learned.
+
+    Args:
+        step: At whose beginning layers have changed form.
+        merge_error: Of :class:`Transition`.
+    """
+    if merge_error > 0.1:
+        logger.warning(
+            "update step %d: rounding to the weights' dtype loses %.0f %% of what a layer has learned since the last "
+            "switch. Keep the weights in float32, and use bf16 or fp16 autocast.",
+            step,
+            100 * merge_error,
+        )

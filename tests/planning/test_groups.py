@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_drt import DRTConfig, DynamicRank
 from hf_drt.forms import LayerShape
-from hf_drt.planning.groups import division, group_numbers
+from hf_drt.planning.groups import division, group_numbers, mean_falls
 
 reproducibly = settings(derandomize=True, database=None, deadline=None, max_examples=200)
 
@@ -128,3 +128,9 @@ def test_a_named_layer_is_in_the_form_of_its_part_and_others_stay():
             assert text == (
                 "Dense()" if number == phase else "Dense(frozen=True)" if number < phase else "Factored(rank=4)"
             )
+
+
+def test_falls_are_means_over_the_layers_of_a_group():
+    before, now = {"a": 10.0, "b": 4.0, "c": 0.0, "d": 5.0}, {"a": 5.0, "b": 4.0, "c": 3.0, "d": 6.0}
+    numbers = {"a": 2, "b": 2, "c": 1, "d": 3}
+    assert mean_falls(before, now, numbers) == pytest.approx({1: 0.0, 2: 0.25, 3: -0.2})

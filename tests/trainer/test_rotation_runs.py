@@ -9,7 +9,9 @@ from equal_runs import assert_equal_runs
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback
 
 from hf_drt import DRTTrainer, form_of
+from hf_drt.export.card import method_section
 from hf_drt.forms import Dense
+from hf_drt.trainer.summary import run_summary
 
 STEPS = 8
 TURNS = "factored@0 dense[1/2]@2 dense[2/2]+{after}[1/2]@4 {after}[2/2]@6"
@@ -53,9 +55,18 @@ def test_the_trained_model_is_a_plain_one_and_loads_without_this_package(tmp_pat
     run.save_model()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert (tiny.logits(loaded, tiny.batch()) - tiny.logits(run.model, tiny.batch())).abs().max() <= 1e-5
-    card = (tmp_path / "README.md").read_text() if (tmp_path / "README.md").exists() else ""
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
-    assert "Traceback" not in card
+
+
+def test_the_card_shows_groups_over_time(tmp_path):
+    run = trainer(tmp_path, **KINDS["frozen"])
+    run.train()
+    card = method_section(run_summary(run.drt, run.state.log_history, "dense", "user/name"))
+    count = run.drt.plan.phases[-1].parts[0].group.of
+    for number in range(1, count + 1):
+        assert f"group {number}/{count}  " in card
+    for phase in run.drt.plan.phases:
+        assert f"| {phase.form if phase.parts else phase.kind} | {phase.start} to " in card
 
 
 def test_a_checkpoint_of_frozen_layers_loads_as_a_dense_model(tmp_path):
