@@ -150,23 +150,25 @@ def one(options: argparse.Namespace) -> None:
 
 def table(options: argparse.Namespace) -> None:
     """Print the table of each task, or that of its memory or its learning rates."""
-    from tables import print_memory, print_table
+    from tables import chosen, print_memory, print_table
     from tuned_tables import print_rates, print_tuned
 
     for name in options.tasks:
         whole = print_tuned if "tuned" in task_file(name) else print_table
         show = print_memory if options.memory else print_rates if options.rates else whole
-        show(name, Store(options.results, name), options.seeds)
+        show(name, Store(options.results, name), options.seeds, chosen(name, options.methods, options.but))
 
 
 def plot(options: argparse.Namespace) -> None:
     """Draw the pictures of each task."""
     try:
         from plots import write_plots
+        from tables import chosen
     except ModuleNotFoundError as error:
         raise ValueError(f"plot needs {error.name}. Run: pip install 'hf-drt[report]'") from None
     for name in options.tasks:
-        for path in write_plots(name, Store(options.results, name), options.seeds, options.output, options.methods):
+        shown = chosen(name, options.methods, options.but) if options.methods or options.but else None
+        for path in write_plots(name, Store(options.results, name), options.seeds, options.output, shown):
             print(path)
 
 
@@ -187,16 +189,18 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("task")
     command.add_argument("--methods", nargs="+", help="Of the task file; all if left out.")
     command.set_defaults(call=pilot)
-    command = commands.add_parser("table", parents=[common], help="Tables from the records.")
+    choice = argparse.ArgumentParser(add_help=False)
+    choice.add_argument("--methods", nargs="+", help="Of the task file, by name or pattern; all but trials if left out.")
+    choice.add_argument("--except", dest="but", nargs="+", help="Methods that are left out, by name or pattern.")
+    command = commands.add_parser("table", parents=[common, choice], help="Tables from the records.")
     command.add_argument("tasks", nargs="+")
     kind = command.add_mutually_exclusive_group()
     kind.add_argument("--memory", action="store_true", help="Bytes of the tensors and peak, by phase.")
     kind.add_argument("--rates", action="store_true", help="Losses of the learning rates that were tried.")
     command.set_defaults(call=table)
-    command = commands.add_parser("plot", parents=[common], help="Pictures from the records.")
+    command = commands.add_parser("plot", parents=[common, choice], help="Pictures from the records.")
     command.add_argument("tasks", nargs="+")
     command.add_argument("--output", type=Path, required=True, help="Folder of the PNGs.")
-    command.add_argument("--methods", nargs="+", help="Of the task file; all that are in no grid if left out.")
     command.set_defaults(call=plot)
     command = commands.add_parser("one", parents=[common], help=argparse.SUPPRESS)
     command.add_argument("request", type=Path)

@@ -21,7 +21,7 @@ from tuned_tables import rows_of
 
 from hf_drt.report.figures import STYLE
 
-FORMS = {"factored": "#f0862b", "dense": "#31688e", "adapter": "#7a9e26"}
+FORMS = {"factored": "#f0862b", "dense": "#31688e", "adapter": "#7a9e26", "mixed": "#8a6fb0"}
 Records = dict[str, list[dict[str, Any]]]
 
 
@@ -38,13 +38,9 @@ def write_plots(
         methods: Of the task; all but those of a grid and the trials of learning rates if left out.
 
     Raises:
-        ValueError: The task has no such method, or there is no record.
+        ValueError: There is no record.
     """
     task = task_file(name)
-    if unknown := set(methods or ()) - set(task["methods"]):
-        raise ValueError(
-            f"task {name} has no method {', '.join(sorted(unknown))}; it has {', '.join(task['methods'])}."
-        )
     found = {m: [r for s in seeds if (r := record_of(name, m, s, store))] for m in task["methods"]}
     found = {method: records for method, records in found.items() if records}
     if not found:
@@ -151,8 +147,9 @@ def rank_over_time(name: str, found: Records) -> Figure | None:
         panel.set_xlim(0, longest)
     for panel in panels[len(runs) :]:
         panel.set_visible(False)
-    keys = [figure.axes[0].fill([], [], color=colour, alpha=0.3)[0] for colour in FORMS.values()]
-    figure.legend(keys, FORMS, loc="outside lower center", ncols=3)
+    kinds = [kind for kind in FORMS if any(phase["kind"] == kind for r in runs.values() for phase in r["phases"])]
+    keys = [figure.axes[0].fill([], [], color=FORMS[kind], alpha=0.3)[0] for kind in kinds]
+    figure.legend(keys, kinds, loc="outside lower center", ncols=len(kinds))
     for panel in panels[max(0, len(runs) - columns) : len(runs)]:
         panel.set_xlabel("CPU seconds")
         panel.tick_params(labelbottom=True)

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from methods import Missing, record_of, seconds_of, trial_loss
+from methods import Missing, record_of, seconds_of, settings_of, trial_loss
 from store import Store, task_file
-from tables import deviation, metric, whole_methods
+from tables import chosen, deviation, metric
 from tuning import pairs_of, trial_name
 
 
@@ -40,10 +40,11 @@ class Row:
         return self.losses if name == "loss" else self.others[name]
 
 
-def rows_of(name: str, store: Store, seeds: list[int]) -> dict[str, Row]:
-    """One row per method that has records."""
+def rows_of(name: str, store: Store, seeds: list[int], methods: list[str] | None = None) -> dict[str, Row]:
+    """One row per method that has records; of all methods but trials if they are left out."""
     found = {}
-    for method, change in whole_methods(name).items():
+    for method in methods or chosen(name):
+        change = task_file(name)["methods"][method]
         records = [r for seed in seeds if (r := record_of(name, method, seed, store))]
         if records:
             found[method] = _row(name, method, change.get("label", method), records, store)
@@ -78,12 +79,12 @@ def _known(value: Callable[[], float]) -> float | None:
         return None
 
 
-def print_tuned(name: str, store: Store, seeds: list[int]) -> None:
+def print_tuned(name: str, store: Store, seeds: list[int], methods: list[str] | None = None) -> None:
     """The table, in Markdown, the longest runs first: loss, further metrics, seconds relative to those of dense AdamW,
     rates."""
-    rows = rows_of(name, store, seeds)
+    rows = rows_of(name, store, seeds, methods)
     names = list(dict.fromkeys(key for row in rows.values() for key in row.others))
-    dense = rows["dense"].seconds if "dense" in rows else None
+    dense = _known(lambda: _dense_seconds(name, store, seeds[0]))
     metrics = (key.replace("_", " ") for key in names)
     _print_header(name, "loss", *metrics, "seconds", "of dense AdamW's", "steps", "rates", "seeds")
     for row in sorted(rows.values(), key=_longest_first):
@@ -94,6 +95,17 @@ def print_tuned(name: str, store: Store, seeds: list[int]) -> None:
         matrices, others = row.rates
         cells += [f"{others:g}" if matrices is None else f"{matrices:g}, {others:g}", str(len(row.losses))]
         print(f"| {row.label} | {' | '.join(cells)} |")
+
+
+def _dense_seconds(name: str, store: Store, seed: int) -> float:
+    """CPU seconds of dense AdamW's run, whether it is shown or not.
+
+    Raises:
+        Missing: There was no pilot of it, its rates have not been tried, or the task does not have it.
+    """
+    if "dense" not in task_file(name)["methods"]:
+        raise Missing("dense")
+    return seconds_of(name, "dense", settings_of(name, "dense", seed, store)["training"]["max_steps"], store)
 
 
 def _longest_first(row: Row) -> tuple[float, float]:
@@ -130,10 +142,12 @@ def mean_text(values: list[float]) -> str:
     return "–" if not values else f"{statistics.fmean(values):.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
 
 
-def print_rates(name: str, store: Store, seeds: list[int]) -> None:
+def print_rates(name: str, store: Store, seeds: list[int], methods: list[str] | None = None) -> None:
     """Of every tuned method the losses of its trials, which all have one seed: a line per rate of the matrices, a
     column per rate of the others. The lowest is in bold."""
     for method, entry in task_file(name).get("tuned", {}).get("methods", {}).items():
+        if methods and method not in methods:
+            continue
         losses = {pair: _known(partial(trial_loss, name, store, trial_name(method, pair))) for pair in pairs_of(entry)}
         known = [loss for loss in losses.values() if loss is not None]
         if not known:

@@ -179,6 +179,24 @@ def test_the_table_counts_the_seconds_of_the_pilot(results, capsys):
     assert "| 50 | 0.40 | 100 |" in capsys.readouterr().out
 
 
+def test_a_table_shows_the_methods_that_are_named(results, capsys):
+    for method in ("pair", "dense"):
+        tried(results, method, f"{method}_m0.1_o0.03")
+        results.add(method, record(method, 1, results))
+    timed(results, pair=[(20, 0.5)], dense=[(20, 1.25)])
+    results.add("dense_in_pair", record("dense_in_pair", 1, results))
+    for flags, shown in (
+        (["--methods", "pair", "*_in_pair"], {"pair", "dense_in_pair"}),
+        (["--except", "*_in_pair"], {"pair", "dense, AdamW"}),
+        (["--methods", "*pair*", "--except", "dense*"], {"pair"}),
+        (["--methods", "pair_m0.1_o0.03"], {"pair_m0.1_o0.03"}),  # a trial, by its name alone
+    ):
+        benchmark.main(["table", "made_up", "--seeds", "1", "--results", str(results.path.parent), *flags])
+        lines = capsys.readouterr().out.splitlines()[2:]
+        assert {line.split(" | ")[0].strip("| ") for line in lines} == shown
+        assert all(" | 0.40 | " in line for line in lines if line.startswith("| pair | "))  # of dense, shown or not
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [
