@@ -60,7 +60,7 @@ class Options:
 
     def schedule(self, method: str) -> str:
         """The phases of a run, ``steps`` updates each."""
-        if method == "dense":
+        if method in ("dense", "checkpointed"):
             return "dense@0"
         if method == "forms":
             return f"factored@0 frozen@{self.steps}"
@@ -70,19 +70,20 @@ class Options:
 
     def phases(self, method: str) -> int:
         """How many phases it has."""
-        return {"dense": 1, "forms": 2}.get(method, self.groups + 1)
+        return {"dense": 1, "checkpointed": 1, "forms": 2}.get(method, self.groups + 1)
 
     def settings(self, method: str) -> dict[str, Any]:
         """Settings of dynamic-rank training."""
-        given: dict[str, Any] = {"schedule": self.schedule(method)}
-        if method == "dense":
+        # What the ranks of all layers take, at the end of a phase, is not part of a step or switch.
+        given: dict[str, Any] = {"schedule": self.schedule(method), "log_rank_steps": 0}
+        if method in ("dense", "checkpointed"):
             return given
         given["rank_ratio"] = self.rank_ratio
-        given |= {"start": "scratch"} if method == "rotate" else {}
+        given |= {"recompute": "bottleneck"} if self.recompute else {}
+        given |= {"frozen_dtype": self.frozen_dtype} if self.frozen_dtype and self.after == "frozen" else {}
         if method == "rotate":
+            given |= {"start": "scratch"}
             given |= {"dense_checkpointing": True} if self.dense_checkpointing else {}
-            given |= {"recompute": "bottleneck"} if self.recompute else {}
-            given |= {"frozen_dtype": self.frozen_dtype} if self.frozen_dtype and self.after == "frozen" else {}
         return given
 
 
@@ -146,6 +147,7 @@ def train(options: Options, method: str, limit: float | None, folder: str) -> li
         output_dir=folder, max_steps=options.steps * options.phases(method), learning_rate=1e-3, warmup_steps=2,
         per_device_train_batch_size=options.batch_size, report_to="none", save_strategy="no", disable_tqdm=True,
         logging_steps=1_000_000, optim="adamw_torch", dataloader_pin_memory=False, use_cpu=True,
+        gradient_checkpointing=method == "checkpointed",
         **{f"drt_{name}": value for name, value in options.settings(method).items()},
     )  # fmt: skip
     meter = Meter()
@@ -241,7 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
     (options,) = HfArgumentParser(Options, description=__doc__.splitlines()[0]).parse_args_into_dataclasses(arguments)
     if options.steps < 2:
         raise ValueError(f"--steps must be at least 2, since the first of a phase is not timed, got {options.steps}.")
-    runs = {method: by_phase(run(options, method) or []) for method in ("dense", "forms", "rotate")}
+    runs = {method: by_phase(run(options, method) or []) for method in ("dense", "checkpointed", "forms", "rotate")}
     plan = predicted(options, "rotate")
     print_phases(options, runs, plan)
     live, most = max(row["live"] for row in runs["rotate"]), runs["dense"][0]["live"]
@@ -255,13 +257,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 def print_phases(options: Options, runs: dict[str, list[dict[str, float]]], plan: RunEstimate) -> None:
     """Memory and time of every phase beside what was predicted; MiB, and shares of dense training."""
-    dense, (factored, frozen) = runs["dense"][0], (row["seconds"] for row in runs["forms"])
+    dense, checkpointed = runs["dense"][0], runs["checkpointed"][0]
+    factored, frozen = (row["seconds"] for row in runs["forms"])
+    whole = checkpointed["seconds"] if options.dense_checkpointing else dense["seconds"]
     head = ("phase", "held", "of dense", "predicted", "live", "of dense", "predicted", "with the switch", "s/step",
             "by its forms", "switch s")  # fmt: skip
     rows = [["dense", mib(dense["held"]), "1.000", mib(plan.dense.held), mib(dense["live"]), "1.000",
-             mib(plan.dense.peak), "-", f"{dense['seconds']:.2f}", "-", "-"]]  # fmt: skip
+             mib(plan.dense.peak), "-", f"{dense['seconds']:.2f}", "-", "-"],
+            ["dense, checkpointed", mib(checkpointed["held"]), f"{checkpointed['held'] / dense['held']:.3f}", "-",
+             mib(checkpointed["live"]), f"{checkpointed['live'] / dense['live']:.3f}", "-", "-",
+             f"{checkpointed['seconds']:.2f}", "-", "-"]]  # fmt: skip
     for index, (row, phase) in enumerate(zip(runs["rotate"], plan.phases, strict=True)):
-        expected = mixture(options, dense["seconds"], factored, frozen, index)
+        expected = mixture(options, whole, factored, frozen, index)
         rows.append([
             phase.form, mib(row["held"]), f"{row['held'] / dense['held']:.3f}", mib(phase.step.held),
             mib(row["live"]), f"{row['live'] / dense['live']:.3f}", mib(phase.step.peak), mib(row["switch"]),

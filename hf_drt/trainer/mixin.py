@@ -45,6 +45,7 @@ from hf_drt.schedule import Run
 from hf_drt.trainer.aside import hidden_token, upcast_bases
 from hf_drt.trainer.callback import DRTCallback, updates_per_epoch
 from hf_drt.trainer.checkpoint import checked_state, last_complete_checkpoint, readable_state
+from hf_drt.trainer.compiler import CompiledGraphs
 from hf_drt.trainer.delivery import Delivery, deliver
 from hf_drt.trainer.driver import PhaseDriver
 from hf_drt.trainer.events import TrainerEvents
@@ -131,6 +132,7 @@ class DRTTrainerMixin(PublishingMixin):
     _drt_starting = False
     _drt_load: Callable[[], Any] | None = None
     _drt_pieces: Pieces | None = None  # with dense_accumulation
+    _drt_graphs: CompiledGraphs | None = None  # of a compiled model
 
     def __init__(self, *args: Any, drt: DRTConfig | str | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -150,6 +152,7 @@ class DRTTrainerMixin(PublishingMixin):
         refuse_unused(self.model, config, layers)
         self._drt_pieces = Pieces.of(self, config.dense_accumulation)
         self._drt_loop, self._drt_rates = TrainerLoop(self), RunRates(self)
+        self._drt_graphs = CompiledGraphs.of(self)
         self._drt_writer = ModelWriter(self, lambda: self._drt_config().export, self._drt_write_state)
         self._drt_publisher = Publisher(self.args, self._drt_publish)
         if self.args.push_to_hub and self.is_world_process_zero():
@@ -283,9 +286,8 @@ class DRTTrainerMixin(PublishingMixin):
         handler = self.accelerator.ddp_handler
         with engine_of(self.model_wrapped).around_switch(handler.to_kwargs() if handler is not None else {}):
             yield
-        if self.args.torch_compile:
-            # Graphs of old structures count against dynamo's recompile limit, past which it runs eagerly in silence.
-            torch._dynamo.reset()
+        if self._drt_graphs is not None and self.drt is not None:
+            self._drt_graphs.switched(self.drt.plan)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The base's batches of one update step; looked at on the way for throughput and for the probe."""
@@ -410,6 +412,8 @@ class DRTTrainerMixin(PublishingMixin):
             self._drt_starting, self._drt_load = False, None
             if self._drt_driver is not None:
                 self._drt_driver.leave()
+            if self._drt_graphs is not None:
+                self._drt_graphs.leave()
 
     def _drt_around_loading(self, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around ``_load_from_checkpoint(folder, ...)``, whoever overrides it.

@@ -22,12 +22,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from methods import Missing, pilot_settings, pilot_store, settings_of, timed
+from methods import REFERENCE, Missing, pilot_settings, pilot_store, pilots, settings_of, timed
 from store import HERE, Store, task_file
 from tuning import SEED
 
@@ -109,13 +110,20 @@ def command_of(settings: dict[str, Any], folder: str, cache: str, *flags: str) -
 
 
 def pilot(options: argparse.Namespace) -> None:
-    """Time the update steps of the methods, side by side."""
+    """Time the update steps of those methods that no pilot has timed, side by side, and beside those of dense."""
     from pilot import measured
 
     store = Store(options.results, options.task)
     kept = pilot_store(options.task, store)
-    names = {timed(options.task, method) for method in options.methods or task_file(options.task)["methods"]}
+    known = task_file(options.task)["methods"]
+    names = {timed(options.task, method) for method in options.methods or known}
+    names = {method for method in names if not pilots(options.task, method, store)}
+    if not names:
+        print(f"{options.task}: all have been timed; delete their lines in {kept.path} to time them again")
+        return
+    names |= {REFERENCE} & known.keys()
     settings = {method: pilot_settings(options.task, method) for method in sorted(names)}
+    began = datetime.now(UTC).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory() as folder:
         for method in settings:
             Path(folder, method).mkdir()
@@ -125,7 +133,7 @@ def pilot(options: argparse.Namespace) -> None:
         }
         answers = {method: Path(folder, method, "record.json") for method in settings}
         for method, record in measured(commands, answers):
-            kept.add(method, record)
+            kept.add(method, {"pilot": began, **record})
             steps = ", ".join(f"{p['kind']} {p['step_seconds']:.3f}" for p in record["phases"])
             print(f"{options.task} {method}: {steps} s of computing a step", flush=True)
 
@@ -185,7 +193,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--methods", nargs="+", help="Of the task file; all if left out.")
     command.add_argument("--jobs", type=int, default=1, help="Runs at a time, each on a core of its own.")
     command.set_defaults(call=run)
-    command = commands.add_parser("pilot", parents=[common], help="Time the update steps of the methods.")
+    command = commands.add_parser("pilot", parents=[common], help="Time the update steps of methods that have not been.")
     command.add_argument("task")
     command.add_argument("--methods", nargs="+", help="Of the task file; all if left out.")
     command.set_defaults(call=pilot)

@@ -8,11 +8,12 @@ from tuning import SEED, rates
 
 SECTIONS = {
     "model", "training", "peft", "extras", "like", "as_long_as", "in_seconds_of", "times", "timed_as", "label",
-    "tuned", "trial",
+    "tuned", "trial", "pilot_steps",
 }  # fmt: skip
 EXTRAS = {"guide", "profile"}  # of :mod:`extras`
 LENGTHS = {"as_long_as", "in_seconds_of", "times", "label", "like"}
 PILOT_STEPS, TURN_STEPS = 20, 5
+REFERENCE = "dense"  # is in every pilot
 
 
 class Missing(Exception):
@@ -25,7 +26,7 @@ def settings_of(name: str, method: str, seed: int, store: Store) -> dict[str, An
     A method may change ``model`` and ``training``, name ``peft``, have ``extras``, be ``like`` another method, and take
     as many seconds as another one, with the learning-rate schedule fitted to that length: ``as_long_as`` that one's run
     on this machine, or ``in_seconds_of`` it, or a multiple of that (``times``), by the seconds of an update step that a
-    pilot has measured (:mod:`pilot`). A tuned one takes the best of its learning rates.
+    pilot has measured (:mod:`pilot`), of ``pilot_steps`` steps. A tuned one takes the best of its learning rates.
 
     Raises:
         ValueError: The task has no such method, or a method has an unknown section.
@@ -107,20 +108,43 @@ def timed(name: str, method: str) -> str:
 def pilot_settings(name: str, method: str) -> dict[str, Any]:
     """Of the short run in which a method's update steps are timed."""
     settings = base_settings(name, timed(name, method))
-    short = {"max_steps": PILOT_STEPS, "warmup_steps": 2}
+    short = {"max_steps": _pilot_steps(name, timed(name, method)), "warmup_steps": 2}
     measure = {"points": 1, "turn": TURN_STEPS}
     return settings | {"training": settings["training"] | short, "seed": SEED, "measure": measure}
 
 
+def _pilot_steps(name: str, method: str) -> int:
+    """Its own, or those of the method that it is like: a method of many phases needs more, for each of them some."""
+    change = change_of(name, method)
+    if "pilot_steps" in change or "like" not in change:
+        return change.get("pilot_steps", PILOT_STEPS)
+    return _pilot_steps(name, change["like"])
+
+
 def step_seconds(name: str, method: str, store: Store) -> float:
-    """CPU seconds of an update step, the mean over the phases of a run; from the pilot.
+    """CPU seconds of an update step, the mean over the phases of a run; from the first pilot that the method was in.
+
+    A later pilot has met the machine in another state. What it says is taken relative to its steps of dense training,
+    and told in those of the first.
 
     Raises:
         Missing: There was none.
     """
-    record = pilot_store(name, store).find(timed(name, method), pilot_settings(name, method))
+    record = next(iter(pilots(name, method, store)), None)
     if record is None:
         raise Missing(f"the pilot of {timed(name, method)}: benchmark.py pilot {name}")
+    references = pilots(name, REFERENCE, store) if REFERENCE in task_file(name)["methods"] else []
+    beside = [r for r in references if r.get("pilot") == record.get("pilot")]
+    scale = _mean_step(references[0]) / _mean_step(beside[0]) if beside else 1.0
+    return scale * _mean_step(record)
+
+
+def pilots(name: str, method: str, store: Store) -> list[dict[str, Any]]:
+    """The records of a method's pilots, the oldest first."""
+    return pilot_store(name, store).all_of(timed(name, method), pilot_settings(name, method))
+
+
+def _mean_step(record: dict[str, Any]) -> float:
     phases = record["phases"]
     return sum(p["steps"] * p["step_seconds"] for p in phases) / sum(p["steps"] for p in phases)
 

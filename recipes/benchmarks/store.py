@@ -64,9 +64,13 @@ class Store:
 
     def find(self, method: str, settings: dict[str, Any]) -> dict[str, Any] | None:
         """The record of a run, or None."""
+        found = self.all_of(method, settings)
+        return found[-1] if found else None
+
+    def all_of(self, method: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
+        """All records of a run, the oldest first."""
         wanted = digest(settings)
-        found = (r for r in reversed(self.records) if r["method"] == method and r["digest"] == wanted)
-        return next(found, None)
+        return [r for r in self.records if r["method"] == method and r["digest"] == wanted]
 
     def add(self, method: str, record: dict[str, Any]) -> None:
         """Append a record."""

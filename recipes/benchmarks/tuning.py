@@ -19,8 +19,8 @@ def tuned_methods(name: str, section: dict[str, Any], steps: int) -> dict[str, d
     """The methods of a task's section ``tuned``: each, and its trials ``<method>_m<rate>_o<rate>``.
 
     The section is ``{"share": s, "methods": {...}}``; a method of it ``{"training": {...}, "rate": argument,
-    "matrices": [...], "others": [...]}``, with ``model`` where it trains another one, and ``pairs`` where not the whole
-    grid is tried. ``rate`` names the training argument that is the matrices' rate.
+    "matrices": [...], "others": [...]}``, with ``model`` where it trains another one, ``pairs`` where not the whole
+    grid is tried, and ``pilot_steps`` where its pilot takes more. ``rate`` names the training argument that is the matrices' rate.
 
     Args:
         name: Of the task, for messages.
@@ -35,7 +35,7 @@ def tuned_methods(name: str, section: dict[str, Any], steps: int) -> dict[str, d
     made: dict[str, dict[str, Any]] = {}
     for method, entry in methods.items():
         _check(f"tuned method {method!r} of {name}", entry)
-        whole = {key: entry[key] for key in ("training", "model", "label") if key in entry}
+        whole = {key: entry[key] for key in ("training", "model", "label", "pilot_steps") if key in entry}
         short = whole | {"training": entry["training"] | {"max_steps": round(share * steps)}}
         for pair in pairs_of(entry):
             made[trial_name(method, pair)] = short | {"trial": pair, "tuned": method}
@@ -68,7 +68,7 @@ def best_pair(entry: dict[str, Any], method: str, loss_of: Loss) -> Pair:
 def _check(what: str, entry: dict[str, Any]) -> None:
     if missing := _SECTIONS - set(entry):
         raise ValueError(f"{what} lacks {', '.join(sorted(missing))}.")
-    if unknown := set(entry) - _SECTIONS - {"model", "label", "pairs"}:
+    if unknown := set(entry) - _SECTIONS - {"model", "label", "pairs", "pilot_steps"}:
         raise ValueError(f"{what} has unknown entries: {', '.join(sorted(unknown))}.")
     for key in ("matrices", "others"):
         rates = entry[key]

@@ -12,7 +12,7 @@ SMALL = (
 
 
 @pytest.mark.parametrize("steps", [2, 3, 7])
-@pytest.mark.parametrize("method", ["dense", "forms", "rotate"])
+@pytest.mark.parametrize("method", ["dense", "checkpointed", "forms", "rotate"])
 def test_every_phase_has_as_many_updates(method, steps):
     options = recipe.Options(groups=8, steps=steps)
     length = steps * options.phases(method)
@@ -22,10 +22,10 @@ def test_every_phase_has_as_many_updates(method, steps):
 
 def test_settings_are_given_where_they_act():
     options = recipe.Options(frozen_dtype="bfloat16", dense_checkpointing=True, recompute=True)
-    assert options.settings("dense") == {"schedule": "dense@0"}
-    assert set(options.settings("rotate")) == {
-        "schedule", "start", "rank_ratio", "dense_checkpointing", "recompute", "frozen_dtype",
-    }  # fmt: skip
+    common = {"schedule", "log_rank_steps"}
+    assert set(options.settings("dense")) == set(options.settings("checkpointed")) == common
+    assert set(options.settings("forms")) == common | {"rank_ratio", "recompute", "frozen_dtype"}
+    assert set(options.settings("rotate")) == set(options.settings("forms")) | {"start", "dense_checkpointing"}
     assert "frozen_dtype" not in recipe.Options(after="adapter", frozen_dtype="bfloat16").settings("rotate")
 
 
@@ -59,6 +59,8 @@ def test_turns_train_where_dense_training_fails(capsys):
     assert "dense: fails, out of memory" in said
     assert "rotate: runs through" in said
     rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| ")][2:]
-    for row in rows:  # bytes as predicted, to a MiB
+    assert [row[0] for row in rows[:3]] == ["| dense", "| dense, checkpointed", "| factored"]
+    assert int(rows[1][1]) == int(rows[0][1]) and int(rows[1][4]) < int(rows[0][4])
+    for row in rows[:1] + rows[2:]:  # bytes as predicted, to a MiB
         assert abs(int(row[1]) - int(row[3])) <= 1
         assert abs(int(row[4]) - int(row[6])) <= 1

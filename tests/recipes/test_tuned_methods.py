@@ -5,6 +5,7 @@ import threading
 
 import benchmark
 import methods
+import pilot
 import pytest
 import store
 from benchmark import Missing, settings_of
@@ -63,12 +64,12 @@ def tried(results: Store, method: str, best: str) -> None:
     with_losses(results, {name: 1.5 if name == best else 2.0 for name in names})
 
 
-def timed(results: Store, **phases: list[tuple[int, float]]) -> None:
+def timed(results: Store, pilot: str | None = None, **phases: list[tuple[int, float]]) -> None:
     """A pilot's records: (steps, seconds of one) of each phase."""
     for method, found in phases.items():
         settings = methods.pilot_settings("made_up", method)
         made = [{"kind": "dense", "steps": steps, "step_seconds": seconds} for steps, seconds in found]
-        methods.pilot_store("made_up", results).add(method, {"settings": settings, "phases": made})
+        methods.pilot_store("made_up", results).add(method, {"pilot": pilot, "settings": settings, "phases": made})
 
 
 def test_every_pair_of_rates_is_tried_and_the_best_is_taken(results, capsys):
@@ -133,6 +134,40 @@ def test_a_pilot_counts_while_the_steps_are_the_same(results, monkeypatch):
     (store.HERE / "tasks" / "made_up.json").write_text(json.dumps(changed))
     with pytest.raises(Missing, match="the pilot of pair"):
         methods.step_seconds("made_up", "pair", results)
+
+
+def test_a_later_pilot_is_told_in_the_seconds_of_the_first(results):
+    timed(results, pair=[(20, 0.5)], dense=[(20, 1.0)])
+    timed(results, pilot="later, on a machine half as fast", pair_window=[(16, 1.0), (4, 6.0)], dense=[(20, 2.0)])
+    seconds = {m: methods.step_seconds("made_up", m, results) for m in ("pair", "dense", "pair_window")}
+    assert seconds == {"pair": 0.5, "dense": 1.0, "pair_window": 0.5 * (16 + 4 * 6) / 20}
+
+
+def test_a_pilot_times_what_none_has_timed_and_dense_beside_it(results, monkeypatch, capsys):
+    made: list[list[str]] = []
+
+    def measured(commands, answers):
+        made.append(sorted(commands))
+        for method in commands:
+            settings = methods.pilot_settings("made_up", method)
+            yield method, {"settings": settings, "phases": [{"kind": "dense", "steps": 20, "step_seconds": 1.0}]}
+
+    monkeypatch.setattr(pilot, "measured", measured)
+    timed(results, pair=[(20, 0.5)], dense=[(20, 1.0)])
+    command = ["pilot", "made_up", "--results", str(results.path.parent)]
+    benchmark.main(command)
+    assert made == [["dense", "pair_window"]]
+    benchmark.main(command)
+    assert len(made) == 1 and "made_up: all have been timed; delete their lines" in capsys.readouterr().out
+    kept = methods.pilots("made_up", "dense", Store(results.path.parent, "made_up"))
+    assert [record["pilot"] is None for record in kept] == [True, False]
+
+
+def test_a_method_of_many_phases_has_a_longer_pilot(results):
+    tuned = TASK["tuned"] | {"methods": TASK["tuned"]["methods"] | {"pair": TUNED | {"pilot_steps": 60}}}
+    (store.HERE / "tasks" / "made_up.json").write_text(json.dumps(TASK | {"tuned": tuned}))
+    steps = {m: methods.pilot_settings("made_up", m)["training"]["max_steps"] for m in ("pair", "pair_window", "dense")}
+    assert steps == {"pair": 60, "pair_window": 60, "dense": 20}
 
 
 def test_trials_are_made_with_one_seed_before_what_waits_for_them(results, monkeypatch):
