@@ -259,7 +259,8 @@ def print_phases(options: Options, runs: dict[str, list[dict[str, float]]], plan
     """Memory and time of every phase beside what was predicted; MiB, and shares of dense training."""
     dense, checkpointed = runs["dense"][0], runs["checkpointed"][0]
     factored, frozen = (row["seconds"] for row in runs["forms"])
-    whole = checkpointed["seconds"] if options.dense_checkpointing else dense["seconds"]
+    # Checkpointed blocks are so in all their forms; there are no runs of single forms that would tell their steps.
+    told = not options.dense_checkpointing
     head = ("phase", "held", "of dense", "predicted", "live", "of dense", "predicted", "with the switch", "s/step",
             "by its forms", "switch s")  # fmt: skip
     rows = [["dense", mib(dense["held"]), "1.000", mib(plan.dense.held), mib(dense["live"]), "1.000",
@@ -268,11 +269,11 @@ def print_phases(options: Options, runs: dict[str, list[dict[str, float]]], plan
              mib(checkpointed["live"]), f"{checkpointed['live'] / dense['live']:.3f}", "-", "-",
              f"{checkpointed['seconds']:.2f}", "-", "-"]]  # fmt: skip
     for index, (row, phase) in enumerate(zip(runs["rotate"], plan.phases, strict=True)):
-        expected = mixture(options, whole, factored, frozen, index)
+        expected = mixture(options, dense["seconds"], factored, frozen, index)
         rows.append([
             phase.form, mib(row["held"]), f"{row['held'] / dense['held']:.3f}", mib(phase.step.held),
             mib(row["live"]), f"{row['live'] / dense['live']:.3f}", mib(phase.step.peak), mib(row["switch"]),
-            f"{row['seconds']:.2f}", f"{expected:.2f}", f"{row['switch_seconds']:.2f}" if index else "-",
+            f"{row['seconds']:.2f}", f"{expected:.2f}" if told else "-", f"{row['switch_seconds']:.2f}" if index else "-",
         ])  # fmt: skip
     print(markdown_table(list(head), rows))
     print("held: weights, gradients and optimizer state; live: all tensors at their peak; MiB; CPU seconds")

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from hf_drt.cli.output import mib
+from hf_drt.cli.output import mib, progress
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.planning import ResolvedPlan
@@ -76,15 +76,16 @@ def fitted(limit: int, values: dict[str, Any], checkpointing: bool, layers: int,
     return Fitted(limit, trials, found)
 
 
-def largest_phase(resolved: ResolvedPlan, model: Any, batch: Any, how: dict[str, Any], limit: int) -> int:
+def largest_phase(title: str, resolved: ResolvedPlan, model: Any, batch: Any, how: dict[str, Any], limit: int) -> int:
     """Bytes of the largest phase; where one is above the limit already, of that one. The first turn of full rank and
-    the last are looked at first, since most often they are the largest."""
+    the last are looked at first, since most often they are the largest. In a terminal a bar has the title."""
     controller = DynamicRank(model, resolved.config, plan=resolved, in_trainer=True)
     count, largest = len(resolved.plan), 0
     order = dict.fromkeys(index for index in (1, count - 1, *range(count)) if index < count)
-    with StepCosts(controller, batch, **how) as costs:
+    with StepCosts(controller, batch, **how) as costs, progress(title, count) as tick:
         for index in order:
             largest = max(largest, costs.of(index).peak)
+            tick()
             if largest > limit:
                 break
     return largest

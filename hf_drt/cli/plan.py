@@ -185,7 +185,7 @@ def _fitted(
     def peak(candidate: Candidate) -> int:
         model = replace(load, checkpointing=candidate.checkpointing).model(source, meta=True)
         plan = _resolved(_config_of(candidate, settings, origin, model), run, model)
-        return largest_phase(plan, model, load.batch(model), load.step(), limit)
+        return largest_phase(str(candidate), plan, model, load.batch(model), load.step(), limit)
 
     layers = len(TargetLayers.of(load.model(source, meta=True), _parsed(settings, origin)).shapes)
     return fitted(limit, settings, load.checkpointing, layers, peak)

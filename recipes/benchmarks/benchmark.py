@@ -193,12 +193,16 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--methods", nargs="+", help="Of the task file; all if left out.")
     command.add_argument("--jobs", type=int, default=1, help="Runs at a time, each on a core of its own.")
     command.set_defaults(call=run)
-    command = commands.add_parser("pilot", parents=[common], help="Time the update steps of methods that have not been.")
+    command = commands.add_parser(
+        "pilot", parents=[common], help="Time the update steps of methods that have not been."
+    )
     command.add_argument("task")
     command.add_argument("--methods", nargs="+", help="Of the task file; all if left out.")
     command.set_defaults(call=pilot)
     choice = argparse.ArgumentParser(add_help=False)
-    choice.add_argument("--methods", nargs="+", help="Of the task file, by name or pattern; all but trials if left out.")
+    choice.add_argument(
+        "--methods", nargs="+", help="Of the task file, by name or pattern; all but trials if left out."
+    )
     choice.add_argument("--except", dest="but", nargs="+", help="Methods that are left out, by name or pattern.")
     command = commands.add_parser("table", parents=[common, choice], help="Tables from the records.")
     command.add_argument("tasks", nargs="+")

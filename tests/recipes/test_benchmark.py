@@ -314,8 +314,11 @@ def test_labels_do_not_overlap(folder):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [([], "has no record of made_up with seeds"), (["--methods", "magic"], "has no method 'magic'; it has dense"),
-     (["--methods", "dense", "--except", "den*"], r"no method of made_up is left of dense without den\*")],
+    [
+        ([], "has no record of made_up with seeds"),
+        (["--methods", "magic"], "has no method 'magic'; it has dense"),
+        (["--methods", "dense", "--except", "den*"], r"no method of made_up is left of dense without den\*"),
+    ],
 )
 def test_pictures_of_nothing_are_refused(folder, flags, message):
     with pytest.raises(SystemExit, match=message):
