@@ -269,11 +269,11 @@ def print_phases(options: Options, runs: dict[str, list[dict[str, float]]], plan
              mib(checkpointed["live"]), f"{checkpointed['live'] / dense['live']:.3f}", "-", "-",
              f"{checkpointed['seconds']:.2f}", "-", "-"]]  # fmt: skip
     for index, (row, phase) in enumerate(zip(runs["rotate"], plan.phases, strict=True)):
-        expected = mixture(options, dense["seconds"], factored, frozen, index)
+        expected = f"{mixture(options, dense['seconds'], factored, frozen, index):.2f}" if told else "-"
         rows.append([
             phase.form, mib(row["held"]), f"{row['held'] / dense['held']:.3f}", mib(phase.step.held),
             mib(row["live"]), f"{row['live'] / dense['live']:.3f}", mib(phase.step.peak), mib(row["switch"]),
-            f"{row['seconds']:.2f}", f"{expected:.2f}" if told else "-", f"{row['switch_seconds']:.2f}" if index else "-",
+            f"{row['seconds']:.2f}", expected, f"{row['switch_seconds']:.2f}" if index else "-",
         ])  # fmt: skip
     print(markdown_table(list(head), rows))
     print("held: weights, gradients and optimizer state; live: all tensors at their peak; MiB; CPU seconds")

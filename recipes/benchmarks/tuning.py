@@ -20,7 +20,8 @@ def tuned_methods(name: str, section: dict[str, Any], steps: int) -> dict[str, d
 
     The section is ``{"share": s, "methods": {...}}``; a method of it ``{"training": {...}, "rate": argument,
     "matrices": [...], "others": [...]}``, with ``model`` where it trains another one, ``pairs`` where not the whole
-    grid is tried, and ``pilot_steps`` where its pilot takes more. ``rate`` names the training argument that is the matrices' rate.
+    grid is tried, and ``pilot_steps`` where its pilot takes more. ``rate`` names the training argument that is the
+    matrices' rate.
 
     Args:
         name: Of the task, for messages.

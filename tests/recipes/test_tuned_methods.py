@@ -158,7 +158,8 @@ def test_a_pilot_times_what_none_has_timed_and_dense_beside_it(results, monkeypa
     benchmark.main(command)
     assert made == [["dense", "pair_window"]]
     benchmark.main(command)
-    assert len(made) == 1 and "made_up: all have been timed; delete their lines" in capsys.readouterr().out
+    assert len(made) == 1
+    assert "made_up: all have been timed; delete their lines" in capsys.readouterr().out
     kept = methods.pilots("made_up", "dense", Store(results.path.parent, "made_up"))
     assert [record["pilot"] is None for record in kept] == [True, False]
 
