@@ -13,6 +13,7 @@ from torch import nn
 from hf_drt import DRTConfig, DynamicRank, Plan, Schedule
 from hf_drt.forms import Adapter, Dense, Factored, form_of, trainable_weights
 from hf_drt.schedule import Group, Part, Phase, Run
+from hf_drt.simulate import StepCounter
 
 STEPS = 12
 LAYERS = ["q_proj", "up_proj"]  # of each block, that change form
@@ -381,3 +382,27 @@ def test_what_a_turn_leaves_is_freed():
     starts = [phase.start for phase in loop.drt.plan.phases[1:]]
     for one, other in pairwise(starts):  # a frozen group more in place of its factors with their two moments
         assert sizes[other] - sizes[one] <= 8 * layer
+
+
+@pytest.mark.parametrize("moments", ["project", "reset"])
+@pytest.mark.parametrize("after", ["frozen", "adapter", "lowrank"])
+def test_a_switch_needs_the_dense_state_of_the_new_group_and_a_layer_beside_it(after, moments):
+    """W and the two moments of AdamW of each of its layers; one layer's change needs a few of its weights in float64 on
+    the way."""
+    loop = Loop(f"rotate(groups=8,share=80,after={after})", rank=2, include=None, moments=moments)
+    for step in range(STEPS):
+        if step and loop.drt.match(step):
+            counter = StepCounter()
+            for tensor in (*loop.model.parameters(), *held_by(loop.optimizer)):
+                counter.add(tensor)
+            before = counter.now
+            with counter:
+                loop.drt.begin_step(step, loop.optimizer)
+            sizes = [layer.weight.nbytes for layer in loop.layers(loop.drt.phase)]
+            assert 3 * sum(sizes) < before / 2
+            assert counter.peak - before <= 3 * sum(sizes) + 8 * max(sizes)
+        loop.step(step)
+
+
+def held_by(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
