@@ -65,6 +65,8 @@ def test_a_sharded_run_equals_one_process_resumes_bitwise_and_saves_a_dense_mode
         {"fsdp_config": {"activation_checkpointing": True}},
         {"torch_compile": True},
         {"drt_factored_lr_scale": 0.5, "drt_moments": "project"},
+        {"drt_dense_checkpointing": True, "drt_recompute": "bottleneck"},
+        {"drt_schedule": "rotate(groups=2,share=70)", "drt_dense_checkpointing": True},
     ],
     ids=str,
 )
