@@ -7,6 +7,10 @@ from typing import Any
 from hf_drt.config import DRTConfig
 from hf_drt.trainer.arguments import PREFIX
 
+_BEFORE = (
+    "_drt_before_trial"  # on a trainer: of each setting that its last trial has set, the value before, and its own
+)
+
 
 def settings_of(given: DRTConfig | str | None, args: Any) -> DRTConfig:
     """``drt=``, or what the ``drt_*`` arguments are now; a schedule's text goes with the other arguments.
@@ -38,7 +42,9 @@ def settings_of(given: DRTConfig | str | None, args: Any) -> DRTConfig:
 def checked_search(trainer: Any, trial: Any, on: bool, given: DRTConfig | str | None) -> Iterator[None]:
     """In the block, in which a trial's values are taken over, refuse those that would have no effect.
 
-    Optuna's values are seen as ``hp_space`` returns them; the other backends' trial is a dict of them.
+    Optuna's values are seen as ``hp_space`` returns them; the other backends' trial is a dict of them. A setting of
+    ours that an earlier trial has set and this one does not is again what it was before; the Trainer would keep it, so
+    that where one choice decides which others there are, trials would depend on their order.
 
     Args:
         trainer: Whose arguments are set.
@@ -48,21 +54,49 @@ def checked_search(trainer: Any, trial: Any, on: bool, given: DRTConfig | str | 
     """
     if isinstance(trial, dict):
         _check_names(trial, trainer.args, on, given)
+        _begin_anew(trainer, trial)
     space = getattr(trainer, "hp_space", None)
     if trial is None or space is None:
-        yield
+        with _taken_back_on_failure(trainer):
+            yield
         return
 
     def checked_space(trial: Any) -> dict[str, Any]:
         values = space(trial)
         _check_names(values, trainer.args, on, given)
+        _begin_anew(trainer, values)
         return values
 
     trainer.hp_space = checked_space
     try:
-        yield
+        with _taken_back_on_failure(trainer):
+            yield
     finally:
         trainer.hp_space = space
+
+
+def _begin_anew(trainer: Any, values: dict[str, Any]) -> None:
+    """Take back what earlier trials have set, unless it has been changed since; what this one sets is taken as it is,
+    where the Trainer casts it to the type of the value before (None becomes 'None')."""
+    for name, (own, searched) in getattr(trainer, _BEFORE, {}).items():
+        if getattr(trainer.args, name) == searched:
+            setattr(trainer.args, name, own)
+    ours = [name for name in values if name.startswith(PREFIX)]
+    setattr(trainer, _BEFORE, {name: (getattr(trainer.args, name), values[name]) for name in ours})
+    for name in ours:
+        setattr(trainer.args, name, None)
+
+
+@contextlib.contextmanager
+def _taken_back_on_failure(trainer: Any) -> Iterator[None]:
+    """A trial that cannot begin leaves our settings as they were before it."""
+    try:
+        yield
+    except Exception:
+        for name, (own, _) in getattr(trainer, _BEFORE, {}).items():
+            setattr(trainer.args, name, own)
+        setattr(trainer, _BEFORE, {})
+        raise
 
 
 def _check_names(values: dict[str, Any], args: Any, on: bool, given: DRTConfig | str | None) -> None:

@@ -37,6 +37,31 @@ def test_a_search_over_the_arguments_trains_what_it_asks_for(tmp_path):
 
 
 @pytest.mark.parametrize("backend", [HPSearchBackend.OPTUNA, HPSearchBackend.WANDB])
+def test_a_trial_has_nothing_of_the_trials_before_it(tmp_path, backend):
+    """A search whose choices depend on each other: a rank of its own, or a share."""
+    trials = [{"drt_rank": 6}, {"drt_rank": None, "drt_rank_ratio": 0.5}, {"drt_schedule": "lowrank@0"}, {}]
+    trainer = searching(tmp_path, lambda trial: trials[trial.number], backend=backend)
+
+    def begin(number: int) -> tuple:
+        trial = Trial()
+        trial.number = number
+        trainer._hp_search_setup(trial if backend == HPSearchBackend.OPTUNA else trials[number])
+        return trainer.args.drt_rank, trainer.args.drt_rank_ratio, trainer.args.drt_schedule
+
+    assert begin(0) == (6, 0.25, "factored@0")
+    assert begin(1) == (None, 0.5, "factored@0")
+    assert begin(2) == (4, 0.25, "lowrank@0")
+    assert begin(3) == (4, 0.25, "factored@0")
+    begin(0)
+    trainer.args.drt_rank = 3  # by hand, between two searches
+    assert begin(3) == (3, 0.25, "factored@0")
+    trials[3] = {"drt_rank": 6, "max_steps": "many"}  # which the Trainer cannot cast
+    with pytest.raises(ValueError, match="many"):
+        begin(3)
+    assert trainer.args.drt_rank == 3
+
+
+@pytest.mark.parametrize("backend", [HPSearchBackend.OPTUNA, HPSearchBackend.WANDB])
 @pytest.mark.parametrize(
     ("made", "values", "message"),
     [
