@@ -7,7 +7,8 @@ from typing import Any
 from hf_drt.config import DRTConfig
 from hf_drt.trainer.arguments import PREFIX
 
-_BEFORE = (
+# On a trainer: of each setting that its last trial has set, the value before, and its own.
+_BEFORE = "_drt_before_trial"
     "_drt_before_trial"  # on a trainer: of each setting that its last trial has set, the value before, and its own
 )
 
