@@ -9,8 +9,6 @@ from hf_drt.trainer.arguments import PREFIX
 
 # On a trainer: of each setting that its last trial has set, the value before, and its own.
 _BEFORE = "_drt_before_trial"
-    "_drt_before_trial"  # on a trainer: of each setting that its last trial has set, the value before, and its own
-)
 
 
 def settings_of(given: DRTConfig | str | None, args: Any) -> DRTConfig:
