@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_drt.checkpoint import check_plan, check_preset, check_structure, declare, lasting, stored_plan, structure
 from hf_drt.config import DRTConfig
 from hf_drt.engines import engine_of
-from hf_drt.forms import AdapterLinear, Dense, Form, form_of, layer_of, layer_rank, weight_shape
+from hf_drt.forms import AdapterLinear, Dense, Form, form_of, layer_of, layer_ranks, weight_shape
 from hf_drt.optim import (
     Owner,
     form_group_options,
@@ -315,14 +315,15 @@ class DynamicRank:
         check_structure(state, plan, self._settings(), self.targets, lambda index: forms[index])
 
     def _plan_of(self, state: dict[str, Any]) -> Plan:
-        """The plan that a state must have: with a trigger any that has grown out of the initial one, and while that is
-        an outline any with its phases."""
+        """The plan that a state must have: with a trigger any that has grown out of the initial one, while that is an
+        outline any with its phases, and where a run decides on turns any that a run has decided."""
         plan, initial = stored_plan(state), self.initial.plan
         if plan is None or plan.max_steps != initial.max_steps:
             return self.plan
         grown = self.windows is not None and plan.phases[0] == initial.phases[0]
         alike = [(p.kind, p.rank, p.parts) for p in plan.phases] == [(p.kind, p.rank, p.parts) for p in initial.phases]
-        filled = (self.resolved.outline and alike) or could_become(initial, plan)
+        decided = self.turns is None or "turns" in state
+        filled = (self.resolved.outline and alike) or (decided and could_become(initial, plan))
         return plan if grown or filled else self.plan
 
     def _settings(self) -> dict[str, Any]:
@@ -474,7 +475,7 @@ class DynamicRank:
         """Effective rank of every target layer, of fused experts their mean; factored ones from r x r matrices only.
         Collective under FSDP2."""
         engine = engine_of(self.model)
-        return {name: layer_rank(engine.whole(self._layer(name))) for name in self.targets}
+        return layer_ranks((name, engine.whole(self._layer(name))) for name in self.targets)
 
     @property
     def is_dense(self) -> bool:

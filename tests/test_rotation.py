@@ -121,6 +121,19 @@ def test_a_state_of_other_turns_is_refused():
         Loop("rotate(groups=4,share=80,order=need)", rank=4, frozen_dtype="bfloat16").drt.load_state_dict(state)
 
 
+def test_a_state_whose_turns_no_run_has_decided_is_refused_where_the_run_decides():
+    state = Loop("rotate(groups=4,share=80)", rank=4).run(end=7).drt.state_dict()
+    with pytest.raises(ValueError, match=r"the plan has changed: .* this run of 'factored@0 dense\[next/4\]@2"):
+        Loop("rotate(groups=4,share=80,order=need)", rank=4).drt.load_state_dict(state)
+
+
+def test_blocks_are_the_groups_where_nothing_is_said():
+    state = Loop("rotate(groups=4,share=80)", rank=4).run(end=7).drt.state_dict()
+    other = Loop("rotate(groups=4,share=80)", rank=4, group_by="block")
+    other.drt.load_state_dict(state)
+    assert other.drt.state_dict() == state
+
+
 def test_an_optimizer_without_the_frozen_weights_is_refused():
     loop = Loop("rotate(groups=4,share=80)", rank=4).run(end=8)
     frozen = torch.optim.AdamW(p for p in loop.model.parameters() if p.requires_grad)
@@ -260,6 +273,16 @@ def test_the_group_that_has_lost_most_effective_rank_is_next():
     assert max(row["needs"], key=row["needs"].get) == "3"
     assert str(loop.drt.plan).startswith("factored@0 dense[3/4]@6 dense[next/4]+frozen[last/4]@")
     assert {form_of(layer) for layer in loop.layers(3, of=4)} == {Dense()}
+
+
+@pytest.mark.parametrize("step", [2, 5, 7])
+def test_a_weight_that_is_no_number_is_named_where_the_need_is_measured(step):
+    loop = Loop("rotate(groups=4,share=80,order=need)", rank=4).run(end=step)
+    name = next(name for name in loop.drt.targets if form_of(loop.drt._layer(name)) == Factored(4))
+    with torch.no_grad():
+        trainable_weights(loop.drt._layer(name))[0][0, 0] = torch.nan
+    with pytest.raises(ValueError, match=rf"the effective rank of {name}: .* holds inf or nan\. The training has div"):
+        loop.step(step)
 
 
 def test_layers_that_begin_at_zero_have_no_need_of_their_own():

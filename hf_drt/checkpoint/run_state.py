@@ -41,6 +41,7 @@ _UNSAID = {
     "group_by": None,
     "frozen_dtype": None,
 }
+_MEANT = {"group_by": ["block"]}  # by None
 _OF_MATRICES = ("matrix_lr", "matrix_momentum")
 MADE_IN = "optimizer_made_in"
 _SAME_RUN = "Resume with the model and the drt settings of the run that wrote it."
@@ -52,7 +53,8 @@ Shapes = dict[str, LayerShape]
 def lasting(config: Any) -> dict[str, Any]:
     """The settings of a configuration that a state keeps: those of :data:`LASTING` that have an effect."""
     left_out = () if config.uses_matrix_optimizer else _OF_MATRICES
-    return {name: getattr(config, name) for name in LASTING if name not in left_out}
+    values = {name: getattr(config, name) for name in LASTING if name not in left_out}
+    return {name: None if value is not None and value == _MEANT.get(name) else value for name, value in values.items()}
 
 
 def structure(

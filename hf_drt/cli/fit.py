@@ -1,17 +1,18 @@
 """``hf-drt plan --max-memory``: which plan fits, and what was tried on the way."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import typer
+from torch import nn
 
 from hf_drt.cli.output import mib, progress
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
-from hf_drt.planning import ResolvedPlan
-from hf_drt.simulate import Candidate, StepCosts, Trial, fitting
+from hf_drt.planning import ResolvedPlan, TargetLayers, group_counts
+from hf_drt.simulate import RATIOS, Candidate, Space, StepCosts, Trial, fitting
 from hf_drt.tables import print_table
 
 _UNITS = {"": 2**20, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -57,15 +58,35 @@ def _told(candidate: Candidate) -> dict[str, Any]:
     return {**candidate.settings, "checkpointing": candidate.checkpointing}
 
 
-def fitted(limit: int, values: dict[str, Any], checkpointing: bool, layers: int, peak: Peak) -> Fitted:
-    """What is proposed: where no other schedule than 'auto' was asked for, from dense training on.
+PROBE = {"schedule": "rotate(groups=2)", "rank_ratio": 1 / 8, "frozen_dtype": "bfloat16"}
+"""Settings of a rotation, as they are tried."""
+
+
+def space_of(model: nn.Module, config: DRTConfig, idle: Collection[str], ratio: float | None) -> Space:
+    """What can be tried beside what was asked for.
+
+    Args:
+        model: The model.
+        config: The settings given, with those of :data:`PROBE`.
+        idle: Names of those that have no effect on this model.
+        ratio: Rank of the layers that wait as a share of min(out, in), where it is given.
+    """
+    ratios = RATIOS if ratio is None else (ratio,)
+    return Space(
+        group_counts(TargetLayers.of(model, config).shapes, config),
+        (None,) if "rank_ratio" in idle else ratios,
+        "frozen_dtype" not in idle,
+        not config.dense_checkpointing and config.recompute == "none",
+    )
+
+
+def fitted(limit: int, asked: Candidate, space: Space, peak: Peak) -> Fitted:
+    """What is proposed.
 
     Raises:
         ValueError: Nothing fits; the message has the smallest that was found.
     """
-    asked = values["schedule"] if values["schedule"] != "auto" else "dense@0"
-    ratio = values["rank_ratio"] if values["rank_ratio"] != DRTConfig().rank_ratio else None
-    trials, found = fitting(limit, Candidate({"schedule": asked}, checkpointing), layers, ratio, peak)
+    trials, found = fitting(limit, asked, space, peak)
     if found is None:
         least = min(trials, key=lambda trial: trial.peak)
         raise ValueError(

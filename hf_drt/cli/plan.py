@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig, get_scheduler
 from typer import Option
 
-from hf_drt.cli.fit import Fitted, fitted, largest_phase, parse_bytes
+from hf_drt.cli.fit import PROBE, Fitted, fitted, largest_phase, parse_bytes, space_of
 from hf_drt.cli.measurement import PhaseTime, measured
 from hf_drt.cli.options import with_settings
 from hf_drt.cli.output import print_json, progress
@@ -19,7 +19,7 @@ from hf_drt.cli.source import build, guessed_task, has_weights, read_config
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.optim import maker
-from hf_drt.planning import ResolvedPlan, TargetLayers, resolved_plan, schedule_of
+from hf_drt.planning import ResolvedPlan, resolved_plan, schedule_of
 from hf_drt.schedule import Run, Schedule, draw_timeline
 from hf_drt.simulate import BatchSpec, Candidate, Layer, Proposal, RunEstimate, batch_spec, estimate_run, propose
 from hf_drt.trainer import simulated_curve, unused
@@ -187,8 +187,12 @@ def _fitted(
         plan = _resolved(_config_of(candidate, settings, origin, model), run, model)
         return largest_phase(str(candidate), plan, model, load.batch(model), load.step(), limit)
 
-    layers = len(TargetLayers.of(load.model(source, meta=True), _parsed(settings, origin)).shapes)
-    return fitted(limit, settings, load.checkpointing, layers, peak)
+    model = load.model(source, meta=True)
+    config = _parsed(settings | PROBE, origin)
+    ratio = settings["rank_ratio"] if settings["rank_ratio"] != DRTConfig().rank_ratio else None
+    space = space_of(model, config, {name for name, _ in unused(model, config)}, ratio)
+    asked = settings["schedule"] if settings["schedule"] != "auto" else "dense@0"
+    return fitted(limit, Candidate({"schedule": asked}, load.checkpointing), space, peak)
 
 
 def _config_of(candidate: Candidate, settings: dict[str, Any], origin: str, model: nn.Module) -> DRTConfig:

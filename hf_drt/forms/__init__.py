@@ -14,7 +14,7 @@ from hf_drt.forms.convert import (
     rank_limit,
 )
 from hf_drt.forms.frozen import FrozenLinear
-from hf_drt.forms.layer_rank import layer_rank
+from hf_drt.forms.layer_rank import layer_rank, layer_ranks
 from hf_drt.forms.layout import LayerShape, Layout, is_transposed
 from hf_drt.forms.marks import FROZEN
 from hf_drt.forms.modules import (
@@ -100,6 +100,7 @@ __all__ = [
     "keep_bottlenecks",
     "layer_of",
     "layer_rank",
+    "layer_ranks",
     "layout_of",
     "merged",
     "odd_tensors",

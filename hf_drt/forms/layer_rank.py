@@ -1,4 +1,6 @@
-"""The effective rank of a layer, whatever its form."""
+"""The effective rank of layers, whatever their form."""
+
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -18,3 +20,18 @@ def layer_rank(module: nn.Module) -> float:
         W = effective_weight(module)
         spectra = [gram_singular_values(W[e]) for e in experts]
     return sum(map(effective_rank, spectra)) / len(spectra)
+
+
+def layer_ranks(layers: Iterable[tuple[str, nn.Module]]) -> dict[str, float]:
+    """:func:`layer_rank` of each layer, by name.
+
+    Raises:
+        ValueError: A weight holds inf or nan; the message names the layer.
+    """
+    ranks = {}
+    for name, layer in layers:
+        try:
+            ranks[name] = layer_rank(layer)
+        except ValueError as error:
+            raise ValueError(f"the effective rank of {name}: {error}") from None
+    return ranks

@@ -88,7 +88,7 @@ def weight_differences(
     """Compare the effective weights of layers, one pair in memory at a time; ``tick`` is called after each.
 
     Raises:
-        ValueError: Two layers of one name have different shapes.
+        ValueError: Two layers of one name have different shapes, or one holds inf or nan.
     """
     for a, b in pairs:
         # A dense layer does not say how it is stored; the same layer in low-rank form does.
@@ -99,6 +99,9 @@ def weight_differences(
             raise ValueError(f"{a.name} has shape {shapes}: they are of different models.")
         size = W_a.norm()
         relative = ((W_b - W_a).norm() / size).item() if size > 0 else float(W_b.norm() > 0)
-        ranks = effective_rank(singular_values(W_a)), effective_rank(singular_values(W_b))
+        try:
+            ranks = effective_rank(singular_values(W_a)), effective_rank(singular_values(W_b))
+        except ValueError as error:
+            raise ValueError(f"{a.name}: {error}") from None
         yield WeightDifference(a, b, relative, ranks)
         tick()

@@ -30,8 +30,7 @@ def group_numbers(targets: Shapes, count: int, config: DRTConfig) -> dict[str, i
     if config.group_by not in (None, ["block"], ["kind"]):
         return _by_patterns(targets, count, config.group_by)
     if config.group_by == ["kind"]:
-        kinds = {name: re.sub(r"(^|\.)\d+(?=\.|$)", r"\1", name) for name in targets}
-        return _divided(targets, count, kinds.__getitem__, "kinds of layers")
+        return _divided(targets, count, _kind, "kinds of layers")
     for depth in range(1, max(map(_depth, targets)) + 1):
         blocks = {name: _block(name, depth) for name in targets}
         if len(set(blocks.values())) >= count:
@@ -39,6 +38,20 @@ def group_numbers(targets: Shapes, count: int, config: DRTConfig) -> dict[str, i
             if _largest(targets, found) * count <= UNEVEN * sum(map(_weights, targets.values())):
                 return found
     return _divided(targets, count, lambda name: name, "layers")
+
+
+def group_counts(targets: Shapes, config: DRTConfig) -> range:
+    """Into how many groups the layers can be divided by ``config.group_by``: two or more."""
+    if config.group_by == ["kind"]:
+        return range(2, len(set(map(_kind, targets))) + 1)
+    if config.group_by in (None, ["block"]):
+        return range(2, len(targets) + 1)
+    return range(max(2, len(config.group_by)), len(config.group_by) + 1)
+
+
+def _kind(name: str) -> str:
+    """The name without its numbers."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1", name)
 
 
 def _largest(targets: Shapes, numbers: dict[str, int]) -> int:
@@ -70,8 +83,9 @@ def _divided(targets: Shapes, count: int, unit_of: Callable[[str], str], what: s
         weights[unit_of(name)] = weights.get(unit_of(name), 0) + _weights(shape)
     if len(weights) < count:
         raise ValueError(
-            f"the schedule has {count} groups, and the target layers are of {len(weights)} {what}. Take at most "
-            f"{len(weights)} groups{', or group_by=block' if what == 'kinds of layers' else ''}."
+            f"the schedule has {count} groups, and the target layers are of {len(weights)} {what}. Take "
+            f"{f'at most {len(weights)}' if len(weights) > 1 else 'a schedule without'} groups"
+            f"{', or group_by=block' if what == 'kinds of layers' else ''}."
         )
     number = dict(zip(weights, division(list(weights.values()), count), strict=True))
     return {name: number[unit_of(name)] for name in targets}

@@ -84,9 +84,10 @@ class Plan:
         check_last(self.phases, str(self))
         for before, after in pairwise(self.phases):
             if after.start <= before.start:
+                turns = ", or take fewer groups or rounds" if after.parts else ""
                 raise ValueError(
                     f"phase boundaries cross: '{after}' does not come after '{before}' (of {self.max_steps} update "
-                    "steps). Move one of them, or train for more steps."
+                    f"steps). Move one of them, or train for more steps{turns}."
                 )
         if self.phases[-1].start >= self.max_steps:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from hf_drt.simulate.batch import BatchSpec, batch_spec
 from hf_drt.simulate.counter import StepCounter
-from hf_drt.simulate.fitting import Candidate, Trial, fitting
+from hf_drt.simulate.fitting import RATIOS, Candidate, Space, Trial, fitting
 from hf_drt.simulate.optimizer import optimizer_bytes
 from hf_drt.simulate.proposal import Layer, Proposal, propose
 from hf_drt.simulate.run import LayerEstimate, PhaseEstimate, RunEstimate, estimate_run
@@ -10,6 +10,7 @@ from hf_drt.simulate.step import SimulationError, StepCost, simulate_step
 from hf_drt.simulate.step_costs import StepCosts
 
 __all__ = [
+    "RATIOS",
     "BatchSpec",
     "Candidate",
     "Layer",
@@ -18,6 +19,7 @@ __all__ = [
     "Proposal",
     "RunEstimate",
     "SimulationError",
+    "Space",
     "StepCost",
     "StepCosts",
     "StepCounter",

@@ -1,6 +1,6 @@
 """What fits into a memory: plans that save more and more of it, tried in turn."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,8 +39,26 @@ class Trial:
     fits: bool
 
 
+@dataclass(frozen=True)
+class Space:
+    """What may be tried beside what was asked for, under settings that hold for all of it.
+
+    Attributes:
+        counts: Of groups, into which the layers can be divided.
+        ratios: Ranks of the layers that wait, as shares of min(out, in), the largest first; None alone where the rank
+            is given in another way.
+        frozen_dtype: Whether there are layers that a frozen W of fewer bits is for.
+        checkpointing: Whether the whole run can be checkpointed; not beside settings that checkpoint single phases.
+    """
+
+    counts: Collection[int]
+    ratios: tuple[float | None, ...] = RATIOS
+    frozen_dtype: bool = True
+    checkpointing: bool = True
+
+
 def fitting(
-    limit: int, given: Candidate, layers: int, ratio: float | None, peak: Callable[[Candidate], int]
+    limit: int, given: Candidate, space: Space, peak: Callable[[Candidate], int]
 ) -> tuple[list[Trial], Candidate | None]:
     """All trials, and the candidate that is proposed: the first that fits.
 
@@ -51,8 +69,7 @@ def fitting(
     Args:
         limit: Bytes.
         given: What was asked for.
-        layers: How many layers there are to be divided.
-        ratio: Rank of the layers that wait as a share of min(out, in), where it is given.
+        space: What else can be tried.
         peak: Gives the bytes of a candidate's largest phase, or of one that is above the limit.
     """
     trials: list[Trial] = []
@@ -65,23 +82,21 @@ def fitting(
             trials.append(known)
         return known.fits
 
-    asked = dict.fromkeys((given.checkpointing, True))
+    asked = dict.fromkeys((given.checkpointing, True)) if space.checkpointing else (given.checkpointing,)
     found = next((c for on in asked if fits(c := replace(given, checkpointing=on))), None)
     if found is not None:
         return trials, found
-    for share in (ratio,) if ratio is not None else RATIOS:
-        *others, smallest = _turns(share, layers)
+    for ratio in space.ratios if space.counts else ():
+        *others, smallest = _turns(ratio, space)
         if fits(smallest):
             return trials, next((candidate for candidate in others if fits(candidate)), smallest)
     return trials, None
 
 
-def _turns(ratio: float, layers: int) -> Iterator[Candidate]:
+def _turns(ratio: float | None, space: Space) -> Iterator[Candidate]:
     """Rotations at a rank, each smaller than the one before."""
-    counts = [count for count in GROUPS if count <= layers] or [2]
-    for checkpointing in (False, True):
-        for count in counts:
-            settings = {
-                "schedule": f"rotate(groups={count})", "rank_ratio": ratio, "frozen_dtype": "bfloat16",
-            }  # fmt: skip
-            yield Candidate(settings, checkpointing)
+    beside: dict[str, Any] = {} if ratio is None else {"rank_ratio": ratio}
+    beside |= {"frozen_dtype": "bfloat16"} if space.frozen_dtype else {}
+    for checkpointing in (False, True) if space.checkpointing else (False,):
+        for count in [count for count in GROUPS if count in space.counts] or space.counts:
+            yield Candidate({"schedule": f"rotate(groups={count})"} | beside, checkpointing)

@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 
 from hf_drt.activations import checkpointing_error
 from hf_drt.config import DRTConfig
+from hf_drt.trainer.compiler import compiler
 
 
 def checkpointing_options(args: TrainingArguments) -> dict[str, Any]:
@@ -22,10 +23,10 @@ def refuse_activations(model: nn.Module, args: TrainingArguments, config: DRTCon
         ValueError: The whole run is checkpointed, by the Trainer or by FSDP; or as
             :func:`hf_drt.activations.checkpointing_error`.
     """
-    if config.recompute != "none" and args.torch_compile:
+    if config.recompute != "none" and compiler() is not None:
         raise ValueError(
-            f"recompute='{config.recompute}' does not go with torch_compile: the compiler plans by itself what a "
-            "forward pass keeps. Leave one of the two out."
+            f"recompute='{config.recompute}' does not go with torch_compile (--dynamo_backend of accelerate launch): "
+            "the compiler plans by itself what a forward pass keeps. Leave one of the two out."
         )
     recomputes = "recompute" if config.recompute != "none" else None
     if not config.dense_checkpointing and recomputes is None:

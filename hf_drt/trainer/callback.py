@@ -14,6 +14,7 @@ from hf_drt.planning import LayersOf, resolved_plan, schedule_of, settled
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Run
 from hf_drt.trainer.activations import refuse_activations
+from hf_drt.trainer.compiler import CompiledGraphs, refuse_regions
 from hf_drt.trainer.delivery import deliver
 from hf_drt.trainer.driver import PhaseDriver
 from hf_drt.trainer.events import DriverEvents
@@ -60,6 +61,7 @@ class DRTCallback(DriverEvents):
         self._layers = LayersOf()
         self._loop = PlainLoop(log)
         self._driver: PhaseDriver | None = None
+        self._graphs: CompiledGraphs | None = None  # of a compiled model
 
     @property
     def log(self) -> Log | None:
@@ -129,7 +131,9 @@ class DRTCallback(DriverEvents):
                 "export=adapter and tag_phases need DRTTrainer's own way to save and to push, which a plain Trainer "
                 "does not have. Use DRTTrainer, or leave them out."
             )
-        refuse_unused(model, self.config, self._layers(model, self.config))
+        layers = self._layers(model, self.config)
+        refuse_regions(model, layers.shapes)
+        refuse_unused(model, self.config, layers)
 
     def _check_switches(self, args: TrainingArguments) -> None:
         """A plain Trainer drops a save at a step that is evaluated under save_strategy=best, and takes any score for
@@ -157,6 +161,8 @@ class DRTCallback(DriverEvents):
             raise ValueError(_LIMITS)
         if self._driver is not None:  # of a run that may have failed
             self._driver.leave()
+        if self._graphs is not None:
+            self._graphs.leave()
         model, scheduler = kwargs["model"], kwargs["lr_scheduler"]
         self._check(args, model)  # on_init_end is too early for a callback that is added later
         refuse_unsaved(kwargs["optimizer"], args, self.config)
@@ -167,6 +173,8 @@ class DRTCallback(DriverEvents):
         run = Run(state.max_steps, epoch, existing_curve(scheduler, state.max_steps))
         plan = resolved_plan(self.config, run, model, self._layers(model, self.config))
         controller = DynamicRank(model, self.config, plan=plan, seed=args.seed, in_trainer=True)
+        self._graphs = graphs = CompiledGraphs.found()
+        self._loop.switched = None if graphs is None else lambda: graphs.switched(controller.plan)
         return PhaseDriver(controller, self._loop, first=controller.apply(0, optimizer))
 
     # ---- in the loop
@@ -179,7 +187,10 @@ class DRTCallback(DriverEvents):
     ) -> None:
         super().on_train_end(args, state, control, **kwargs)
         if EXPORTERS[self.config.export].in_place:
-            deliver(self.driver.controller, kwargs["optimizer"])
+            with self._loop.around_switch():
+                deliver(self.driver.controller, kwargs["optimizer"])
+        if self._graphs is not None:
+            self._graphs.leave()
 
 
 def updates_per_epoch(dataloader: Any, accumulation: int) -> int | None:

@@ -1,15 +1,26 @@
 """What the compiler keeps over a change of form."""
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DynamoBackend
-from transformers import Trainer
+from accelerate.utils.other import has_repeated_blocks, is_repeated_blocks
+from torch import nn
 
 from hf_drt.schedule import Plan
 
 logger = logging.getLogger(__name__)
+_REGIONAL = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
+
+
+def compiler() -> Any:
+    """Accelerate's plugin for the compiler of the run that has been set up last, be it asked for by the arguments or
+    by the launcher; None where nothing compiles."""
+    plugin: Any = getattr(AcceleratorState(), "dynamo_plugin", None) if is_initialized() else None
+    return None if plugin is None or plugin.backend == DynamoBackend.NO else plugin
 
 
 class CompiledGraphs:
@@ -18,7 +29,8 @@ class CompiledGraphs:
     A model compiled as a whole is another one after a switch, and its graphs are dropped: they would count against
     dynamo's limit on recompilations, past which it runs eagerly in silence. Blocks compiled one by one (Accelerate's
     regional compilation) have graphs of their own, which stay: only blocks in forms that no block of their class has
-    had are compiled. The limit grows by dynamo's own at each switch, and is as it was after training.
+    had are compiled. The limit grows by dynamo's own at each switch. After training it is as it was, and the graphs,
+    which may be more than it allows, are dropped.
 
     Args:
         regional: Whether blocks are compiled one by one.
@@ -30,10 +42,10 @@ class CompiledGraphs:
         self._limits: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, trainer: Trainer) -> "CompiledGraphs | None":
-        """Those of a trainer's model; None where nothing compiles it, be it by the arguments or by the launcher."""
-        plugin: Any = trainer.accelerator.state.dynamo_plugin
-        return None if plugin.backend == DynamoBackend.NO else cls(bool(plugin.use_regional_compilation))
+    def found(cls) -> "CompiledGraphs | None":
+        """Those of the run that has been set up last; None where nothing compiles."""
+        plugin = compiler()
+        return None if plugin is None else cls(bool(plugin.use_regional_compilation))
 
     def switched(self, plan: Plan) -> None:
         """The model has changed form, by a plan."""
@@ -53,14 +65,47 @@ class CompiledGraphs:
             config: Any = torch._dynamo.config
             config.recompile_limit, config.accumulated_recompile_limit = self._limits
             self._limits = None
+            torch._dynamo.reset()
 
     def _hint(self, plan: Plan) -> None:
         """Say once what would compile less, where phases change some of the layers alone."""
         if not self._hinted and any(phase.parts for phase in plan.phases):
             logger.info(
                 "torch_compile compiles the whole model at each of %d switches. With the environment variable "
-                "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=true it compiles block by block, and at a switch only "
-                "blocks in forms that none has had.",
+                "%s=true it compiles block by block, and at a switch only blocks in forms that none has had.",
                 len(plan.phases) - 1,
+                _REGIONAL,
             )
         self._hinted = True
+
+
+def refuse_regions(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise where blocks are compiled one by one, and a layer that changes form stands outside of all of them.
+
+    What holds the blocks is copied then, and the copy goes on calling the layer that it has found.
+
+    Raises:
+        ValueError: Names such a layer.
+    """
+    plugin = compiler()
+    if plugin is None or not plugin.use_regional_compilation:
+        return
+    if name := next((name for name in names if _is_region(model, name)), None):
+        raise ValueError(
+            f"{name} stands outside of the blocks of the model, and under Accelerate's regional compilation the model "
+            "would go on computing with what it is now, whatever form it takes. Keep it as it is (drt_exclude), or "
+            f"compile the model as a whole: unset {_REGIONAL}."
+        )
+
+
+def _is_region(model: nn.Module, name: str) -> bool:
+    """Whether Accelerate compiles this very layer, and not a module around it."""
+    module, parts = model, name.split(".")
+    for place, part in enumerate(parts, 1):
+        blocks = is_repeated_blocks(module)
+        if not blocks and not has_repeated_blocks(module):
+            return False
+        module = getattr(module, part)
+        if blocks:
+            return place == len(parts)
+    return True

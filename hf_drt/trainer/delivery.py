@@ -9,8 +9,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_drt.controller import DynamicRank
 from hf_drt.engines import engine_of
-from hf_drt.export import low_rank_layers, merge_errors
-from hf_drt.forms import FactoredLinear
+from hf_drt.export import merge_errors
+from hf_drt.forms import FactoredLinear, FrozenLinear
 
 logger = logging.getLogger(__name__)
 
@@ -62,15 +62,23 @@ def may_become_dense(model: nn.Module) -> bool:
 
 
 def _has_room(model: nn.Module) -> bool:
-    factored = [layer for _, layer in low_rank_layers(model) if isinstance(layer, FactoredLinear)]
-    if not factored:
-        return True
-    like = next(factored[0].parameters())
+    more: dict[torch.device, int] = {}
+    for layer in model.modules():
+        if isinstance(layer, (FactoredLinear, FrozenLinear)):
+            device = next(layer.parameters()).device
+            more[device] = more.get(device, 0) + _more_bytes(layer)
     try:
-        torch.empty(sum(layer.weight.numel() for layer in factored), dtype=like.dtype, device=like.device)
+        for device, size in more.items():
+            torch.empty(size, dtype=torch.uint8, device=device)
     except torch.OutOfMemoryError:
         return False
     return True
+
+
+def _more_bytes(layer: FactoredLinear | FrozenLinear) -> int:
+    """What the dense weight takes; of a W that is frozen in fewer bits, beyond those."""
+    whole = layer.weight.numel() * layer.weight.dtype.itemsize
+    return whole - layer.kept.nbytes if isinstance(layer, FrozenLinear) else whole
 
 
 def deliver(controller: DynamicRank, optimizer: torch.optim.Optimizer | None) -> None:

@@ -1,8 +1,8 @@
 """Loop: what a :class:`hf_drt.trainer.driver.PhaseDriver` may ask of the training loop that it is driven by."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,10 +50,20 @@ class PlainLoop(Loop):
 
     Args:
         sink: Receives the rows; without it they go to ``state.log_history``.
+
+    Attributes:
+        switched: Called after each change of form; may be assigned.
     """
 
     def __init__(self, sink: Log | None = None):
         self.sink = sink
+        self.switched: Callable[[], None] | None = None
+
+    @contextmanager
+    def around_switch(self) -> Iterator[None]:
+        yield
+        if self.switched is not None:
+            self.switched()
 
     def count(self, meter: PhaseMeter, args: TrainingArguments) -> None:
         """As many samples as the arguments promise."""

@@ -59,7 +59,7 @@ from hf_drt.trainer.publishing import PublishingMixin
 from hf_drt.trainer.push import Publisher
 from hf_drt.trainer.rates import RunRates
 from hf_drt.trainer.refusals import (
-    refuse_experts,
+    refuse_layers,
     refuse_own_rate_of,
     refuse_unsupported,
     refuse_unused,
@@ -148,11 +148,11 @@ class DRTTrainerMixin(PublishingMixin):
         # Settings without effect are refused before there is a plan, which gets the same layers.
         self._drt_layers = LayersOf()
         layers = self._drt_layers(self.model, config)
-        refuse_experts(self, config, layers)
+        refuse_layers(self, config, layers)
         refuse_unused(self.model, config, layers)
         self._drt_pieces = Pieces.of(self, config.dense_accumulation)
         self._drt_loop, self._drt_rates = TrainerLoop(self), RunRates(self)
-        self._drt_graphs = CompiledGraphs.of(self)
+        self._drt_graphs = CompiledGraphs.found()
         self._drt_writer = ModelWriter(self, lambda: self._drt_config().export, self._drt_write_state)
         self._drt_publisher = Publisher(self.args, self._drt_publish)
         if self.args.push_to_hub and self.is_world_process_zero():
@@ -262,7 +262,7 @@ class DRTTrainerMixin(PublishingMixin):
         plan = self._drt_rates.first_plan(self._drt_resolution, resumed)
         drt = self.drt
         fits = drt is not None and (drt.model, drt.initial.plan, drt.config) == (self.model, plan.plan, config)
-        if drt is None or not fits or (drt.windows is not None and not resumed):  # a new run has its own windows
+        if drt is None or not fits or ((drt.windows or drt.turns) is not None and not resumed):  # it decides anew
             grows = plan.trigger is not None
             check_export(config.export, plan.plan, self.args, self.is_fsdp_enabled, grows=grows)
             drt = self.drt = DynamicRank(self.model, config, plan=plan, seed=self.args.seed, in_trainer=True)

@@ -26,6 +26,7 @@ from hf_drt.planning import TargetLayers, Usage, idle_settings, lowrank_kind, re
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Schedule
 from hf_drt.trainer.activations import refuse_activations
+from hf_drt.trainer.compiler import refuse_regions
 
 logger = logging.getLogger(__name__)
 
@@ -154,12 +155,15 @@ def _refuse_nameless(model: nn.Module, config: DRTConfig) -> None:
     )
 
 
-def refuse_experts(trainer: Any, config: DRTConfig, layers: TargetLayers) -> None:
-    """Raise where fused experts are selected, but could not change form or be saved at the end.
+def refuse_layers(trainer: Any, config: DRTConfig, layers: TargetLayers) -> None:
+    """Raise where layers are selected that could not change form, or be saved at the end.
 
     Raises:
-        ValueError: The run is under FSDP, or what it is exported as cannot hold them.
+        ValueError: Fused experts, under FSDP or where what the run is exported as cannot hold them; or layers outside
+            of the blocks that are compiled one by one.
     """
+    if not trainer.is_fsdp_enabled:  # which compiles modules in place
+        refuse_regions(trainer.model, layers.shapes)
     name = next(iter(layers.fused), None)
     if name is not None and _fsdp_version(trainer) is not None:
         raise ValueError(

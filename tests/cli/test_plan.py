@@ -291,6 +291,26 @@ def test_a_plan_is_proposed_for_a_memory(hf_drt, configured):
     assert "what fits into" in out
 
 
+@pytest.mark.parametrize(
+    ("flags", "proposal"),
+    [
+        (("--dense-checkpointing",), {"rank_ratio": 0.25, "frozen_dtype": "bfloat16", "checkpointing": False}),
+        (("--recompute", "bottleneck"), {"rank_ratio": 0.25, "frozen_dtype": "bfloat16", "checkpointing": False}),
+        (("--group-by", "attn", "--group-by", ""), {"schedule": "rotate(groups=2)"}),
+        (("--rank", "4"), {"frozen_dtype": "bfloat16", "rank_ratio": None}),
+    ],
+    ids=["dense_checkpointing", "recompute", "group_by", "rank"],
+)
+def test_what_is_proposed_for_a_memory_goes_with_the_settings_given(hf_drt, configured, flags, proposal):
+    wanted = ("plan", configured(), *SMALL, "--batch-size", 1, "--steps", 100, *flags)
+    data = json.loads(hf_drt(*wanted, "--max-memory", "300KiB", "--json").out)
+    chosen = data["fitting"]["proposal"]
+    assert {name: chosen.get(name) for name in proposal} == proposal
+    own = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items() if name != "checkpointing"]
+    own += ["--checkpointing"] if chosen["checkpointing"] else []
+    assert json.loads(hf_drt(*wanted, *own, "--json").out)["peak"] == data["peak"] <= data["fitting"]["limit"]
+
+
 def test_a_schedule_that_fits_is_proposed_itself(hf_drt, configured):
     wanted = ("plan", configured(), *SMALL, "--schedule", "factored@0", "--max-memory", "1GB", "--json")
     data = json.loads(hf_drt(*wanted).out)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_drt import Adapter, CheckpointError, Dense, Factored, convert, declare, dense_state_dict, find_targets
 from hf_drt.inspect.checkpoint import Spectrum, read_checkpoint, spectra
+from hf_drt.inspect.comparison import common_layers, weight_differences
 from hf_drt.targets.surgery import Swap, replace
 
 
@@ -217,3 +218,13 @@ def test_a_spectrum_of_zeros():
     spectrum = Spectrum(layer, torch.zeros(8))
     assert (spectrum.effective_rank, spectrum.stable_rank, spectrum.error(0.5)) == (0, 0, 0)
     assert spectrum.truncated(0.1) == Factored(1)
+
+
+def test_a_weight_that_is_no_number_is_named_where_models_are_compared(tmp_path):
+    model = tiny.llama(num_hidden_layers=1)
+    for folder, value in ("a", 0.5), ("b", np.nan):
+        model.model.layers[0].mlp.up_proj.weight.data[0, 0] = value
+        model.save_pretrained(tmp_path / folder)
+    pairs = common_layers(*(read_checkpoint(tmp_path / folder).layers for folder in "ab"))
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.mlp\.up_proj\.?\w*: .* holds inf or nan"):
+        list(weight_differences(pairs))

@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_drt import DRTConfig, DynamicRank
 from hf_drt.forms import LayerShape
-from hf_drt.planning.groups import division, group_numbers, mean_falls
+from hf_drt.planning.groups import division, group_counts, group_numbers, mean_falls
 
 reproducibly = settings(derandomize=True, database=None, deadline=None, max_examples=200)
 
@@ -128,6 +128,26 @@ def test_a_named_layer_is_in_the_form_of_its_part_and_others_stay():
             assert text == (
                 "Dense()" if number == phase else "Dense(frozen=True)" if number < phase else "Factored(rank=4)"
             )
+
+
+def test_one_layer_has_no_turns():
+    with pytest.raises(
+        ValueError, match=r"2 groups, and the target layers are of 1 layers\. Take a schedule without"
+    ):
+        DynamicRank(nn.Sequential(nn.Linear(8, 8)), DRTConfig(schedule="factored@0 dense[1/2]@50%", rank=2), 10)
+
+
+@pytest.mark.parametrize("group_by", [None, "block", "kind", ["attn", ""], ["attn", "up_proj", ""], [""]])
+def test_into_how_many_groups_layers_can_be_divided(group_by):
+    config = DRTConfig(schedule="rotate", rank=2, group_by=group_by)
+    shapes = DynamicRank(tiny.llama(), DRTConfig(schedule="factored@0", rank=2), 10).targets
+    allowed = []
+    for count in range(2, len(shapes) + 2):
+        try:
+            allowed.append(len(set(group_numbers(shapes, count, config).values())))
+        except ValueError:
+            continue
+    assert list(group_counts(shapes, config)) == allowed
 
 
 def test_falls_are_means_over_the_layers_of_a_group():

@@ -178,6 +178,7 @@ RUNS = [
     ("factored@0 dense@80% adapter@40%", {}, r"phase boundaries cross: 'adapter@40' does not come after 'dense@80'"),
     ("factored@0 dense@0.1%", {}, r"phase boundaries cross: 'dense@0' does not come after 'factored@0'"),
     ("paper", {"max_steps": 1}, r"phase boundaries cross: 'dense@0' does not come after 'factored@0' \(of 1 update"),
+    ("rotate(groups=8)", {"max_steps": 10}, r"phase boundaries cross: .* train for more steps, or take fewer groups"),
     ("decay(stages=20)", {"max_steps": 10}, r"phase boundaries cross: .* \(of 10 update steps\)"),
     # the end
     ("factored@0 dense@100", {}, r"'dense@100' never trains: the run ends at step 100\. Start the phase earlier, or"),

@@ -1,12 +1,19 @@
 """What the compiler keeps over a switch: of blocks compiled one by one all graphs, of a whole model none."""
 
+import contextlib
 import logging
 
 import pytest
 import tiny
 import torch
+from accelerate.utils import TorchDynamoPlugin
+from accelerate.utils.other import compile_regions
+from torch import nn
 from torch._dynamo.utils import counters
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_drt import DRTCallback, DRTConfig
+from hf_drt.trainer import compiler
 
 TURNS = "rotate(groups=4,share=80)"
 REGIONAL = "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
@@ -75,6 +82,62 @@ def test_no_switch_meets_the_limit_on_recompilations(tmp_path, monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
     monkeypatch.setenv(REGIONAL, "true")
-    _, seen = run(tmp_path)
+    trainer, seen = run(tmp_path)
     assert seen[-1] > seen[0] > 0
     assert torch._dynamo.config.recompile_limit == 2
+    trainer.evaluate()
+
+
+def plain(folder, monkeypatch, regional, **settings):
+    """A plain Trainer that a callback drives."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    monkeypatch.setenv(REGIONAL, str(regional).lower())
+    args = TrainingArguments(str(folder), max_steps=10, use_cpu=True, report_to=[], save_strategy="no")
+    config = DRTConfig(**{"schedule": TURNS, "rank_multiple": 4} | settings)
+    graphs, model = Graphs(), tiny.llama(num_hidden_layers=4)
+    callbacks = [DRTCallback(config), graphs]
+    return Trainer(model, args, train_dataset=tiny.dataset(), callbacks=callbacks), graphs.seen
+
+
+@pytest.mark.parametrize("regional", [False, True])
+def test_under_a_callback_no_switch_meets_the_limit_either(tmp_path, monkeypatch, regional):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    trainer, seen = plain(tmp_path, monkeypatch, regional)
+    trainer.train()
+    assert len(set(seen)) > 2
+    assert torch._dynamo.config.recompile_limit == 2
+
+
+OUTSIDE = rf"lm_head stands outside of the blocks of the model, .* \(drt_exclude\), or .* whole: unset {REGIONAL}\."
+
+
+def test_a_layer_outside_of_the_blocks_is_refused_where_they_are_compiled_one_by_one(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=OUTSIDE):
+        compiled(tmp_path, monkeypatch, True, drt_include=["up_proj", "lm_head"])
+    with pytest.raises(ValueError, match=OUTSIDE):
+        plain(tmp_path, monkeypatch, True, include=["up_proj", "lm_head"])
+    plain(tmp_path, monkeypatch, False, include=["up_proj", "lm_head"])
+
+
+class Bare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))])
+        self.head = nn.Sequential(nn.Linear(8, 8))
+        self.last = nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [("layers.1", True), ("blocks.1.0", False), ("head.0", False), ("last", True)],
+)
+def test_what_accelerate_compiles_by_itself_is_what_is_refused(monkeypatch, name, refused):
+    model = Bare()
+    found = compile_regions(model, backend="eager").get_submodule(name.partition(".")[0])
+    wrapped = [m for m in found.modules() if isinstance(m, torch._dynamo.eval_frame.OptimizedModule)]
+    assert (model.get_submodule(name) in [m._orig_mod for m in wrapped]) is refused
+    monkeypatch.setattr(compiler, "compiler", lambda: TorchDynamoPlugin("eager", use_regional_compilation=True))
+    with pytest.raises(ValueError, match="stands outside") if refused else contextlib.nullcontext():
+        compiler.refuse_regions(model, [name])

@@ -87,6 +87,12 @@ def test_with_torch_compile_it_is_refused(tmp_path):
         run(tmp_path, torch_compile=True)
 
 
+def test_where_the_launcher_compiles_it_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    with pytest.raises(ValueError, match=r"does not go with torch_compile \(--dynamo_backend of accelerate launch\): "):
+        run(tmp_path)
+
+
 def test_where_the_whole_run_is_checkpointed_it_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"recompute has no effect: activation_checkpointing .*, or leave recompute o"):
         run(tmp_path, activation_checkpointing=True)

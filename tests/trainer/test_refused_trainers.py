@@ -11,7 +11,7 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 
 from hf_drt import DRTCallback, DRTTrainer
 from hf_drt.planning import TargetLayers
-from hf_drt.trainer.refusals import refuse_experts, refuse_unsupported
+from hf_drt.trainer.refusals import refuse_layers, refuse_unsupported
 
 STEPS = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
 
@@ -124,7 +124,7 @@ def test_an_engine_that_is_not_supported_is_refused(found, config, message):
 def refuse_all(trainer, config):
     """What a trainer refuses before and after it has looked for the layers of its model."""
     refuse_unsupported(trainer, config)
-    refuse_experts(trainer, config, TargetLayers.of(trainer.model, config))
+    refuse_layers(trainer, config, TargetLayers.of(trainer.model, config))
 
 
 @pytest.mark.parametrize(

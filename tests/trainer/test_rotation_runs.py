@@ -112,6 +112,17 @@ def test_turns_are_logged_and_effective_ranks_are_those_of_all_layers(tmp_path):
     assert sorted(row["group"] for row in run.drt.turns.trace) == [1, 2, 3]
 
 
+def test_a_second_run_decides_on_its_turns_anew(tmp_path):
+    run = trainer(tmp_path, **KINDS["need"])
+    run.train()
+    first, seen = run.drt, list(run.drt.turns.trace)
+    run.train()
+    assert run.drt is not first
+    assert sorted(row["group"] for row in run.drt.turns.trace) == [1, 2, 3]
+    assert run.drt.turns.trace != seen
+    assert run.drt.turns.reference != first.turns.reference
+
+
 def test_accumulation_meets_the_same_gradient(tmp_path):
     runs = {}
     for batch, accumulation in ((8, 1), (4, 2)):
