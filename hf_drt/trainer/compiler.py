@@ -80,9 +80,10 @@ class CompiledGraphs:
 
 
 def refuse_regions(model: nn.Module, names: Iterable[str]) -> None:
-    """Raise where blocks are compiled one by one, and a layer that changes form stands outside of all of them.
+    """Raise where blocks are compiled one by one, and a layer that changes form is in none of them.
 
-    What holds the blocks is copied then, and the copy goes on calling the layer that it has found.
+    Accelerate's blocks are what stands in lists of modules of one class, which need not be those of our selection. What
+    holds them is copied, and the copy goes on calling the layer that it has found.
 
     Raises:
         ValueError: Names such a layer.
@@ -92,9 +93,9 @@ def refuse_regions(model: nn.Module, names: Iterable[str]) -> None:
         return
     if name := next((name for name in names if _is_region(model, name)), None):
         raise ValueError(
-            f"{name} stands outside of the blocks of the model, and under Accelerate's regional compilation the model "
-            "would go on computing with what it is now, whatever form it takes. Keep it as it is (drt_exclude), or "
-            f"compile the model as a whole: unset {_REGIONAL}."
+            f"{name} is in none of the blocks that Accelerate's regional compilation finds (lists of modules of one "
+            "class), so that the model would go on computing with what it is now, whatever form it takes. Keep it as "
+            f"it is (drt_exclude), or compile the model as a whole: unset {_REGIONAL}."
         )
 
 

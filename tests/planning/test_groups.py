@@ -15,8 +15,8 @@ from hf_drt.planning.groups import division, group_counts, group_numbers, mean_f
 reproducibly = settings(derandomize=True, database=None, deadline=None, max_examples=200)
 
 
-def numbers(model: nn.Module, count: int, group_by=None) -> dict[str, int]:
-    config = DRTConfig(schedule=f"rotate(groups={count})", rank=2, group_by=group_by)
+def numbers(model: nn.Module, count: int, group_by=None, **settings) -> dict[str, int]:
+    config = DRTConfig(schedule=f"rotate(groups={count})", rank=2, group_by=group_by, **settings)
     return DynamicRank(model, config, 1000).resolved.groups(count)
 
 
@@ -131,10 +131,8 @@ def test_a_named_layer_is_in_the_form_of_its_part_and_others_stay():
 
 
 def test_one_layer_has_no_turns():
-    with pytest.raises(
-        ValueError, match=r"2 groups, and the target layers are of 1 layers\. Take a schedule without"
-    ):
-        DynamicRank(nn.Sequential(nn.Linear(8, 8)), DRTConfig(schedule="factored@0 dense[1/2]@50%", rank=2), 10)
+    with pytest.raises(ValueError, match=r"2 groups, and the target layers are of 1 layers\. Take a schedule without"):
+        numbers(tiny.llama(num_hidden_layers=1), 2, include=["up_proj"])
 
 
 @pytest.mark.parametrize("group_by", [None, "block", "kind", ["attn", ""], ["attn", "up_proj", ""], [""]])
