@@ -294,6 +294,12 @@ def test_the_picture_has_a_panel_per_metric_and_the_methods_that_were_in_the_pil
     timed(results, dense=[(20, 1.25)])
     both = tuned_quality("made_up", rows_of("made_up", results, [1]))
     assert {text.get_text() for text in both.axes[0].texts} == {"pair", "dense"}
+    rows = rows_of("made_up", results, [1])
+    many = tuned_quality("made_up", {f"{method}_{i}": row for i in range(10) for method, row in rows.items()})
+    assert [panel.get_xlabel() for panel in many.axes] == ["loss", "accuracy", "minimal pairs"]
+    shown = [text.get_text() for text in many.axes[0].get_yticklabels()]
+    assert len(shown) == 20
+    assert set(shown) == {"pair  (50 s)", "dense, AdamW  (125 s)"}
     only = tuned_quality("made_up", rows_of("made_up", results, [1]), ["dense"])
     assert [text.get_text() for text in only.axes[0].texts] == ["dense"]
 
