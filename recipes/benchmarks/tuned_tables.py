@@ -95,6 +95,8 @@ def print_tuned(name: str, store: Store, seeds: list[int], methods: list[str] | 
         matrices, others = row.rates
         cells += [f"{others:g}" if matrices is None else f"{matrices:g}, {others:g}", str(len(row.losses))]
         print(f"| {row.label} | {' | '.join(cells)} |")
+    hours = sum(record["cpu_seconds"] for record in store.records) / 3600
+    print(f"\n{hours:.2f} hours of computing for all runs of the task, trials among them.")
 
 
 def _dense_seconds(name: str, store: Store, seed: int) -> float:

@@ -209,6 +209,7 @@ def test_the_table_counts_the_seconds_of_the_pilot(results, capsys):
         "| made_up | loss | accuracy | minimal pairs | seconds | of dense AdamW's | steps | rates | seeds |"
     )
     assert "| pair | 1.300 ± 0.071 | 0.500 ± 0.000 | 0.650 ± 0.071 | 50 | – | 100 | 0.1, 0.03 | 2 |" in lines
+    assert lines[-1] == "0.03 hours of computing for all runs of the task, trials among them."
     assert "| dense, AdamW | 1.500 | 0.500 | 0.500 | (10) | – | 100 | 0.1, 0.03 | 1 |" in lines
     timed(results, dense=[(20, 1.25)])
     benchmark.main(["table", "made_up", "--seeds", "1", "2", "--results", str(results.path.parent)])
@@ -228,7 +229,7 @@ def test_a_table_shows_the_methods_that_are_named(results, capsys):
         (["--methods", "pair_m0.1_o0.03"], {"pair_m0.1_o0.03"}),  # a trial, by its name alone
     ):
         benchmark.main(["table", "made_up", "--seeds", "1", "--results", str(results.path.parent), *flags])
-        lines = capsys.readouterr().out.splitlines()[2:]
+        lines = [line for line in capsys.readouterr().out.splitlines()[2:] if line.startswith("| ")]
         assert {line.split(" | ")[0].strip("| ") for line in lines} == shown
         assert all(" | 0.40 | " in line for line in lines if line.startswith("| pair | "))  # of dense, shown or not
 
