@@ -1,5 +1,6 @@
 """What a command was given as its model: a folder, a ``config.json``, or a name on the Hub."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def build(config: PretrainedConfig, task: str | None, dtype: torch.dtype, meta: 
     Raises:
         ValueError: As :func:`model_class`, or the architecture does not take the configuration.
     """
-    cls = model_class(config, task)
+    cls, config = model_class(config, task), copy.deepcopy(config)  # which is what the next model is made of
     for own in ("quantization_config",):  # a native checkpoint's low-rank layers
         if hasattr(config, own):
             delattr(config, own)
