@@ -83,7 +83,7 @@ def test_waiting_and_frozen_weights_have_no_gradient_buffers(tmp_path):
 
 
 def test_with_torch_compile_it_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"recompute='bottleneck' does not go with torch_compile: .* one of the two"):
+    with pytest.raises(ValueError, match=r"recompute='bottleneck' does not go with torch_compile .* one of the two"):
         run(tmp_path, torch_compile=True)
 
 
