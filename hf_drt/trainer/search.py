@@ -55,10 +55,6 @@ def checked_search(trainer: Any, trial: Any, on: bool, given: DRTConfig | str | 
         _check_names(trial, trainer.args, on, given)
         _begin_anew(trainer, trial)
     space = getattr(trainer, "hp_space", None)
-    if trial is None or space is None:
-        with _taken_back_on_failure(trainer):
-            yield
-        return
 
     def checked_space(trial: Any) -> dict[str, Any]:
         values = space(trial)
@@ -66,10 +62,14 @@ def checked_search(trainer: Any, trial: Any, on: bool, given: DRTConfig | str | 
         _begin_anew(trainer, values)
         return values
 
-    trainer.hp_space = checked_space
+    trainer.hp_space = checked_space if trial is not None and space is not None else space
     try:
-        with _taken_back_on_failure(trainer):
-            yield
+        yield
+    except Exception:  # a trial that cannot begin leaves our settings as they were before it
+        for name, (own, _) in getattr(trainer, _BEFORE, {}).items():
+            setattr(trainer.args, name, own)
+        setattr(trainer, _BEFORE, {})
+        raise
     finally:
         trainer.hp_space = space
 
@@ -84,18 +84,6 @@ def _begin_anew(trainer: Any, values: dict[str, Any]) -> None:
     setattr(trainer, _BEFORE, {name: (getattr(trainer.args, name), values[name]) for name in ours})
     for name in ours:
         setattr(trainer.args, name, None)
-
-
-@contextlib.contextmanager
-def _taken_back_on_failure(trainer: Any) -> Iterator[None]:
-    """A trial that cannot begin leaves our settings as they were before it."""
-    try:
-        yield
-    except Exception:
-        for name, (own, _) in getattr(trainer, _BEFORE, {}).items():
-            setattr(trainer.args, name, own)
-        setattr(trainer, _BEFORE, {})
-        raise
 
 
 def _check_names(values: dict[str, Any], args: Any, on: bool, given: DRTConfig | str | None) -> None:

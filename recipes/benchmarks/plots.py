@@ -21,7 +21,7 @@ from tuned_tables import rows_of
 
 from hf_drt.report.figures import STYLE
 
-FORMS = {"factored": "#f0862b", "dense": "#31688e", "adapter": "#7a9e26", "mixed": "#8a6fb0"}
+FORMS = {"factored": "#f0862b", "dense": "#31688e", "adapter": "#7a9e26", "mixed": "#8a6fb0", "frozen": "#707070"}
 Records = dict[str, list[dict[str, Any]]]
 
 
