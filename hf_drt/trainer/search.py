@@ -54,7 +54,7 @@ def checked_search(trainer: Any, trial: Any, on: bool, given: DRTConfig | str | 
     if isinstance(trial, dict):
         _check_names(trial, trainer.args, on, given)
         _begin_anew(trainer, trial)
-    space = getattr(trainer, "hp_space", None)
+    space: Any = getattr(trainer, "hp_space", None)
 
     def checked_space(trial: Any) -> dict[str, Any]:
         values = space(trial)
