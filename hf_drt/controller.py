@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_drt.checkpoint import check_plan, check_preset, check_structure, declare, lasting, stored_plan, structure
 from hf_drt.config import DRTConfig
-from hf_drt.engines import engine_of
+from hf_drt.engines import engine_of, whole_size
 from hf_drt.forms import AdapterLinear, Dense, Form, form_of, layer_of, layer_ranks, weight_shape
 from hf_drt.optim import (
     Owner,
@@ -419,7 +419,7 @@ class DynamicRank:
                 f"the model has {found} where the layer {name} of shape (out, in) = {self.targets[name]} was. "
                 "Build DynamicRank after all other changes to the model."
             )
-        if any(weight is not None and weight.numel() == 0 for weight in module._parameters.values()):
+        if any(weight is not None and whole_size(weight) == 0 for weight in module._parameters.values()):
             raise ValueError(
                 f"{name} has lost its weights in a change of form that failed halfway. Start a new process, and resume "
                 "from the last checkpoint."
@@ -495,4 +495,4 @@ class DynamicRank:
 
 
 def _trainable_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return sum(whole_size(p) for p in model.parameters() if p.requires_grad)

@@ -1,7 +1,7 @@
 """Several processes: who holds what of a weight, and who decomposes it."""
 
 from hf_drt.engines.decompose import Job, decompositions
-from hf_drt.engines.engine import Engine
+from hf_drt.engines.engine import Engine, whole_size
 from hf_drt.engines.registry import ENGINES, engine_of, is_wrapper, unwrapped
 from hf_drt.engines.single import Single
 
@@ -14,4 +14,5 @@ __all__ = [
     "engine_of",
     "is_wrapper",
     "unwrapped",
+    "whole_size",
 ]

@@ -12,6 +12,11 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+def whole_size(parameter: Tensor) -> int:
+    """Elements of the whole parameter; of one that ZeRO-3 has partitioned torch says 0."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 class Engine(ABC):
     """What a change of form, and whatever else looks at a model's weights, asks of the engine that trains it.
 
@@ -26,12 +31,14 @@ class Engine(ABC):
     Attributes:
         help: What it is, in half a sentence.
         sharded: Whether a process holds a part of each parameter only, and has room for one whole layer at a time.
+        computes_in_switch: Whether the model can be called within :meth:`around_switch`.
         tensors: Qualified names of the classes that its parameters have, beside ``nn.Parameter``.
         hooks: Beginnings of the names of modules whose state-dict hooks on a layer are the engine's, not the layer's.
     """
 
     help: ClassVar[str]
     sharded: ClassVar[bool]
+    computes_in_switch: bool = True
     tensors: ClassVar[tuple[str, ...]] = ()
     hooks: ClassVar[tuple[str, ...]] = ()
 

@@ -12,7 +12,7 @@ from hf_drt.forms import accept
 from hf_drt.registry import Registry
 
 # Engines whose library takes long to import, by its name: before it has been, no model can be theirs.
-_ONCE_IMPORTED = {"torch.distributed.fsdp": "hf_drt.engines.fsdp2"}
+_ONCE_IMPORTED = {"torch.distributed.fsdp": "hf_drt.engines.fsdp2", "deepspeed": "hf_drt.engines.zero"}
 # What FSDP2 makes of parameters, and the hooks by which it keeps the state dict of the layers that it manages; it, and
 # hf_drt.engines.fsdp2, set these anew on others.
 accept(tensors=("torch.distributed.tensor.DTensor",), hooks=("torch.distributed.fsdp.", "hf_drt.engines.fsdp2"))

@@ -13,7 +13,7 @@ from hf_drt.optim.rates import check_rate, check_step, own_rate
 from hf_drt.optim.registry import OPTIMIZERS, known_rule, public_name, qualified_name, refuse, rule_of
 from hf_drt.optim.rule import MomentKeys, OptimizerRule, OwnRate
 from hf_drt.optim.rule_tables import optimizer_rows, refused_rows
-from hf_drt.optim.step import StepRules, frobenius_decay_, rewarmup_factor
+from hf_drt.optim.step import StepRules, frobenius_decay_, rewarmup_factor, step_scales
 
 __all__ = [
     "GROUP_SETTINGS",
@@ -57,6 +57,7 @@ __all__ = [
     "rule_of_name",
     "staged",
     "stand_ins",
+    "step_scales",
     "take_states",
     "unwrap",
     "update_layers",

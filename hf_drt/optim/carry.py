@@ -23,7 +23,8 @@ def unwrap(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     state of their own beside it."""
     while any(cls.__module__ == "accelerate.optimizer" for cls in type(optimizer).__mro__):
         optimizer = optimizer.optimizer  # type: ignore[reportAttributeAccessIssue]
-    return optimizer
+    # Under DeepSpeed that is no optimizer, but stands for one (hf_drt.engines.zero.Regrouped).
+    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else getattr(optimizer, "outer", optimizer)
 
 
 def carry_groups(optimizer: torch.optim.Optimizer, model: nn.Module, swaps: list[Swap]) -> Callable[[], None]:

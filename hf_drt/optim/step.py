@@ -41,6 +41,15 @@ def frobenius_decay_(U: Tensor, V: Tensor, amount: float, amount_V: float | None
     V.sub_(V_step, alpha=amount if amount_V is None else amount_V)
 
 
+def step_scales(
+    optimizer: torch.optim.Optimizer, factors: Callable[[torch.optim.Optimizer], list[float]] = rewarmup_factors
+) -> list[float]:
+    """What the scheduled rate of each group is multiplied with in the step to come: the re-warm-up's share and the
+    form's multiplier."""
+    shares = factors(optimizer)
+    return [share * group.get(LR_SCALE, 1.0) for share, group in zip(shares, optimizer.param_groups, strict=True)]
+
+
 class StepRules:
     """The rules above, installed on an optimizer as its step hooks; one set of rules per optimizer, for all its owners.
 
@@ -71,14 +80,14 @@ class StepRules:
 
     @outermost
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        factors = self._factors(optimizer)
+        scales = step_scales(optimizer, self._factors)
         self._restore(optimizer)  # where the step before has raised, and left its scaled rates behind
         # The first of the arguments is the optimizer itself.
         self._matrices.before(optimizer, kwargs.get("closure", args[1] if len(args) > 1 else None))
         self._looked = self._looked or check_matrix_rates(optimizer)
         self._scheduled = [group["lr"] for group in optimizer.param_groups]
-        for group, factor in zip(optimizer.param_groups, factors, strict=True):
-            if (scale := factor * group.get(LR_SCALE, 1.0)) != 1:  # a rate that nothing scales may be None
+        for group, scale in zip(optimizer.param_groups, scales, strict=True):
+            if scale != 1:  # a rate that nothing scales may be None
                 group["lr"] = group["lr"] * scale
         _decay_products(optimizer)
 

@@ -31,7 +31,7 @@ from hf_drt.checkpoint import (
 from hf_drt.controller import DynamicRank
 from hf_drt.forms import dense_key, form_from_dict, layer_of, layout_of, tensor_shapes
 from hf_drt.optim import rule_of, unwrap
-from hf_drt.trainer.fsdp_files import check_engine, check_fsdp_files, is_fsdp_checkpoint
+from hf_drt.trainer.engine_files import FSDP, PLAIN, check_engine, check_engine_files, files_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +39,13 @@ _OTHER = "Resume from another checkpoint."
 _BROKEN_JSON = (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError)
 
 
-def readable_state(folder: str | Path, for_resume: bool, fsdp: bool = False) -> dict[str, Any]:
+def readable_state(folder: str | Path, for_resume: bool, engine: str = PLAIN) -> dict[str, Any]:
     """The structure state of a checkpoint whose files are there and whole, be it of this run or another.
 
     Args:
         folder: ``checkpoint-N``.
         for_resume: Also require the optimizer's, scheduler's and trainer's files; False to load weights only.
-        fsdp: Whether the run is under FSDP, whose checkpoints are of their own kind.
+        engine: Whose files the run writes (:func:`hf_drt.trainer.engine_files.files_of_run`).
 
     Raises:
         CheckpointError: A file is missing, cut short or edited; the message names it.
@@ -56,29 +56,29 @@ def readable_state(folder: str | Path, for_resume: bool, fsdp: bool = False) -> 
     state = read_state(folder)
     if not isinstance(state.get("meter", {}), dict):
         raise CheckpointError(f"{folder / STATE_NAME} is damaged: its 'meter' is {state['meter']!r}. {_OTHER}")
-    check_engine(folder, fsdp)
+    check_engine(folder, engine)
     if for_resume:
         _check_trainer_files(folder, state)
     return state
 
 
-def checked_state(folder: str | Path, controller: DynamicRank, for_resume: bool, fsdp: bool = False) -> dict[str, Any]:
+def checked_state(folder: str | Path, controller: DynamicRank, for_resume: bool, engine: str = PLAIN) -> dict[str, Any]:
     """:func:`readable_state`, after the whole folder has been compared with the run.
 
     Args:
-        folder, for_resume, fsdp: As there.
+        folder, for_resume, engine: As there.
         controller: The run's plan and model.
 
     Raises:
         CheckpointError: As there, or it belongs to another run.
     """
     folder = Path(folder)
-    state = readable_state(folder, for_resume, fsdp)
+    state = readable_state(folder, for_resume, engine)
     try:
         controller.check_state(state)
     except ValueError as error:
         raise CheckpointError(f"{folder} does not fit this run: {error}") from None
-    if not fsdp or weight_files(folder, _OTHER)[0].is_file():  # in shards, they are compared as they are loaded
+    if engine != FSDP or weight_files(folder, _OTHER)[0].is_file():  # in shards, they are compared as they are loaded
         _check_weights(folder, controller, state)
     return state
 
@@ -110,7 +110,7 @@ def last_complete_checkpoint(folder: str | Path) -> str:
 def _fault(folder: Path) -> str | None:
     try:
         _check_trainer_files(folder, read_state(folder))
-        if not is_fsdp_checkpoint(folder):
+        if files_of(folder) != FSDP:
             _stored_shapes(folder)
     except CheckpointError as error:
         return str(error)
@@ -190,10 +190,8 @@ def _check_trainer_files(folder: Path, state: dict[str, Any]) -> None:
             f"{folder} mixes two checkpoints: {TRAINER_STATE_NAME} is of step {step}, {STATE_NAME} of step "
             f"{state.get('step')}. {_OTHER}"
         )
-    fsdp = is_fsdp_checkpoint(folder)
-    if fsdp:
-        check_fsdp_files(folder)
-    own = (SCHEDULER_NAME,) if fsdp else (OPTIMIZER_NAME, SCHEDULER_NAME)
+    check_engine_files(folder)
+    own = (SCHEDULER_NAME,) if files_of(folder) else (OPTIMIZER_NAME, SCHEDULER_NAME)
     for name in own:
         if not (folder / name).is_file():
             raise CheckpointError(

@@ -111,10 +111,10 @@ class PhaseDriver:
         phase = self.controller.phase
         return phase is not None and self.controller.resolved.trains_dense(phase)
 
-    def write_state(self, folder: str, step: int, args: TrainingArguments) -> None:
-        """Write ``drt_state.json`` into a checkpoint folder."""
+    def write_state(self, folder: str, step: int, args: TrainingArguments, more: dict[str, Any] | None = None) -> None:
+        """Write ``drt_state.json`` into a checkpoint folder, with what else belongs there."""
         state = {"step": step, "random_states": random_state_files(args), **self.controller.state_dict()}
-        write_state(folder, state | {"meter": self.meter.state_dict()})
+        write_state(folder, state | {"meter": self.meter.state_dict()} | (more or {}))
 
     # ---- rows
 

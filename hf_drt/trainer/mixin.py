@@ -48,6 +48,7 @@ from hf_drt.trainer.checkpoint import checked_state, last_complete_checkpoint, r
 from hf_drt.trainer.compiler import CompiledGraphs
 from hf_drt.trainer.delivery import Delivery, deliver
 from hf_drt.trainer.driver import PhaseDriver
+from hf_drt.trainer.engine_files import files_of_run, saves_shards
 from hf_drt.trainer.events import TrainerEvents
 from hf_drt.trainer.jit import save_at_step_end
 from hf_drt.trainer.loop import TrainerLoop
@@ -70,6 +71,7 @@ from hf_drt.trainer.saving import recover, written_whole
 from hf_drt.trainer.search import checked_search, settings_of
 from hf_drt.trainer.undo import as_it_was_on_failure, loaded_in_full
 from hf_drt.trainer.writer import ModelWriter
+from hf_drt.trainer.zero import counts_of, prepared_for_zero, take_rates
 
 # The seams and their parameters; tests/trainer/test_seams.py fails first if transformers moves one.
 # fmt: off
@@ -221,7 +223,7 @@ class DRTTrainerMixin(PublishingMixin):
         fresh = resume_from_checkpoint is None
         with as_it_was_on_failure(self, controller) if fresh else contextlib.nullcontext():
             self._drt_begin(controller, resume_from_checkpoint)
-            with optimizer_made(self):
+            with optimizer_made(self), prepared_for_zero(self, resume_from_checkpoint):
                 prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
             if resume_from_checkpoint is None:
                 self._drt_rates.settle(controller, self._drt_resolution)
@@ -233,7 +235,7 @@ class DRTTrainerMixin(PublishingMixin):
             with self._drt_around_switch():  # a second train() finds its model wrapped
                 first = begin(self, controller)
             self._drt_driver = PhaseDriver(controller, self._drt_loop, first)
-        elif self.is_fsdp_enabled:
+        elif files_of_run(self):
             self._drt_restore_before_sharding(folder, controller)
         else:
             self._drt_restore(folder, controller)
@@ -241,8 +243,8 @@ class DRTTrainerMixin(PublishingMixin):
             upcast_bases(self.model)
 
     def _drt_restore_before_sharding(self, folder: str, controller: DynamicRank) -> None:
-        """FSDP loads weights and optimizer after both have been sharded, and so after the structure has to be there."""
-        state = checked_state(folder, controller, for_resume=True, fsdp=True)
+        """FSDP and DeepSpeed load weights and optimizer after both have been sharded, and so after the structure has to be there."""
+        state = checked_state(folder, controller, for_resume=True, engine=files_of_run(self))
         restore(self, controller, state, folder, compare=False)
         self._drt_go_on(controller, state)
 
@@ -264,7 +266,7 @@ class DRTTrainerMixin(PublishingMixin):
         fits = drt is not None and (drt.model, drt.initial.plan, drt.config) == (self.model, plan.plan, config)
         if drt is None or not fits or ((drt.windows or drt.turns) is not None and not resumed):  # it decides anew
             grows = plan.trigger is not None
-            check_export(config.export, plan.plan, self.args, self.is_fsdp_enabled, grows=grows)
+            check_export(config.export, plan.plan, self.args, bool(files_of_run(self)), grows=grows)
             drt = self.drt = DynamicRank(self.model, config, plan=plan, seed=self.args.seed, in_trainer=True)
         return drt
 
@@ -272,6 +274,7 @@ class DRTTrainerMixin(PublishingMixin):
         if checkpoint is not None and self._drt_settings is not None:
             self._drt_rates.settle(self._drt_running().controller, self._drt_resolution, checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
+        take_rates(self)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The base's optimizer, with form groups and step hooks where the settings need them."""
@@ -365,15 +368,9 @@ class DRTTrainerMixin(PublishingMixin):
             call_with(save, args, kwargs, {"_internal_call": (1, True)})
         else:
             save(*args, **kwargs)
-        if self._drt_settings is not None and self._drt_saves_shards() and not self._drt_writer.checkpoint:
+        if self._drt_settings is not None and saves_shards(self) and not self._drt_writer.checkpoint:
             folder = kwargs.get("output_dir", args[0] if args else None) or self.args.output_dir
             self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
-
-    def _drt_saves_shards(self) -> bool:
-        if not self.is_fsdp_enabled:
-            return False  # the plugin is no attribute then
-        plugin: Any = self.accelerator.state.fsdp_plugin
-        return "SHARDED" in str(plugin.state_dict_type)
 
     def _drt_around_save(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         with hidden_token(self.args) if self._drt_settings is not None else contextlib.nullcontext():
@@ -383,7 +380,7 @@ class DRTTrainerMixin(PublishingMixin):
         self._drt_around_save(super()._save, *args, **kwargs)
 
     def _drt_write_state(self, folder: str) -> None:
-        self._drt_running().write_state(folder, self.state.global_step, self.args)
+        self._drt_running().write_state(folder, self.state.global_step, self.args, counts_of(self))
 
     def _drt_deliver(self) -> None:
         """At the end of training: the model itself in the form of ``drt_export``, where it can take it."""
@@ -463,7 +460,7 @@ class DRTTrainerMixin(PublishingMixin):
         folder = self.state.best_model_checkpoint
         if self.drt is None or folder is None:
             return load(*args, **kwargs)
-        state = checked_state(folder, self.drt, for_resume=False, fsdp=self.is_fsdp_enabled)
+        state = checked_state(folder, self.drt, for_resume=False, engine=files_of_run(self))
         with as_it_was_on_failure(self, self.drt), self._drt_around_switch(), loaded_in_full(self.drt, folder):
             self.drt.load_state_dict(state, self.optimizer, history=False)
             return load(*args, **kwargs)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_drt.engines import engine_of
 from hf_drt.trainer.untouched import untouched
 
 # Words in the name of what is not the model's output: losses, and what is kept for the next call.
@@ -28,9 +29,9 @@ class Probe:
         self.batch: Any = None
 
     def __call__(self) -> Tensor | None:
-        if self.batch is None:
-            return None
         model = self._trainer.model
+        if self.batch is None or not engine_of(model).computes_in_switch:
+            return None
         inputs = _copied(self._trainer._prepare_input(self.batch))
         with untouched(model), torch.no_grad(), self._trainer.compute_loss_context_manager():
             for module in model.modules():

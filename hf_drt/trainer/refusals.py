@@ -27,6 +27,7 @@ from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Schedule
 from hf_drt.trainer.activations import refuse_activations
 from hf_drt.trainer.compiler import refuse_regions
+from hf_drt.trainer.zero import faults
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ def refuse_unsupported(trainer: Any, config: DRTConfig) -> None:
     for found, (applies, remedy) in _engines(trainer).items():
         if applies:
             raise ValueError(f"dynamic-rank training does not support {found}. {remedy} Or unset drt_schedule.")
+    if fault := next(faults(trainer, config), None):
+        raise ValueError(f"dynamic-rank training does not support {fault}. Or unset drt_schedule.")
     _refuse_nameless(trainer.model, config)
     args = trainer.args
     refuse_activations(trainer.model, args, config)
@@ -225,10 +228,6 @@ def _engines(trainer: Any) -> dict[str, tuple[bool, str]]:
         "FSDP1, which flattens the parameters of a block into one": (_fsdp_version(trainer) == 1, _DISTRIBUTED),
         "FSDP on XLA, which wraps layers for good": (
             bool(getattr(trainer, "is_fsdp_xla_enabled", False)),
-            _DISTRIBUTED,
-        ),
-        "DeepSpeed, which flattens parameters (ZeRO-1, 2) or partitions them (ZeRO-3)": (
-            trainer.is_deepspeed_enabled,
             _DISTRIBUTED,
         ),
         "tensor parallelism, which has cut the weights into slices": (

@@ -34,7 +34,7 @@ CHECKPOINT_FILES = (
     "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", "pytorch_model.*",
     "pytorch_model-?????-of-?????.bin", "pytorch_model_fsdp_*", "config.json", "generation_config.json", "optimizer.*",
     "optimizer_[0-9]*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin", STATE_NAME,
-    f".{STATE_NAME}.*", TRAINER_STATE_NAME, MARK,
+    f".{STATE_NAME}.*", TRAINER_STATE_NAME, MARK, "global_step*", "latest", "zero_to_fp32.py",
 )  # fmt: skip
 
 

@@ -1,0 +1,83 @@
+"""DRTTrainer under DeepSpeed, or alone: zero_worker.py FOLDER JSON; see test_zero.py."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import conftest  # noqa: F401
+import tiny
+import torch
+import torch.distributed as dist
+
+from hf_drt import CheckpointError
+from hf_drt.engines import engine_of
+
+
+def deepspeed(stage: int, **changes) -> dict:
+    """A configuration of DeepSpeed, under which ZeRO-3 partitions the smallest of weights."""
+    zero = {"stage": stage, "reduce_bucket_size": 1000, "allgather_bucket_size": 2000}
+    if stage == 3:
+        zero |= {
+            "stage3_param_persistence_threshold": 40, "stage3_gather_16bit_weights_on_model_save": True,
+            "stage3_prefetch_bucket_size": 2000,
+        }  # fmt: skip
+    return {
+        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}, "zero_optimization": zero | changes,
+    }  # fmt: skip
+
+
+def trainer(folder: Path, world: int, stage: int | None, zero: dict, **settings):
+    if stage is not None:
+        settings["deepspeed"] = deepspeed(stage, **zero)
+    common = {
+        "use_cpu": True, "per_device_train_batch_size": 8 // world, "adam_epsilon": 1e-5, "save_strategy": "steps",
+        "save_steps": 1, "max_steps": 12, "logging_steps": 1, "drt_schedule": "factored@0 dense@3 adapter@6 factored@9",
+    }  # fmt: skip
+    return tiny.trainer(folder, tiny.llama(attention_bias=True, mlp_bias=True), **common | settings)
+
+
+def whole(model) -> dict[str, torch.Tensor]:
+    engine = engine_of(model)
+    return {name: engine.full(p).detach().clone() for name, p in model.named_parameters()}
+
+
+def main(folder: Path, settings: dict) -> None:
+    torch.set_num_threads(1)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    stage, zero, resume = settings.pop("stage", None), settings.pop("zero", {}), settings.pop("resume", [])
+    other = settings.pop("other", None)
+    run = trainer(folder, world, stage, zero, **settings)
+    run.train()
+    run.save_model(str(folder / "final"))
+    end, history = whole(run.model), run.state.log_history
+    gaps = {}
+    for step in resume:
+        again = trainer(folder, world, stage, zero, **settings)
+        again.train(resume_from_checkpoint=True if step == "last" else str(folder / f"checkpoint-{step}"))
+        new = whole(again.model)
+        gaps[step] = max((end[name].float() - new[name].float()).abs().max().item() for name in end)
+    refusal = ""
+    if other is not None:
+        try:
+            trainer(folder, world, stage, zero, **settings).train(resume_from_checkpoint=other)
+        except CheckpointError as error:
+            refusal = str(error)
+    equal = True
+    if dist.is_initialized():
+        everywhere: list = [None] * world
+        dist.all_gather_object(everywhere, {name: value.double().sum().item() for name, value in end.items()})
+        equal = all(one == everywhere[0] for one in everywhere)
+    if int(os.environ.get("RANK", 0)) == 0:
+        seen = {"history": history, "gaps": gaps, "refusal": refusal, "equal": equal}
+        (folder / "seen.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
