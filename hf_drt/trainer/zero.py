@@ -131,9 +131,12 @@ def _attached(outer: torch.optim.Optimizer, prepared: Any) -> Any:
 
 
 def take_rates(trainer: Any) -> None:
-    """After DeepSpeed has loaded its optimizer."""
+    """After a checkpoint has been loaded: DeepSpeed's has the groups of the inner optimizer, and of the outer one's
+    rates only the scheduler's file knows."""
     if trainer.is_deepspeed_enabled:
-        trainer.optimizer.optimizer.take_rates()
+        groups, rates = trainer.optimizer.param_groups, trainer.lr_scheduler.get_last_lr()
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def counts_of(trainer: Any) -> dict[str, Any]:

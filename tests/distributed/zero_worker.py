@@ -54,11 +54,13 @@ def main(folder: Path, settings: dict) -> None:
     run.train()
     run.save_model(str(folder / "final"))
     end, history = whole(run.model), run.state.log_history
-    gaps = {}
+    gaps: dict = {}
+    losses: dict = {}
     for step in resume:
         again = trainer(folder, world, stage, zero, **settings)
         again.train(resume_from_checkpoint=True if step == "last" else str(folder / f"checkpoint-{step}"))
         new = whole(again.model)
+        losses[step] = [row["loss"] for row in again.state.log_history if "loss" in row]
         gaps[step] = max((end[name].float() - new[name].float()).abs().max().item() for name in end)
     refusal = ""
     if other is not None:
@@ -72,7 +74,7 @@ def main(folder: Path, settings: dict) -> None:
         dist.all_gather_object(everywhere, {name: value.double().sum().item() for name, value in end.items()})
         equal = all(one == everywhere[0] for one in everywhere)
     if int(os.environ.get("RANK", 0)) == 0:
-        seen = {"history": history, "gaps": gaps, "refusal": refusal, "equal": equal}
+        seen = {"history": history, "gaps": gaps, "losses": losses, "refusal": refusal, "equal": equal}
         (folder / "seen.json").write_text(json.dumps(seen))
 
 

@@ -77,7 +77,8 @@ class Zero(Engine):
             return parameter.detach()
         with GatheredParameters([parameter]):
             whole = parameter.detach().clone()
-        placeholder(parameter)
+        if self._opened is not None:
+            placeholder(parameter)
         return whole
 
     def like(self, value: Any, weight: Tensor) -> Any:

@@ -57,10 +57,7 @@ class Regrouped:
             for handle in self._handles:
                 handle.remove()
             self._inner = zero.optimizer
-            self._handles = [
-                self._inner.register_step_pre_hook(self._before),
-                self._inner.register_step_post_hook(self._after),
-            ]
+            self._handles = [self._inner.register_step_pre_hook(self._before)]
 
     def detach(self) -> None:
         """DeepSpeed's optimizer is gone; the inner one, with what is hooked on it, goes into the next."""
@@ -73,15 +70,6 @@ class Regrouped:
             group.update(options_of(self.outer.param_groups[index]))
             if scales[index] != 1:
                 group["lr"] = group["lr"] * scales[index]
-
-    def _after(self, inner: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        for group in inner.param_groups:  # a checkpoint has the scheduled rates
-            group["lr"] = self.outer.param_groups[group[OUTER]]["lr"]
-
-    def take_rates(self) -> None:
-        """After a checkpoint has been loaded into the inner groups: the outer ones have its rates too."""
-        for group in self.zero.optimizer.param_groups:
-            self.outer.param_groups[group[OUTER]]["lr"] = group["lr"]
 
     def counts(self, names: Mapping[nn.Parameter, str]) -> dict[str, float]:
         """How many steps each parameter has made, by its name; empty where all have made as many."""
