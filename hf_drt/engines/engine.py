@@ -73,6 +73,10 @@ class Engine(ABC):
     def like(self, value: Any, weight: Tensor) -> Any:
         """A whole tensor, equal on all processes, laid out as a parameter is; a number or scalar as it is."""
 
+    def readable(self) -> contextlib.AbstractContextManager[None]:
+        """A block in which every parameter has its whole shape, for those who look at a model's layers."""
+        return contextlib.nullcontext()
+
     # ---- a change of form
 
     @abstractmethod

@@ -30,6 +30,11 @@ def evidence_of_training(model: nn.Module) -> Evidence:
     Layers that the model's own initialisation draws at random (EfficientNet's) show nothing, nor does a model without
     such layers, or one whose training left them alone. Collective where FSDP2 has sharded the model.
     """
+    with engine_of(model).readable():
+        return _found(model)
+
+
+def _found(model: nn.Module) -> Evidence:
     looked, engine = 0, engine_of(model)
     for prefix, module, name, tensor in _telling(model):
         looked += 1

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from hf_drt.engines import engine_of
 from hf_drt.forms import Dense, FormedLinear, LowRankLinear, form_of, odd_tensors, own_behaviour
 from hf_drt.targets.blocks import block_roots, conv_inside, is_linear, linear_inside
 from hf_drt.targets.convolutions import conv_unfit, has_conv_form, is_convolution
@@ -92,6 +93,17 @@ def find_targets(
         ValueError: PEFT has changed layers of the model; no layer is left (the message counts what was found, by
             reason); an entry of ``blocks`` names nothing, or one of ``ignore_source`` changes nothing.
     """
+    with engine_of(model).readable():
+        return _found(model, include, exclude, blocks, ignore_source)
+
+
+def _found(
+    model: nn.Module,
+    include: list[str] | None,
+    exclude: list[str] | None,
+    blocks: list[str] | None,
+    ignore_source: list[str] | None,
+) -> Selection:
     _refuse_peft(model)
     around = _Surroundings.of(model, blocks)
     targets, skipped, ignored, fused = {}, {}, {}, 0

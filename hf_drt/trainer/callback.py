@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -94,6 +95,11 @@ class DRTCallback(DriverEvents):
         """What a callback cannot do in a plain Trainer is refused, not done wrong."""
         if args.world_size > 1:
             raise ValueError(f"DRTCallback runs on one process, got {args.world_size}. Use DRTTrainer.")
+        if args.deepspeed is not None or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+            raise ValueError(
+                "DRTCallback cannot make DeepSpeed's engine anew after a change of form: it has no access to it. Use "
+                "DRTTrainer, or leave deepspeed out."
+            )
         refuse_lone_process(args)
         config = settled(self.config, model)
         self.schedule = schedule_of(config)

@@ -71,7 +71,7 @@ from hf_drt.trainer.saving import recover, written_whole
 from hf_drt.trainer.search import checked_search, settings_of
 from hf_drt.trainer.undo import as_it_was_on_failure, loaded_in_full
 from hf_drt.trainer.writer import ModelWriter
-from hf_drt.trainer.zero import counts_of, prepared_for_zero, take_rates
+from hf_drt.trainer.zero import counts_of, prepared_for_zero, refuse_second_run, take_rates
 
 # The seams and their parameters; tests/trainer/test_seams.py fails first if transformers moves one.
 # fmt: off
@@ -217,6 +217,7 @@ class DRTTrainerMixin(PublishingMixin):
         self._drt_refuse_late_settings()
         if self._drt_settings is None:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        refuse_second_run(self)
         self._drt_loop.restart()
         self._drt_starting = False
         controller = self._drt_controller(max_steps, train_dataloader, resume_from_checkpoint is not None)

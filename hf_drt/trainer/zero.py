@@ -145,3 +145,16 @@ def counts_of(trainer: Any) -> dict[str, Any]:
         return {}
     counts = trainer.optimizer.optimizer.counts({p: name for name, p in trainer.model.named_parameters()})
     return {COUNTS: counts} if counts else {}
+
+
+def refuse_second_run(trainer: Any) -> None:
+    """Raise where DeepSpeed has an engine around the model already.
+
+    Raises:
+        ValueError: It has.
+    """
+    if trainer.is_deepspeed_enabled and trainer.model_wrapped is not trainer.model:
+        raise ValueError(
+            "train() was called again on a trainer whose model DeepSpeed has wrapped: Accelerate prepares a model for it "
+            "once. Make a new trainer; to go on with the run, with resume_from_checkpoint."
+        )

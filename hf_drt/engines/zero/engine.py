@@ -75,9 +75,10 @@ class Zero(Engine):
         """What the model computes with, as a whole. Collective under ZeRO-3."""
         if not is_partitioned(parameter):
             return parameter.detach()
+        has_shape = parameter.numel() > 0
         with GatheredParameters([parameter]):
             whole = parameter.detach().clone()
-        if self._opened is not None:
+        if has_shape and parameter.numel() == 0:
             placeholder(parameter)
         return whole
 
@@ -89,6 +90,9 @@ class Zero(Engine):
     @staticmethod
     def _span(parameter: Tensor) -> tuple[int, int]:
         return span(parameter) if is_partitioned(parameter) else chunk(parameter.numel())
+
+    def readable(self) -> contextlib.AbstractContextManager[None]:
+        return shaped(self.model)
 
     # ---- a change of form
 

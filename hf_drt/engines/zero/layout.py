@@ -114,13 +114,21 @@ def emptied(parameter: Any) -> None:
 @contextlib.contextmanager
 def shaped(model: nn.Module) -> Iterator[None]:
     """Within the block partitioned parameters have their shapes (:func:`placeholder`); nothing may compute with them."""
-    for parameter in filter(is_partitioned, model.parameters()):
+    for parameter in filter(_is_empty, model.parameters()):
         placeholder(parameter)
     try:
         yield
     finally:
-        for parameter in filter(is_partitioned, model.parameters()):
+        for parameter in filter(_is_placeholder, model.parameters()):
             emptied(parameter)
+
+
+def _is_empty(parameter: Any) -> bool:
+    return is_partitioned(parameter) and parameter.numel() < parameter.ds_numel
+
+
+def _is_placeholder(parameter: Any) -> bool:
+    return is_partitioned(parameter) and parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE
 
 
 def forget(parameter: Any) -> None:
