@@ -29,6 +29,7 @@ from hf_drt.checkpoint import (
     weight_files,
 )
 from hf_drt.controller import DynamicRank
+from hf_drt.engines import engine_of
 from hf_drt.forms import dense_key, form_from_dict, layer_of, layout_of, tensor_shapes
 from hf_drt.optim import rule_of, unwrap
 from hf_drt.trainer.engine_files import FSDP, PLAIN, check_engine, check_engine_files, files_of
@@ -79,7 +80,8 @@ def checked_state(folder: str | Path, controller: DynamicRank, for_resume: bool,
     except ValueError as error:
         raise CheckpointError(f"{folder} does not fit this run: {error}") from None
     if engine != FSDP or weight_files(folder, _OTHER)[0].is_file():  # in shards, they are compared as they are loaded
-        _check_weights(folder, controller, state)
+        with engine_of(controller.model).readable():
+            _check_weights(folder, controller, state)
     return state
 
 

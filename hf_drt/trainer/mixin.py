@@ -246,7 +246,8 @@ class DRTTrainerMixin(PublishingMixin):
     def _drt_restore_before_sharding(self, folder: str, controller: DynamicRank) -> None:
         """FSDP and DeepSpeed load weights and optimizer after both have been sharded, and so after the structure has to be there."""
         state = checked_state(folder, controller, for_resume=True, engine=files_of_run(self))
-        restore(self, controller, state, folder, compare=False)
+        with engine_of(self.model).readable():
+            restore(self, controller, state, folder, compare=False)
         self._drt_go_on(controller, state)
 
     def _drt_controller(self, max_steps: int, train_dataloader: Any, resumed: bool) -> DynamicRank:

@@ -11,6 +11,7 @@ import conftest  # noqa: F401
 import tiny
 import torch
 import torch.distributed as dist
+import transformers as T
 
 from hf_drt import CheckpointError
 from hf_drt.engines import engine_of
@@ -30,14 +31,21 @@ def deepspeed(stage: int, **changes) -> dict:
     }  # fmt: skip
 
 
-def trainer(folder: Path, world: int, stage: int | None, zero: dict, **settings):
+def trainer(folder: Path, world: int, stage: int | None, zero: dict, pretrained: bool = False, **settings):
     if stage is not None:
         settings["deepspeed"] = deepspeed(stage, **zero)
+    model = tiny.llama(attention_bias=True, mlp_bias=True)
+    if pretrained:  # the arguments come first: with them from_pretrained() partitions the model
+        path = folder / f"model-{os.environ.get('RANK', 0)}"
+        model.save_pretrained(path)
+        kept = tiny.arguments(folder / "arguments", use_cpu=True, deepspeed=settings["deepspeed"])  # noqa: F841
+        model = T.AutoModelForCausalLM.from_pretrained(path)
+        assert not any(p.numel() for p in model.parameters()), "ZeRO-3 has not partitioned it"
     common = {
         "use_cpu": True, "per_device_train_batch_size": 8 // world, "adam_epsilon": 1e-5, "save_strategy": "steps",
         "save_steps": 1, "max_steps": 12, "logging_steps": 1, "drt_schedule": "factored@0 dense@3 adapter@6 factored@9",
     }  # fmt: skip
-    return tiny.trainer(folder, tiny.llama(attention_bias=True, mlp_bias=True), **common | settings)
+    return tiny.trainer(folder, model, **common | settings)
 
 
 def whole(model) -> dict[str, torch.Tensor]:
@@ -45,11 +53,21 @@ def whole(model) -> dict[str, torch.Tensor]:
     return {name: engine.full(p).detach().clone() for name, p in model.named_parameters()}
 
 
+def missing_parts(run) -> list[str]:
+    """What the engine relies on of DeepSpeed's private parts, and this version has not."""
+    if not run.is_deepspeed_enabled:
+        return []
+    from hf_drt.engines.zero.layout import SEAMS, stage_of
+
+    zero = run.optimizer.optimizer.zero
+    return [name for name in SEAMS[stage_of(zero)] if not hasattr(zero, name)]
+
+
 def main(folder: Path, settings: dict) -> None:
     torch.set_num_threads(1)
     world = int(os.environ.get("WORLD_SIZE", 1))
     stage, zero, resume = settings.pop("stage", None), settings.pop("zero", {}), settings.pop("resume", [])
-    other = settings.pop("other", None)
+    other, twice = settings.pop("other", None), settings.pop("twice", False)
     run = trainer(folder, world, stage, zero, **settings)
     run.train()
     run.save_model(str(folder / "final"))
@@ -68,13 +86,18 @@ def main(folder: Path, settings: dict) -> None:
             trainer(folder, world, stage, zero, **settings).train(resume_from_checkpoint=other)
         except CheckpointError as error:
             refusal = str(error)
+    if twice:
+        try:
+            run.train()
+        except ValueError as error:
+            refusal = str(error)
     equal = True
     if dist.is_initialized():
         everywhere: list = [None] * world
         dist.all_gather_object(everywhere, {name: value.double().sum().item() for name, value in end.items()})
         equal = all(one == everywhere[0] for one in everywhere)
     if int(os.environ.get("RANK", 0)) == 0:
-        seen = {"history": history, "gaps": gaps, "losses": losses, "refusal": refusal, "equal": equal}
+        seen = {"missing": missing_parts(run), "history": history, "gaps": gaps, "losses": losses, "refusal": refusal, "equal": equal}
         (folder / "seen.json").write_text(json.dumps(seen))
 
 

@@ -16,12 +16,10 @@ from torch import Tensor, nn
 # Attributes of a ZeRO optimizer, by stage, that the code below reads; tests/distributed/test_zero.py fails first if
 # DeepSpeed moves one.
 SEAMS = {
-    2: ("optimizer", "bit16_groups", "single_partition_of_fp32_groups", "update_lp_params", "loss_scaler"),
-    3: (
-        "optimizer", "fp16_groups", "fp32_partitioned_groups_flat", "grad_position", "get_param_id", "loss_scaler",
-        "sub_group_to_group_id",
-    ),
-}  # fmt: skip
+    1: ("optimizer", "bit16_groups", "single_partition_of_fp32_groups", "partition_gradients", "loss_scaler"),
+    2: ("optimizer", "bit16_groups", "single_partition_of_fp32_groups", "partition_gradients", "loss_scaler"),
+    3: ("optimizer", "fp16_groups", "fp32_partitioned_groups_flat", "grad_position", "get_param_id", "loss_scaler"),
+}
 
 
 class Place(NamedTuple):

@@ -1,0 +1,143 @@
+"""DRTTrainer under DeepSpeed: gloo processes with ZeRO-1, 2 and 3, against one process without it.
+
+All but one: ``pytest -m slow tests/distributed/test_zero.py``.
+"""
+
+import json
+from pathlib import Path
+
+import forked
+import pytest
+import tiny
+import torch
+import transformers as T
+from safetensors.torch import load_file
+
+from hf_drt import CheckpointError
+
+pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
+WORKER = Path(__file__).with_name("zero_worker.py")
+ALONE = ("stage", "zero", "resume", "pretrained")  # settings of a run under DeepSpeed alone
+
+
+def run(folder: Path, processes: int, **settings) -> dict:
+    folder.mkdir(parents=True, exist_ok=True)
+    result = forked.distributed(WORKER, folder, json.dumps(settings), processes=processes, timeout=400)
+    assert result.returncode == 0, result.stderr[-6000:]
+    return json.loads((folder / "seen.json").read_text())
+
+
+def losses(seen: dict) -> list[float]:
+    return [row["loss"] for row in seen["history"] if "loss" in row]
+
+
+def switches(seen: dict) -> list[int]:
+    return [row["drt_phase"] for row in seen["history"] if "drt_switch_seconds" in row]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, run(folder, 1)
+
+
+def check_against(alone, folder: Path, seen: dict) -> None:
+    """Losses, and the dense model that is saved; the parts of DeepSpeed's optimizer that are relied on."""
+    theirs, expected = alone
+    assert losses(seen) == pytest.approx(losses(expected), abs=1e-5)
+    assert switches(seen) == [0, 1, 2, 3]
+    assert seen["equal"]
+    assert seen["missing"] == []
+    mine, other = (load_file(path / "final" / "model.safetensors") for path in (folder, theirs))
+    assert mine.keys() == other.keys()
+    assert all(torch.allclose(mine[name], W, atol=1e-5, rtol=0) for name, W in other.items())
+    T.AutoModelForCausalLM.from_pretrained(folder / "final")
+
+
+def test_zero_3_equals_one_process_resumes_bitwise_and_saves_a_dense_model(alone, tmp_path):
+    seen = run(tmp_path, 2, stage=3, resume=[2, 6, 10], other=str(alone[0] / "checkpoint-6"))
+    check_against(alone, tmp_path, seen)
+    assert seen["gaps"] == {"2": 0.0, "6": 0.0, "10": 0.0}
+    assert "was written without FSDP and DeepSpeed, this run is with DeepSpeed" in seen["refusal"]
+    with pytest.raises(CheckpointError, match=r"was written with DeepSpeed, this run is without .* \(--deepspeed\)"):
+        tiny.trainer(tmp_path, max_steps=12, drt_schedule="factored@0 dense@3 adapter@6 factored@9").train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_1_and_2_equal_one_process_and_resume_bitwise(alone, tmp_path, stage):
+    seen = run(tmp_path, 2, stage=stage, resume=[2, 6, 10])
+    check_against(alone, tmp_path, seen)
+    assert seen["gaps"] == {"2": 0.0, "6": 0.0, "10": 0.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_with_sgd_losses_are_those_of_one_process(tmp_path, stage, processes):
+    settings = {"optim": "sgd", "learning_rate": 0.1, "save_strategy": "no"}
+    expected, seen = run(tmp_path / "one", 1, **settings), run(tmp_path / "all", processes, stage=stage, **settings)
+    assert losses(seen) == pytest.approx(losses(expected), abs=1e-5)
+    assert switches(seen) == [0, 1, 2, 3]
+    assert seen["equal"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_in_bf16_it_trains_as_one_process_does_and_resumes_bitwise(tmp_path, stage, processes):
+    """DeepSpeed's weights are bf16 outright, with float32 ones beside them; autocast's are float32."""
+    expected = run(tmp_path / "one", 1, bf16=True)
+    seen = run(tmp_path / "all", processes, stage=stage, bf16=True, resume=[2, 6, 10])
+    assert losses(seen) == pytest.approx(losses(expected), abs=1e-3)
+    assert seen["equal"]
+    assert seen["gaps"] == {"2": 0.0, "6": 0.0, "10": 0.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"stage": 2, "zero": {"offload_optimizer": {"device": "cpu"}}},
+        {"stage": 3, "zero": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}},
+        {"stage": 2, "drt_schedule": "rotate(groups=2,share=70)"},
+        {"stage": 3, "drt_schedule": "rotate(groups=2,share=70)"},
+        {"stage": 1, "drt_moments": "project"},
+        {"stage": 3, "drt_moments": "project"},
+        {"stage": 3, "drt_factored_lr_scale": 0.5, "drt_rewarmup_steps": 2, "max_grad_norm": 0.05},
+        {"stage": 3, "pretrained": True},
+        {"stage": 3, "activation_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_other_settings_equal_one_process_and_resume_bitwise(tmp_path, settings):
+    seen = run(tmp_path / "two", 2, **settings, resume=[6, 10])
+    expected = run(tmp_path / "one", 1, **{key: value for key, value in settings.items() if key not in ALONE})
+    assert losses(seen) == pytest.approx(losses(expected), abs=1e-4)
+    assert seen["gaps"] == {"6": 0.0, "10": 0.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_accumulated_batches_equal_one(tmp_path, stage):
+    settings = {"save_strategy": "no", "max_grad_norm": 0.05}
+    expected = run(tmp_path / "one", 1, **settings)
+    parts = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    seen = run(tmp_path / "two", 2, stage=stage, **settings, **parts)
+    assert losses(seen) == pytest.approx(losses(expected), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_is_refused(tmp_path):
+    run(tmp_path / "two", 2, stage=2)
+    seen = run(tmp_path / "four", 4, stage=2, save_strategy="no", other=str(tmp_path / "two" / "checkpoint-2"))
+    assert "was written by 2 processes under DeepSpeed" in seen["refusal"]
+    assert "this run has 4. Resume with 2" in seen["refusal"]
+
+
+@pytest.mark.slow
+def test_a_second_run_of_one_trainer_is_refused(tmp_path):
+    seen = run(tmp_path, 2, stage=2, save_strategy="no", twice=True)
+    assert "train() was called again on a trainer whose model DeepSpeed has wrapped" in seen["refusal"]
