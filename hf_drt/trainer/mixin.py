@@ -244,7 +244,7 @@ class DRTTrainerMixin(PublishingMixin):
             upcast_bases(self.model)
 
     def _drt_restore_before_sharding(self, folder: str, controller: DynamicRank) -> None:
-        """FSDP and DeepSpeed load weights and optimizer after both have been sharded, and so after the structure has to be there."""
+        """FSDP and DeepSpeed load what they have sharded, and so after the structure has to be there."""
         state = checked_state(folder, controller, for_resume=True, engine=files_of_run(self))
         with engine_of(self.model).readable():
             restore(self, controller, state, folder, compare=False)

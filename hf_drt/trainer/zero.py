@@ -88,8 +88,7 @@ def _kind(trainer: Any) -> type | None:
 
 @contextlib.contextmanager
 def prepared_for_zero(trainer: Any, checkpoint: str | None) -> Iterator[None]:
-    """In the block Accelerate, where it prepares model and optimizer for DeepSpeed, gets the inner optimizer of one that
-    stays the Trainer's.
+    """In the block Accelerate gets, to prepare for DeepSpeed, the inner optimizer of one that stays the Trainer's.
 
     Args:
         checkpoint: The folder that is resumed from.
@@ -155,6 +154,6 @@ def refuse_second_run(trainer: Any) -> None:
     """
     if trainer.is_deepspeed_enabled and trainer.model_wrapped is not trainer.model:
         raise ValueError(
-            "train() was called again on a trainer whose model DeepSpeed has wrapped: Accelerate prepares a model for it "
-            "once. Make a new trainer; to go on with the run, with resume_from_checkpoint."
+            "train() was called again on a trainer whose model DeepSpeed has wrapped: Accelerate prepares a model once. "
+            "Make a new trainer; to go on with the run, with resume_from_checkpoint."
         )

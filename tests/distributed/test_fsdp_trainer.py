@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from hf_drt import CheckpointError
 from hf_drt.forms import FactoredLinear
-from hf_drt.trainer.fsdp_files import check_fsdp_files
+from hf_drt.trainer.engine_files import check_engine_files
 
 WORKER = Path(__file__).with_name("fsdp_trainer_worker.py")
 
@@ -111,21 +111,21 @@ def test_the_best_model_is_loaded_in_its_own_form(tmp_path):
 def test_files_of_fsdp_that_are_missing_or_cut_short_are_named(tmp_path, damage, message):
     for name in ("optimizer.bin", "pytorch_model_fsdp.bin"):
         torch.save({}, tmp_path / name)
-    check_fsdp_files(tmp_path)
+    check_engine_files(tmp_path)
     path = tmp_path / damage
     content = path.read_bytes()
     path.unlink()
     if "cut" in message:
         path.write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match=message):
-        check_fsdp_files(tmp_path)
+        check_engine_files(tmp_path)
 
 
 def test_shards_without_their_metadata_are_incomplete(tmp_path):
     (tmp_path / "pytorch_model_fsdp_0").mkdir()
     (tmp_path / "optimizer_0").mkdir()
     with pytest.raises(CheckpointError, match=r"pytorch_model_fsdp_0/\.metadata is missing: the checkpoint is incomp"):
-        check_fsdp_files(tmp_path)
+        check_engine_files(tmp_path)
 
 
 def test_the_matrix_optimizer_is_refused_before_training(tmp_path):

@@ -97,7 +97,14 @@ def main(folder: Path, settings: dict) -> None:
         dist.all_gather_object(everywhere, {name: value.double().sum().item() for name, value in end.items()})
         equal = all(one == everywhere[0] for one in everywhere)
     if int(os.environ.get("RANK", 0)) == 0:
-        seen = {"missing": missing_parts(run), "history": history, "gaps": gaps, "losses": losses, "refusal": refusal, "equal": equal}
+        seen = {
+            "missing": missing_parts(run),
+            "history": history,
+            "gaps": gaps,
+            "losses": losses,
+            "refusal": refusal,
+            "equal": equal,
+        }
         (folder / "seen.json").write_text(json.dumps(seen))
 
 

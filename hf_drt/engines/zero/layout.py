@@ -42,8 +42,8 @@ class Place(NamedTuple):
         return flat.narrow(0, self.offset, self.count)
 
     def entry(self, value: Any) -> Tensor | None:
-        """The part of an entry of the flat tensor's state; None of one that belongs to the tensor as a whole, as a count
-        of steps does."""
+        """The part of an entry of the flat tensor's state; None of one that is of the tensor as a whole, as a count of
+        steps is."""
         return self.of(value) if isinstance(value, Tensor) and value.shape == self.flat.shape else None
 
 
@@ -111,7 +111,7 @@ def emptied(parameter: Any) -> None:
 
 @contextlib.contextmanager
 def shaped(model: nn.Module) -> Iterator[None]:
-    """Within the block partitioned parameters have their shapes (:func:`placeholder`); nothing may compute with them."""
+    """In the block partitioned parameters have their shapes (:func:`placeholder`); nothing may compute with them."""
     for parameter in filter(_is_empty, model.parameters()):
         placeholder(parameter)
     try:

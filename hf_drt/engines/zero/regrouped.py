@@ -104,7 +104,8 @@ def inner_groups(
             if parameter.requires_grad:
                 by_count[count(parameter)].append(parameter)
         groups += [
-            {**defaults, **options_of(group), "params": parameters, OUTER: index} for _, parameters in sorted(by_count.items())
+            {**defaults, **options_of(group), "params": parameters, OUTER: index}
+            for _, parameters in sorted(by_count.items())
         ]
     return groups
 
@@ -114,4 +115,3 @@ def inner_optimizer(outer: torch.optim.Optimizer, groups: list[Group]) -> torch.
     inner = type(outer).__new__(type(outer))
     inner.__setstate__({"defaults": dict(outer.defaults), "state": defaultdict(dict), "param_groups": groups})
     return inner
-

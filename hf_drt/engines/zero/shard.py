@@ -47,6 +47,6 @@ def at_rest(values: Tensor) -> Tensor:
 
 
 def chunk(numel: int) -> tuple[int, int]:
-    """Start and length of this process's part where nobody has laid the tensor out yet: equal parts but for the last."""
+    """Start and length of this process's part where nobody has laid the tensor out yet: equal ones but for the last."""
     count = -(-numel // dist.get_world_size())
     return dist.get_rank() * count, count
