@@ -6,14 +6,14 @@ tried hf_drt on shows by itself what works there.
 """
 
 from hf_drt.doctor.check import CHECKS, Bench, Check, Finding, Result, found, not_tried
-from hf_drt.doctor.decompositions import decompositions
-from hf_drt.doctor.devices import device_named, devices
-from hf_drt.doctor.engines import engines
-from hf_drt.doctor.examine import Report, chosen, examine
-from hf_drt.doctor.forms import forms
-from hf_drt.doctor.processes import processes
-from hf_drt.doctor.switch import switch
-from hf_drt.doctor.versions import versions
+from hf_drt.doctor.decompositions import check_decompositions
+from hf_drt.doctor.devices import check_devices, device_named
+from hf_drt.doctor.engines import check_engines
+from hf_drt.doctor.forms import check_forms
+from hf_drt.doctor.processes import check_processes
+from hf_drt.doctor.reports import Report, chosen, examine
+from hf_drt.doctor.switch import check_switch
+from hf_drt.doctor.versions import check_versions
 
 __all__ = [
     "CHECKS",
@@ -29,10 +29,10 @@ __all__ = [
     "not_tried",
 ]
 
-CHECKS.add("versions", Check("packages against those that were tested", versions))
-CHECKS.add("devices", Check("the processor and accelerators", devices))
-CHECKS.add("decompositions", Check("every decomposition against float64", decompositions))
-CHECKS.add("forms", Check("every form of a layer, forward and backward, against dense in float64", forms))
-CHECKS.add("switch", Check("changes of form of 100 million parameters: time, memory, function", switch))
-CHECKS.add("engines", Check("which engines are installed and start", engines))
-CHECKS.add("processes", Check("two processes: equal bits after switches, and a resume to the bit", processes))
+CHECKS.add("versions", Check("packages against those that were tested", check_versions))
+CHECKS.add("devices", Check("the processor and accelerators", check_devices))
+CHECKS.add("decompositions", Check("every decomposition against float64", check_decompositions))
+CHECKS.add("forms", Check("every form of a layer, forward and backward, against dense in float64", check_forms))
+CHECKS.add("switch", Check("changes of form of 100 million parameters: time, memory, function", check_switch))
+CHECKS.add("engines", Check("which engines are installed and start", check_engines))
+CHECKS.add("processes", Check("two processes: equal bits after switches, and a resume to the bit", check_processes))

@@ -49,7 +49,7 @@ class _Sizes:
 _FULL, _QUICK = _Sizes((640, 512), (48, 32, 3, 3)), _Sizes((192, 160), (16, 12, 3, 3))
 
 
-def decompositions(bench: Bench) -> Iterator[Finding]:
+def check_decompositions(bench: Bench) -> Iterator[Finding]:
     """One finding for each way to decompose."""
     sizes = _QUICK if bench.quick else _FULL
     for what, look in _ways(sizes, bench.device):

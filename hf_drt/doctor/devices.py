@@ -41,7 +41,7 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def devices(bench: Bench) -> Iterator[Finding]:
+def check_devices(bench: Bench) -> Iterator[Finding]:
     """One finding for each device, held where a product of matrices there is what it is in float64."""
     for device in devices_here():
         what = f"{device} (used)" if device == bench.device else str(device)

@@ -10,7 +10,7 @@ from hf_drt.doctor.check import Bench, Finding, Result, found, not_tried
 from hf_drt.doctor.launch import each_engine
 
 
-def engines(bench: Bench) -> Iterator[Finding]:
+def check_engines(bench: Bench) -> Iterator[Finding]:
     """One finding for each engine of the registry, and for each library of one that is not installed."""
     device = bench.device.type
     if (why := no_group(device)) is not None:

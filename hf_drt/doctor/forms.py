@@ -49,7 +49,7 @@ class _Fault:
         return f"{self.mode}: {self.part} is off by {self.error:.1e}, and may be by {self.allowed:.1e}"
 
 
-def forms(bench: Bench) -> Iterator[Finding]:
+def check_forms(bench: Bench) -> Iterator[Finding]:
     """One finding for each form of each kind of layer, over all modes; one for each mode that is not tried."""
     usable = []
     for mode in MODES:

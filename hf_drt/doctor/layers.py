@@ -78,16 +78,28 @@ def _each_expert(layer: nn.Module, x: Tensor) -> Tensor:
     return torch.stack([F.linear(x[expert], weight[expert]) for expert in range(len(x))])
 
 
+def _all_experts(layer: nn.Module, x: Tensor) -> Tensor:
+    """With the weights of all at once, as in implementations that batch products."""
+    weight: Tensor = layer.weight
+    return torch.bmm(weight[torch.arange(len(x), device=x.device)], x.mT).mT
+
+
+def _experts() -> nn.Module:
+    return ExpertStack(nn.Parameter(torch.randn(3, 48, 32) / 6), False)
+
+
+def _of_experts(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    return x @ W.mT
+
+
 KINDS = (
     Kind("linear", lambda: nn.Linear(64, 96), (4, 8, 64), _call, F.linear),
     Kind(
         "convolution", lambda: nn.Conv2d(12, 16, 3, stride=2, padding=1), (4, 12, 10, 10), _call,
         lambda x, W, bias: F.conv2d(x, W, bias, stride=2, padding=1),
     ),
-    Kind(
-        "experts", lambda: ExpertStack(nn.Parameter(torch.randn(3, 48, 32) / 6), False), (3, 16, 32), _each_expert,
-        lambda x, W, bias: x @ W.mT,
-    ),
+    Kind("experts", _experts, (3, 16, 32), _each_expert, _of_experts),
+    Kind("experts, batched", _experts, (3, 16, 32), _all_experts, _of_experts),
 )  # fmt: skip
 
 

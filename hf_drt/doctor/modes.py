@@ -113,11 +113,11 @@ class _All(nn.Module):
 
 
 def compute_compiled(layers: Mapping[Case, nn.Module], device: torch.device) -> dict[Case, Computed]:
-    """As :func:`compute` in float32, all of them compiled as one graph."""
+    """As :func:`compute` in float32, all of them compiled as one graph, without a part that runs uncompiled."""
     batches = {case: batch(case.kind) for case in layers}
     inputs = [x.to(device).requires_grad_() for x, _ in batches.values()]
     module = _All([case.kind for case in layers], list(layers.values()))
-    outputs = torch.compile(module, dynamic=False)(inputs)
+    outputs = torch.compile(module, dynamic=False, fullgraph=True)(inputs)
     weights = [trained(layer) for layer in layers.values()]
     wanted = [tensor for x, own in zip(inputs, weights, strict=True) for tensor in (x, *own.values())]
     gradients = iter(torch.autograd.grad(outputs, wanted, [g.to(device) for _, g in batches.values()]))

@@ -22,7 +22,7 @@ PROCESSES = 2
 _CLOSE = 1e-3  # relative difference of a weight from that of one process
 
 
-def processes(bench: Bench) -> Iterator[Finding]:
+def check_processes(bench: Bench) -> Iterator[Finding]:
     """Three findings for each engine that runs in several processes."""
     kind = bench.device.type
     if kind != "cpu" and len([d for d in devices_here() if d.type == kind]) < PROCESSES:

@@ -20,7 +20,7 @@ from hf_drt.doctor.devices import synchronize
 from hf_drt.doctor.model import Decoder, decoder, next_token_loss
 from hf_drt.simulate import StepCounter
 
-SCHEDULE = "dense@0 factored@1 dense@2 adapter@3 factored@4"
+SCHEDULE = "dense@0 factored@1 dense@2 adapter@3 dense@4"
 FULL, QUICK = (16384, 768, 2048, 12, 12), (1024, 192, 512, 4, 4)
 _TOKENS = 16
 _KEPT = 1e-3  # largest change of a logit by a switch that keeps the function
@@ -63,7 +63,7 @@ class _Run:
         return filter(torch.is_tensor, itertools.chain(self.model.parameters(), self.model.buffers(), states))
 
 
-def switch(bench: Bench) -> Iterator[Finding]:
+def check_switch(bench: Bench) -> Iterator[Finding]:
     """One finding for each switch."""
     sizes = QUICK if bench.quick else FULL
     run = _Run(sizes, bench.device)

@@ -68,7 +68,7 @@ def requirements() -> list[Requirement]:
     return list(listed.values())
 
 
-def versions(bench: Bench) -> Iterator[Finding]:
+def check_versions(bench: Bench) -> Iterator[Finding]:
     """One finding for each package; a version that nobody has tried is not tried here either."""
     yield _python()
     try:
