@@ -8,7 +8,6 @@ from importlib import import_module
 
 import pytest
 import torch
-from torch import nn
 
 from hf_drt.doctor import Bench, Result, examine
 from hf_drt.doctor.launch import each_engine, run
@@ -25,7 +24,7 @@ def scripted(tmp_path, text: str, processes: int = 2, seconds: float = 60.0) -> 
 
 
 def test_processes_that_end_well_have_nothing_to_tell(tmp_path):
-    assert scripted(tmp_path, "import os; open(f'{os.environ[\"RANK\"]}.out', 'w') if False else None") is None
+    assert scripted(tmp_path, "import os; assert os.environ['RANK'] in '01'") is None
 
 
 @pytest.mark.parametrize(
@@ -166,4 +165,3 @@ def test_a_spec_is_what_the_worker_reads(tmp_path):
     launch = import_module("hf_drt.doctor.launch")
     each_engine("start", "cpu", 1, tmp_path, ["-c", "pass"])
     assert launch.Spec(**json.loads((tmp_path / "spec.json").read_text())) == launch.Spec("start", "cpu", 1, [])
-    assert isinstance(TrialLoop(Single, CPU).model, nn.Module)
