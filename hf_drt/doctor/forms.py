@@ -99,7 +99,9 @@ def _whole(layer: nn.Module) -> Tensor:
 def _compiled(layers: Mapping[Case, nn.Module | Finding], device: torch.device) -> dict[Case, Computed | str]:
     """What the compiler's code computes, by case. If it cannot compile all at once, each alone: so one is named."""
     ready = {
-        case: moved(copy.deepcopy(layer), device) for case, layer in layers.items() if isinstance(layer, nn.Module)
+        case: moved(copy.deepcopy(layer), device)
+        for case, layer in layers.items()
+        if isinstance(layer, nn.Module) and not case.repeats
     }
     try:
         return dict(compute_compiled(ready, device))

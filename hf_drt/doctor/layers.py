@@ -60,6 +60,11 @@ class Case:
         """Such as ``convolution: tucker factored``."""
         return f"{self.kind.name}: {_told(self.form)}"
 
+    @property
+    def repeats(self) -> bool:
+        """Whether the code that computes it is that of another case: a start of other values, another reading of W."""
+        return (isinstance(self.form, Adapter) and self.form.init != "zero") or self.kind is KINDS[-1]
+
 
 def _call(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x)
