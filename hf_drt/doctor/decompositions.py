@@ -192,7 +192,7 @@ def _in_fewer_bits(sizes: _Sizes, device: torch.device) -> Iterator[Finding]:
     sigma, W = _matrix(sizes.matrix)
     A, rank = W.float().to(device), len(sigma) // 4
     with _reduced(device):
-        if _off(*_cpu(A @ A.mT), W @ W.mT) < 1e-5:
+        if _off(_cpu(A @ A.mT)[0], W @ W.mT) < 1e-5:
             yield not_tried(what, f"{device} computes products of float32 in float32 whatever is set")
             return
         try:
@@ -227,7 +227,7 @@ def _product(kind: Kind, name: str, device: torch.device) -> Iterator[Finding]:
         for rank in (max(1, PRODUCTS[name].rank_limit(shape) // 4), None):
             rank, rank_in = ranks(PRODUCTS[name], shape, rank)
             conversion = convert(moved(kind.layer(), device), Factored(rank, name, rank_in))
-            error = _off(*_cpu(effective_weight(conversion.module)), exact)
+            error = _off(_cpu(effective_weight(conversion.module))[0], exact)
             if not abs(error - conversion.error) <= _EXACT:
                 seen = f"rank {rank}: error {error:.5f}, stated {conversion.error:.5f}"
                 yield found(what, False, seen, {"error": error, "stated": conversion.error})

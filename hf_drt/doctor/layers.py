@@ -79,13 +79,13 @@ def moved(layer: nn.Module, *to: Any) -> nn.Module:
 
 def _each_expert(layer: nn.Module, x: Tensor) -> Tensor:
     """Expert by expert, as in the loop of a model's own forward pass."""
-    weight: Tensor = layer.weight
+    weight: Any = layer.weight
     return torch.stack([F.linear(x[expert], weight[expert]) for expert in range(len(x))])
 
 
 def _all_experts(layer: nn.Module, x: Tensor) -> Tensor:
     """With the weights of all at once, as in implementations that batch products."""
-    weight: Tensor = layer.weight
+    weight: Any = layer.weight
     return torch.bmm(weight[torch.arange(len(x), device=x.device)], x.mT).mT
 
 

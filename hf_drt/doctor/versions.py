@@ -99,7 +99,7 @@ def compared(requirement: Requirement, version: str | None) -> Finding:
 def _python() -> Finding:
     version = platform.python_version()
     try:
-        needed = metadata.metadata("hf-drt").get("Requires-Python", "")
+        needed = metadata.metadata("hf-drt")["Requires-Python"] or ""
     except metadata.PackageNotFoundError:
         needed = ""
     broken = Requirement("python", tuple(_BOUND.findall(needed)), None).broken(version)

@@ -64,7 +64,8 @@ class FSDP2(Engine):
         for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)][::-1]:
             for block in blocks:
                 fully_shard(block)
-        return fully_shard(model)
+        fully_shard(model)
+        return model
 
     def held(self, tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
