@@ -35,6 +35,7 @@ class Registry(Mapping[str, M]):
     def __init__(self, setting: str, home: str, classes: bool = False):
         self.setting, self._home, self._classes = setting, home, classes
         self._members: dict[str, M] = {}
+        self._complete = False
 
     def add(self, name: str, member: M) -> M:
         """Register a member.
@@ -105,7 +106,9 @@ class Registry(Mapping[str, M]):
         return ", ".join(f"'{name}' ({member.help})" for name, member in self.items())
 
     def _loaded(self) -> dict[str, M]:
-        importlib.import_module(self._home)
+        if not self._complete:  # an import, be it of what is there, breaks the graph of a compiler
+            importlib.import_module(self._home)
+            self._complete = True
         return self._members
 
 

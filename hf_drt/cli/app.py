@@ -14,6 +14,7 @@ COMMANDS = {
     "inspect": "What is in a checkpoint: forms, ranks and spectra.",
     "export": "Write a checkpoint as a dense, native or PEFT model.",
     "compare": "How two checkpoints differ: logits and weights.",
+    "doctor": "What holds on this machine, and what does not.",
 }
 _PLAIN = {
     "rich_markup_mode": None,  # plain help, that reads the same when piped

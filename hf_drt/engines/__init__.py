@@ -2,7 +2,7 @@
 
 from hf_drt.engines.decompose import Job, decompositions
 from hf_drt.engines.engine import Engine, whole_size
-from hf_drt.engines.registry import ENGINES, engine_of, is_wrapper, unwrapped
+from hf_drt.engines.registry import ENGINES, engine_of, import_engines, is_wrapper, unwrapped
 from hf_drt.engines.single import Single
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Single",
     "decompositions",
     "engine_of",
+    "import_engines",
     "is_wrapper",
     "unwrapped",
     "whole_size",

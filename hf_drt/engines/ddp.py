@@ -26,6 +26,10 @@ class DDP(Single):
     def inside(cls, module: nn.Module) -> nn.Module | None:
         return module.module if isinstance(module, DistributedDataParallel) else None
 
+    @classmethod
+    def begun(cls, model: nn.Module) -> nn.Module:
+        return DistributedDataParallel(model)
+
     def around_switch(self, options: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
         return renewed_reducer(cast(DistributedDataParallel, uncompiled(self.model)), options)
 

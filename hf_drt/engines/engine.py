@@ -55,6 +55,16 @@ class Engine(ABC):
     def inside(cls, module: nn.Module) -> nn.Module | None:
         """The model that a wrapper of this engine's has inside; None of any other module."""
 
+    @classmethod
+    def begun(cls, model: nn.Module) -> nn.Module:
+        """A model with plain parameters as the engine trains it in a hand-written loop, which calls ``backward()`` and
+        ``step()`` itself; for a trial (:mod:`hf_drt.doctor`). Collective, in a process group that is there.
+
+        Raises:
+            NotImplementedError: The engine's library makes more of a loop than that.
+        """
+        raise NotImplementedError(f"{cls.__name__} is begun by its own library, with a configuration of that")
+
     # ---- what a process holds
 
     @abstractmethod

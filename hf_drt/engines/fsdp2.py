@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -57,6 +57,15 @@ class FSDP2(Engine):
     def inside(cls, module: nn.Module) -> nn.Module | None:
         """None: it changes a block's class, and puts nothing around it."""
         return None
+
+    @classmethod
+    def begun(cls, model: nn.Module) -> nn.Module:
+        """Sharded by blocks, the members of its lists; what is left is one more."""
+        for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)][::-1]:
+            for block in blocks:
+                fully_shard(block)
+        fully_shard(model)
+        return model
 
     def held(self, tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor

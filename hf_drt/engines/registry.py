@@ -31,6 +31,17 @@ ENGINES.add("single", Single)
 ENGINES.add("ddp", DDP)
 
 
+def import_engines() -> dict[str, ImportError]:
+    """Import the engines that wait for their library; what those raised that cannot be, by the library's name."""
+    missing = {}
+    for library, home in _ONCE_IMPORTED.items():
+        try:
+            importlib.import_module(home)
+        except ImportError as error:
+            missing[library] = error
+    return missing
+
+
 def engine_of(model: nn.Module) -> Engine:
     """The engine of a model, or of the wrapper around it."""
     return next(engine for engine in _known() if engine.manages(uncompiled(model)))(model)

@@ -22,6 +22,10 @@ class Single(Engine):
     def inside(cls, module: nn.Module) -> nn.Module | None:
         return None
 
+    @classmethod
+    def begun(cls, model: nn.Module) -> nn.Module:
+        return model
+
     def held(self, tensor: Tensor) -> Tensor:
         return tensor
 

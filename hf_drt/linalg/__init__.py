@@ -15,11 +15,20 @@ from hf_drt.linalg.spectral import (
     truncation_error,
     working_dtype,
 )
-from hf_drt.linalg.truncation import Truncation, balanced, truncated_product, truncated_svd
+from hf_drt.linalg.truncation import (
+    GRAM_UP_TO,
+    RANDOMIZED_UP_TO,
+    Truncation,
+    balanced,
+    truncated_product,
+    truncated_svd,
+)
 from hf_drt.linalg.tucker import tucker2
 
 __all__ = [
+    "GRAM_UP_TO",
     "POLAR_STEPS",
+    "RANDOMIZED_UP_TO",
     "LinAlgError",
     "Truncation",
     "balanced",

@@ -154,6 +154,6 @@ def refuse_second_run(trainer: Any) -> None:
     """
     if trainer.is_deepspeed_enabled and trainer.model_wrapped is not trainer.model:
         raise ValueError(
-            "train() was called again on a trainer whose model DeepSpeed has wrapped: Accelerate prepares a model once. "
+            "train() was called again on a trainer whose model DeepSpeed has wrapped: Accelerate prepares it once. "
             "Make a new trainer; to go on with the run, with resume_from_checkpoint."
         )
