@@ -56,9 +56,9 @@ def decompositions(engine: Engine, jobs: list[Job]) -> Iterator[tuple[Tensor, ..
             own[index] = decompose(module, jobs[index].form)
         except Exception as failure:
             error = failure
-    raise_everywhere(error, next(jobs[0].module.parameters()).device if jobs else torch.device("cpu"))
+    raise_everywhere(error, engine.device(next(jobs[0].module.parameters())) if jobs else torch.device("cpu"))
     for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
-        yield _broadcast(job, owner, own.pop(index, None))
+        yield _broadcast(engine, job, owner, own.pop(index, None))
 
 
 def _in_rounds(engine: Engine, jobs: list[Job], owners: list[int]) -> Iterator[tuple[int, nn.Module]]:
@@ -87,7 +87,7 @@ def raise_everywhere(error: Exception | None, device: torch.device) -> None:
     """Raise on all processes what one of them has found. Collective.
 
     Args:
-        device: Of the model's parameters, over which the processes talk.
+        device: Over which the processes talk, as :meth:`hf_drt.engines.Engine.device` tells.
     """
     failed = torch.tensor([float(error is not None)], device=device)
     dist.all_reduce(failed, op=dist.ReduceOp.MAX)
@@ -97,14 +97,15 @@ def raise_everywhere(error: Exception | None, device: torch.device) -> None:
         raise ValueError("the change of form failed on another process; its log has the reason.")
 
 
-def _broadcast(job: Job, owner: int, part: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+def _broadcast(engine: Engine, job: Job, owner: int, part: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
     """One result to all processes. Whether there is one follows from the form, so no process has to ask."""
     shapes = decomposition_shapes(job.module, job.form)
     if shapes is None:
         return None
     if part is None:
         like = next(job.module.parameters())
-        part = tuple(torch.empty(shape, dtype=working_dtype(like.dtype), device=like.device) for shape in shapes)
+        dtype, device = working_dtype(like.dtype), engine.device(like)
+        part = tuple(torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
     for tensor in part:
         dist.broadcast(tensor, src=owner)
     return part

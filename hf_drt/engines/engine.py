@@ -4,6 +4,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 
@@ -49,6 +50,10 @@ class Engine(ABC):
         """The model that a wrapper of this engine's has inside; None of any other module."""
 
     # ---- what a process holds
+
+    def device(self, tensor: Tensor) -> torch.device:
+        """Where the whole of a parameter is computed with, and over which processes talk about it."""
+        return tensor.device
 
     @abstractmethod
     def held(self, tensor: Tensor) -> Tensor:

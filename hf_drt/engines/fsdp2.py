@@ -4,6 +4,12 @@ FSDP2 knows the parameters that a block had when it was sharded: a plain module 
 between processes without an error, while the old weights go on being gathered. So a new layer's parameters are sharded
 as the old ones were and take their places in the block's own group, which all-gathers and reduces as before.
 
+With ``CPUOffloadPolicy`` shards live on the CPU, and a block's weights come to its device for as long as it computes.
+So does a layer that changes form, whole: there it is decomposed and merged, and there the processes talk about it.
+
+Dense fused experts are a parameter of their experts module, and in low-rank form a layer of their own: what is looked
+up is who manages the parameters of a layer, not who manages the layer.
+
 The only file that touches FSDP2's private parts, named in :data:`SEAMS`. Every function that says *collective* has to
 be called by all processes in the same order.
 """
@@ -23,6 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from hf_drt.engines.decompose import raise_everywhere
 from hf_drt.engines.engine import Engine
 from hf_drt.engines.registry import ENGINES
+from hf_drt.forms import ExpertStack, stack_count
 
 # Private attributes and parameters that the code below relies on; tests/distributed/test_fsdp.py fails first if torch
 # moves one.
@@ -46,6 +53,7 @@ class FSDP2(Engine):
     def __init__(self, model: nn.Module):
         super().__init__(model)
         self._managed: dict[int, _Managed] = {}  # by layer's id, until it is replaced
+        self._stacks: dict[int, tuple[nn.Module, str]] = {}  # of fused experts among them: where they stand
         self._changed: dict[int, FSDPParamGroup] = {}
         self._place: dict[int, int] = {}  # in each group, where the last layer was found: the next one follows
 
@@ -57,6 +65,10 @@ class FSDP2(Engine):
     def inside(cls, module: nn.Module) -> nn.Module | None:
         """None: it changes a block's class, and puts nothing around it."""
         return None
+
+    def device(self, tensor: Tensor) -> torch.device:
+        """Of an offloaded shard, the device that its block computes on."""
+        return _device(tensor)
 
     def held(self, tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -72,7 +84,7 @@ class FSDP2(Engine):
 
     def agree(self, error: Exception | None) -> None:
         """Another process holds other values, and finds other faults."""
-        raise_everywhere(error, next(self.model.parameters()).device)
+        raise_everywhere(error, _device(next(self.model.parameters())))
 
     def admit(self, layers: list[nn.Module]) -> None:
         """Let go of whole weights that groups keep after a forward pass without a backward pass, and look up who
@@ -84,28 +96,30 @@ class FSDP2(Engine):
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        found = _managed_by_layer(self.model)
+        found = _managed_by_layer(self.model, layers)
         self._managed = {id(layer): _only(layer, found.get(id(layer), [])) for layer in layers}
+        self._stacks = _places_of_stacks(self.model, layers)
 
     @torch.no_grad()
     def install(self, old: nn.Module, plain: nn.Module, new: nn.Module) -> None:
         """Shard the parameters of ``new`` and give them the places that those of ``old`` have in their group."""
-        group, mine = self._managed.pop(id(old))
-        by_plain = {id(plain._parameters[p._module_info.param_name]): p for p in mine}
-        fresh = []
+        managed, stack = self._managed.pop(id(old)), self._stacks.pop(id(old), None)
+        by_plain = {id(plain._parameters[name]): p for name, p in managed.params.items()}
+        like, fresh = next(iter(managed.params.values())), []
         for name, value in new._parameters.items():
             if value is not None:
+                # That of dense experts is not theirs: the experts module has it.
+                place = stack if stack is not None and isinstance(new, ExpertStack) else (new, name)
                 kept = by_plain.pop(id(value), None)
-                managed = (
-                    _new_param(value, new, name, mine[0], group) if kept is None else _moved(kept, value, new, name)
-                )
-                new._parameters[name] = managed.sharded_param
-                fresh.append(managed)
+                own = _new_param(value, *place, like, managed.group) if kept is None else _moved(kept, value, *place)
+                own._param_fqn = _name(like, managed.holder is old, name if place[0] is new else None)
+                new._parameters[name] = own.sharded_param
+                fresh.append(own)
         for dropped in by_plain.values():
             dropped._post_load_hook_handle.remove()
-        self._put(group, mine, fresh)
-        new._is_fsdp_managed_module = old._is_fsdp_managed_module
-        new._fsdp_use_orig_params = old._fsdp_use_orig_params
+        self._put(managed.group, list(managed.params.values()), fresh)
+        new._is_fsdp_managed_module = managed.holder._is_fsdp_managed_module
+        new._fsdp_use_orig_params = managed.holder._fsdp_use_orig_params
 
     def _put(self, group: FSDPParamGroup, old: list[FSDPParam], new: list[FSDPParam]) -> None:
         """Exchange parameters in a group, which lists those of a module one after the other."""
@@ -130,10 +144,20 @@ ENGINES.add("fsdp2", FSDP2)
 
 
 class _Managed(NamedTuple):
-    """The parameters of one layer, and the group that manages them."""
+    """The parameters of one layer by their names in it, the group that manages them, and the module that holds them:
+    the layer itself, or of dense experts the experts module."""
 
     group: FSDPParamGroup
-    params: list[FSDPParam]
+    params: dict[str, FSDPParam]
+    holder: nn.Module
+
+
+def _device(tensor: Tensor) -> torch.device:
+    """Where the whole of a tensor is gathered."""
+    if not isinstance(tensor, DTensor) or tensor.device.type == tensor.device_mesh.device_type:
+        return tensor.device
+    kind = tensor.device_mesh.device_type
+    return torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 def full(value: Any) -> Any:
@@ -141,7 +165,7 @@ def full(value: Any) -> Any:
     if not isinstance(value, DTensor):
         return value
     with torch.no_grad():
-        whole = value.full_tensor()
+        whole = value.to(_device(value)).full_tensor()
     aliases = whole.untyped_storage().data_ptr() == value.to_local().untyped_storage().data_ptr()
     return whole.clone() if aliases else whole
 
@@ -150,7 +174,7 @@ def sharded_like(value: Any, like: Tensor) -> Any:
     """A whole tensor, equal on all processes, sharded as a parameter is, if it is; a number or scalar as it is."""
     if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.ndim == 0:
         return value
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).to(like.device)
 
 
 def gathered(module: nn.Module) -> nn.Module:
@@ -167,21 +191,36 @@ def gathered(module: nn.Module) -> nn.Module:
     return plain
 
 
-def _managed_by_layer(model: nn.Module) -> dict[int, list[_Managed]]:
-    """What every group manages of a layer, by the layer's id."""
+def _managed_by_layer(model: nn.Module, layers: list[nn.Module]) -> dict[int, list[_Managed]]:
+    """What every group manages of each of these layers, by the layer's id, in the group's order."""
     states = (module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule))
     groups = {id(group): group for state in states for group in state._fsdp_param_groups}
+    owners = {id(p): (id(layer), name) for layer in layers for name, p in layer._parameters.items() if p is not None}
     found: dict[int, dict[int, _Managed]] = defaultdict(dict)
     for group in groups.values():
         for p in group.fsdp_params:
-            layer = id(p._module_info.module)
-            found[layer].setdefault(id(group), _Managed(group, [])).params.append(p)
+            if (owner := owners.get(id(p.sharded_param))) is not None:
+                layer, name = owner
+                own = found[layer].setdefault(id(group), _Managed(group, {}, p._module_info.module))
+                own.params[name] = p
     return {layer: list(by_group.values()) for layer, by_group in found.items()}
+
+
+def _places_of_stacks(model: nn.Module, layers: list[nn.Module]) -> dict[int, tuple[nn.Module, str]]:
+    """The experts module of each layer of fused experts, and the layer's name in it, by the layer's id."""
+    stacks = {id(layer): layer for layer in layers if stack_count(layer) is not None}
+    held = {id(layer.weight) if isinstance(layer, ExpertStack) else key: key for key, layer in stacks.items()}
+    found = {}
+    for owner in model.modules() if stacks else ():
+        for name, value in (*owner._modules.items(), *owner._parameters.items()):
+            if id(value) in held:
+                found[held[id(value)]] = (owner, name)
+    return found
 
 
 def _only(layer: nn.Module, found: list[_Managed]) -> _Managed:
     """The one group that manages a layer's parameters."""
-    shared = any(p._module_info.shared_modules for managed in found for p in managed.params)
+    shared = any(p._module_info.shared_modules for managed in found for p in managed.params.values())
     if len(found) != 1 or shared:
         raise ValueError(
             f"a {type(layer).__name__} of a model under FSDP2 is managed by {len(found)} of its groups"
@@ -193,7 +232,7 @@ def _only(layer: nn.Module, found: list[_Managed]) -> _Managed:
 
 def _new_param(value: nn.Parameter, layer: nn.Module, name: str, like: FSDPParam, group: FSDPParamGroup) -> FSDPParam:
     """A managed parameter made from a whole one, in the way of a neighbour."""
-    managed = FSDPParam(
+    return FSDPParam(
         value,
         ParamModuleInfo(layer, name),
         like.mesh_info,
@@ -203,9 +242,15 @@ def _new_param(value: nn.Parameter, layer: nn.Module, name: str, like: FSDPParam
         like.mp_policy,
         group.offload_policy,
     )
-    prefix = (like._param_fqn or "").rpartition(".")[0]
-    managed._param_fqn = f"{prefix}.{name}" if prefix else None
-    return managed
+
+
+def _name(like: FSDPParam, is_of_layer: bool, name: str | None) -> str | None:
+    """A parameter's name in the model by that of an old one of its layer, be that the layer itself; without a ``name``
+    it is the layer itself that the new one is called by."""
+    if like._param_fqn is None:
+        return None
+    layer = like._param_fqn.rpartition(".")[0] if is_of_layer else like._param_fqn
+    return layer if name is None else f"{layer}.{name}"
 
 
 def _moved(managed: FSDPParam, value: nn.Parameter, layer: nn.Module, name: str) -> FSDPParam:

@@ -2,12 +2,20 @@
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 
 from hf_drt.checkpoint import CheckpointError
 
 _METADATA = ".metadata"  # written last, once every process has written its shards
+
+
+def saves_shards(trainer: Any) -> bool:
+    """Whether a checkpoint has a file of each process in place of one of the whole model."""
+    if not trainer.is_fsdp_enabled:
+        return False  # the plugin is no attribute then
+    return "SHARDED" in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
 
 
 def is_fsdp_checkpoint(folder: Path) -> bool:

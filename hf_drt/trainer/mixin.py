@@ -49,6 +49,7 @@ from hf_drt.trainer.compiler import CompiledGraphs
 from hf_drt.trainer.delivery import Delivery, deliver
 from hf_drt.trainer.driver import PhaseDriver
 from hf_drt.trainer.events import TrainerEvents
+from hf_drt.trainer.fsdp_files import saves_shards
 from hf_drt.trainer.jit import save_at_step_end
 from hf_drt.trainer.loop import TrainerLoop
 from hf_drt.trainer.meter import PhaseMeter
@@ -342,6 +343,8 @@ class DRTTrainerMixin(PublishingMixin):
         if not self._drt_writer.checkpoint:
             self._drt_wait_for_push()
         state = kwargs.get("state_dict", args[1] if len(args) > 1 and isinstance(args[1], dict) else None)
+        if state is None and not self._drt_writer.checkpoint and engine_of(self.model).sharded:
+            return write(*args, **kwargs)  # which gathers the model, and then comes by here with its state
 
         def save(folder: str, state: dict | None) -> None:
             changed = {"output_dir": (0, folder)} | ({"state_dict": (1, state)} if state is not None else {})
@@ -365,15 +368,9 @@ class DRTTrainerMixin(PublishingMixin):
             call_with(save, args, kwargs, {"_internal_call": (1, True)})
         else:
             save(*args, **kwargs)
-        if self._drt_settings is not None and self._drt_saves_shards() and not self._drt_writer.checkpoint:
+        if self._drt_settings is not None and not self._drt_writer.checkpoint and saves_shards(self):
             folder = kwargs.get("output_dir", args[0] if args else None) or self.args.output_dir
             self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
-
-    def _drt_saves_shards(self) -> bool:
-        if not self.is_fsdp_enabled:
-            return False  # the plugin is no attribute then
-        plugin: Any = self.accelerator.state.fsdp_plugin
-        return "SHARDED" in str(plugin.state_dict_type)
 
     def _drt_around_save(self, write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         with hidden_token(self.args) if self._drt_settings is not None else contextlib.nullcontext():
