@@ -67,6 +67,11 @@ class Engine(ABC):
     def whole(self, layer: nn.Module) -> nn.Module:
         """The layer with whole, plain parameters: itself where it has them, else a copy. Collective."""
 
+    def whole_on(self, layer: nn.Module, process: int) -> nn.Module | None:
+        """:meth:`whole` of a layer that one process alone needs, by its rank; None on others may spare them the memory.
+        Collective."""
+        return self.whole(layer)
+
     @abstractmethod
     def like(self, value: Any, weight: Tensor) -> Any:
         """A whole tensor, equal on all processes, laid out as a parameter is; a number or scalar as it is."""

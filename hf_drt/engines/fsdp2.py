@@ -17,14 +17,15 @@ be called by all processes in the same order.
 import contextlib
 import copy
 from collections import defaultdict
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from hf_drt.engines.decompose import raise_everywhere
 from hf_drt.engines.engine import Engine
@@ -78,6 +79,10 @@ class FSDP2(Engine):
 
     def whole(self, layer: nn.Module) -> nn.Module:
         return gathered(layer)
+
+    def whole_on(self, layer: nn.Module, process: int) -> nn.Module | None:
+        """None on all other processes, which only send their shards."""
+        return collected(layer, process)
 
     def like(self, value: Any, weight: Tensor) -> Any:
         return sharded_like(value, weight)
@@ -170,6 +175,24 @@ def full(value: Any) -> Any:
     return whole.clone() if aliases else whole
 
 
+@torch.no_grad()
+def _collected(value: Tensor | None, process: int) -> Tensor | None:
+    """:func:`full` on one process, to which the others only send their rows; what they get is not used."""
+    if not isinstance(value, DTensor) or value.placements[-1] != Shard(0):
+        return full(value)
+    group = value.device_mesh.get_group(value.device_mesh.ndim - 1)
+    ranks, rows = dist.get_process_group_ranks(group), value.shape[0]
+    if process not in ranks:  # it has them from its own replica
+        return None
+    shard = value.to_local().to(_device(value))
+    part = shard.new_zeros(-(-rows // len(ranks)), *value.shape[1:])  # shared out as by torch.chunk
+    part[: len(shard)] = shard
+    mine = dist.get_rank() == process
+    whole = shard.new_empty(len(part) * len(ranks) if mine else 0, *value.shape[1:])
+    dist.gather(part, list(whole.chunk(len(ranks))) if mine else None, dst=process, group=group)
+    return whole[:rows]
+
+
 def sharded_like(value: Any, like: Tensor) -> Any:
     """A whole tensor, equal on all processes, sharded as a parameter is, if it is; a number or scalar as it is."""
     if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.ndim == 0:
@@ -179,12 +202,27 @@ def sharded_like(value: Any, like: Tensor) -> Any:
 
 def gathered(module: nn.Module) -> nn.Module:
     """A layer with whole, plain parameters: a copy of a sharded one, else the layer itself. Collective."""
-    if not any(isinstance(p, DTensor) for p in module.parameters(recurse=False)):
+    return _with_wholes(module, [full(p) for p in module._parameters.values()]) if _is_sharded(module) else module
+
+
+def collected(module: nn.Module, process: int) -> nn.Module | None:
+    """:func:`gathered` on one process; None on all others. Collective."""
+    if not _is_sharded(module):
         return module
+    wholes = [_collected(p, process) for p in module._parameters.values()]
+    return _with_wholes(module, wholes) if dist.get_rank() == process else None
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return any(isinstance(p, DTensor) for p in module.parameters(recurse=False))
+
+
+def _with_wholes(module: nn.Module, wholes: list[Tensor | None]) -> nn.Module:
+    """A copy of a layer with these parameters, and without the hooks by which FSDP2 keeps its state dict."""
     plain = copy.copy(module)
     plain._parameters = {
-        name: None if p is None else nn.Parameter(full(p), requires_grad=p.requires_grad)
-        for name, p in module._parameters.items()
+        name: None if p is None else nn.Parameter(cast(Tensor, whole), requires_grad=p.requires_grad)
+        for (name, p), whole in zip(module._parameters.items(), wholes, strict=True)
     }
     for name in _HOOKS:
         plain.__dict__[name] = type(plain.__dict__[name])()
