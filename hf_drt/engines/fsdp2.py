@@ -122,6 +122,8 @@ class FSDP2(Engine):
                 fresh.append(own)
         for dropped in by_plain.values():
             dropped._post_load_hook_handle.remove()
+        for by_module in _hook_handles(managed.group):  # which would keep the old shards until all layers are in
+            by_module.pop(old, None)
         self._put(managed.group, list(managed.params.values()), fresh)
         new._is_fsdp_managed_module = managed.holder._is_fsdp_managed_module
         new._fsdp_use_orig_params = managed.holder._fsdp_use_orig_params
@@ -305,10 +307,14 @@ def _moved(managed: FSDPParam, value: nn.Parameter, layer: nn.Module, name: str)
     return managed
 
 
+def _hook_handles(group: FSDPParamGroup) -> tuple[dict[nn.Module, Any], ...]:
+    """Those of the state-dict hooks on each module that holds parameters of the group."""
+    return group._module_to_pre_save_state_dict_hook_handle, group._module_to_pre_load_state_dict_hook_handle
+
+
 def _refresh(group: FSDPParamGroup) -> None:
     """Mixed-precision attributes and state-dict hooks, made for the old parameters, made anew."""
-    handles = (group._module_to_pre_save_state_dict_hook_handle, group._module_to_pre_load_state_dict_hook_handle)
-    for by_module in handles:
+    for by_module in _hook_handles(group):
         for handle in by_module.values():
             handle.remove()
         by_module.clear()

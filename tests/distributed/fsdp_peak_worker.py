@@ -18,6 +18,14 @@ from hf_drt.engines import fsdp2
 from hf_drt.simulate.counter import StepCounter
 
 
+class Counter(StepCounter):
+    """Of tensors with data: until its turn a layer's outline stands for it."""
+
+    def add(self, tensor):
+        if not tensor.is_meta:
+            super().add(tensor)
+
+
 class Wholes:
     """How many layers are whole at once: those that the engine has gathered, while their weights are alive."""
 
@@ -39,7 +47,7 @@ def shards(model, optimizer) -> list[torch.Tensor]:
 
 
 def held(model, optimizer) -> int:
-    counter = StepCounter()
+    counter = Counter()
     for tensor in shards(model, optimizer):
         counter.add(tensor)
     return counter.now
@@ -59,7 +67,7 @@ def main(folder: str, settings: dict) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     wholes = Wholes()
     for step in range(drt.plan.max_steps):
-        before, counter, wholes.most = held(model, optimizer), StepCounter(), 0
+        before, counter, wholes.most = held(model, optimizer), Counter(), 0
         for tensor in shards(model, optimizer):
             counter.add(tensor)
         with counter:

@@ -2,6 +2,7 @@
 
 Beside settings of the run the JSON has ``kind`` (of the state dict; without it the run is alone), ``model``, ``dtype``,
 ``replicas`` (of HSDP), ``policy`` (dtypes of weights and of gradients as they are reduced), ``padded`` (labels),
+``mean`` (the loss is one over the labels of a batch alone),
 ``resume`` (steps of whose checkpoints a second run goes on), ``others`` (checkpoints of other runs from which one does)
 and ``other`` (one that is refused).
 """
@@ -33,7 +34,8 @@ MODELS = {
 
 def trainer(folder: Path, world: int, kind: str | None, *, model="llama", dtype="float32", **settings):
     make, block = MODELS[model]
-    replicas, policy, padded = (settings.pop(name, None) for name in ("replicas", "policy", "padded"))
+    names = ("replicas", "policy", "padded", "mean")
+    replicas, policy, padded, mean = (settings.pop(name, None) for name in names)
     if kind is not None:
         units = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": [block]}
         units |= {"state_dict_type": kind, **settings.pop("fsdp_config", {})}
@@ -44,7 +46,10 @@ def trainer(folder: Path, world: int, kind: str | None, *, model="llama", dtype=
         "use_cpu": True, "per_device_train_batch_size": 8 // world, "adam_epsilon": 1e-5, "save_strategy": "steps",
         "save_steps": 1, "max_steps": 12, "logging_steps": 1, "drt_schedule": "factored@0 dense@3 adapter@6 factored@9",
     }  # fmt: skip
-    run = tiny.trainer(folder, make().to(getattr(torch, dtype)), **common | settings)
+    net = make().to(getattr(torch, dtype))
+    if mean:
+        net.accepts_loss_kwargs = False
+    run = tiny.trainer(folder, net, **common | settings)
     if padded:
         run.train_dataset = with_padding()
     if policy is not None:
@@ -92,7 +97,8 @@ def main(folder: Path, settings: dict) -> None:
     if kind is not None:
         cpu_fsdp.allow()
     world = int(os.environ.get("WORLD_SIZE", 1))
-    run = trainer(folder, world, kind, **settings)
+    run, passes = trainer(folder, world, kind, **settings), []
+    run.model.register_forward_pre_hook(lambda module, inputs: passes.append(module.training))
     run.train()
     run.save_model(str(folder / "final"))
     end = whole(run.model)
@@ -100,7 +106,7 @@ def main(folder: Path, settings: dict) -> None:
     seen = {
         "history": run.state.log_history, "sharded": all(isinstance(p, DTensor) for p in run.model.parameters()),
         "local": sum(local), "empty": local.count(0), "total": sum(p.numel() for p in end.values()), "gaps": {},
-        "others": {},
+        "others": {}, "passes": sum(passes),
     }  # fmt: skip
     for step in resume:
         again = trainer(folder, world, kind, **settings)
