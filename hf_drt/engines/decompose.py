@@ -1,7 +1,8 @@
 """A change of form on several processes: decompositions shared out, and failures of one raised on all."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -35,43 +36,50 @@ def shares(costs: list[float], count: int) -> list[int]:
     return owner
 
 
-def decompositions(engine: Engine, jobs: list[Job]) -> Iterator[tuple[Tensor, ...] | None]:
-    """:func:`hf_drt.forms.decompose` of every job in turn, each done by one process and sent to all.
+Parts = tuple[Tensor, ...] | None
 
-    All processes end with the same bits, whatever their hardware, and must take all results. On one process each is
-    made when it is asked for. Of a sharded model a process holds the whole weight of one layer at a time.
+
+def decompositions(engine: Engine, jobs: list[Job]) -> Iterator[Callable[[], Parts]]:
+    """:func:`hf_drt.forms.decompose` of every job, each done by one process; what is given sends a job's result to all.
+
+    All processes end with the same bits, whatever their hardware, and must take the results in this order. Until one is
+    taken its owner alone holds it. On one process that holds the whole model each is made when it is taken. Of a
+    sharded model a process holds the whole weight of one layer at a time.
 
     Raises:
-        ValueError: A decomposition failed on any process; raised on all of them, since one that waits for another
-            would wait for ever. The process itself raises what happened there, such as running out of memory.
+        ValueError: A decomposition failed on any process; raised on all of them, before the first result is taken,
+            since one that waits for another would wait for ever. The process itself raises what happened there, such as
+            running out of memory.
     """
-    if processes() == 1:
-        yield from (decompose(engine.whole(job.module), job.form) for job in jobs)
+    if processes() == 1 and not engine.sharded:
+        yield from (partial(decompose, job.module, job.form) for job in jobs)
         return
     owners = shares([_cost(job) for job in jobs], processes())
-    own: dict[int, tuple[Tensor, ...] | None] = {}
+    own: dict[int, Parts] = {}
     error: Exception | None = None
     for index, module in _in_rounds(engine, jobs, owners):
         try:
             own[index] = decompose(module, jobs[index].form)
         except Exception as failure:
             error = failure
-    raise_everywhere(error, next(jobs[0].module.parameters()).device if jobs else torch.device("cpu"))
+        del module  # before the next one is gathered
+    raise_everywhere(error, engine.device(next(jobs[0].module.parameters())) if jobs else torch.device("cpu"))
     for index, (job, owner) in enumerate(zip(jobs, owners, strict=True)):
-        yield _broadcast(job, owner, own.pop(index, None))
+        yield partial(_taken, engine, job, owner, own, index)
 
 
 def _in_rounds(engine: Engine, jobs: list[Job], owners: list[int]) -> Iterator[tuple[int, nn.Module]]:
     """This process's jobs, and their layers with whole weights. In each round, in which all processes gather together,
     every owner gets its next one."""
+    rank = dist.get_rank() if processes() > 1 else 0
     queues = [[i for i, owner in enumerate(owners) if owner == process] for process in range(processes())]
     for positions in zip_longest(*queues):
         mine = None
         for index in sorted(i for i in positions if i is not None):
             if decomposition_shapes(jobs[index].module, jobs[index].form) is None:
                 continue
-            whole = engine.whole(jobs[index].module)
-            if owners[index] == dist.get_rank():
+            whole = engine.whole_on(jobs[index].module, owners[index])
+            if owners[index] == rank:
                 mine = (index, whole)
             del whole
         if mine is not None:
@@ -87,24 +95,26 @@ def raise_everywhere(error: Exception | None, device: torch.device) -> None:
     """Raise on all processes what one of them has found. Collective.
 
     Args:
-        device: Of the model's parameters, over which the processes talk.
+        device: Over which the processes talk, as :meth:`hf_drt.engines.Engine.device` tells.
     """
     failed = torch.tensor([float(error is not None)], device=device)
-    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    if processes() > 1:
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
     if error is not None:
         raise error
     if failed.item():
         raise ValueError("the change of form failed on another process; its log has the reason.")
 
 
-def _broadcast(job: Job, owner: int, part: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
-    """One result to all processes. Whether there is one follows from the form, so no process has to ask."""
-    shapes = decomposition_shapes(job.module, job.form)
-    if shapes is None:
-        return None
+def _taken(engine: Engine, job: Job, owner: int, own: dict[int, Parts], index: int) -> Parts:
+    """One result, from its owner to all. Whether there is one follows from the form, so no process has to ask."""
+    shapes, part = decomposition_shapes(job.module, job.form), own.pop(index, None)
+    if shapes is None or processes() == 1:
+        return part
     if part is None:
         like = next(job.module.parameters())
-        part = tuple(torch.empty(shape, dtype=working_dtype(like.dtype), device=like.device) for shape in shapes)
+        dtype, device = working_dtype(like.dtype), engine.device(like)
+        part = tuple(torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
     for tensor in part:
         dist.broadcast(tensor, src=owner)
     return part

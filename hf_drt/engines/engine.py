@@ -4,6 +4,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 
@@ -67,6 +68,10 @@ class Engine(ABC):
 
     # ---- what a process holds
 
+    def device(self, tensor: Tensor) -> torch.device:
+        """Where the whole of a parameter is computed with, and over which processes talk about it."""
+        return tensor.device
+
     @abstractmethod
     def held(self, tensor: Tensor) -> Tensor:
         """What this process holds of a parameter."""
@@ -78,6 +83,11 @@ class Engine(ABC):
     @abstractmethod
     def whole(self, layer: nn.Module) -> nn.Module:
         """The layer with whole, plain parameters: itself where it has them, else a copy. Collective."""
+
+    def whole_on(self, layer: nn.Module, process: int) -> nn.Module | None:
+        """:meth:`whole` of a layer that one process alone needs, by its rank; None on others may spare them the memory.
+        Collective."""
+        return self.whole(layer)
 
     @abstractmethod
     def like(self, value: Any, weight: Tensor) -> Any:

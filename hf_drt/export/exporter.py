@@ -27,6 +27,7 @@ class Saving:
         state: The model's state dict where it has been gathered already.
         repository: ``user/name`` on the Hub, if it goes there.
         files: What lies in the folder.
+        writes: Whether this process writes files; of several that save together one does.
     """
 
     model: nn.Module
@@ -35,6 +36,7 @@ class Saving:
     state: State | None
     repository: str | None
     files: ModelFiles
+    writes: bool = True
 
 
 class Exporter(ABC):

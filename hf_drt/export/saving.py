@@ -21,6 +21,7 @@ def save_export(
     save: Callable[[str, State | None], Any],
     state: State | None = None,
     repository: str | None = None,
+    writes: bool = True,
 ) -> str:
     """Save a model in any mix of forms.
 
@@ -33,6 +34,7 @@ def save_export(
             as it finds it, which is presented in the right form.
         state: The model's state dict where it has been gathered already.
         repository: ``user/name`` on the Hub, which an adapter names as the place of its base.
+        writes: Whether this process writes files; of several that save together one does.
 
     Returns:
         The form that was written: 'dense' in place of 'adapter' where no layer is in adapter form.
@@ -44,8 +46,9 @@ def save_export(
     if other := exporter.instead(model):
         export, exporter = other, EXPORTERS.find(other)
     files = ModelFiles(Path(folder))
-    exporter.write(Saving(model, Path(folder), save, state, repository, files))
-    files.settle(exporter.files, exporter.has_base)
+    exporter.write(Saving(model, Path(folder), save, state, repository, files, writes))
+    if writes:
+        files.settle(exporter.files, exporter.has_base)
     return export
 
 
@@ -60,15 +63,15 @@ def check_export(export: str, plan: Plan, args: Any, fsdp: bool, grows: bool = F
         grows: Whether full-rank windows are added to the plan during the run.
 
     Raises:
-        ValueError: An adapter of a phase that has none, or a push of what no single process holds.
+        ValueError: An adapter of a phase that has none, or a form that a sharded model cannot be written in.
     """
     exporter = EXPORTERS.find(export)
     pushes = args.push_to_hub and args.hub_strategy.value != "end" and args.save_strategy.value != "no"
     exporter.check_phases(plan.phases if pushes else plan.phases[-1:], grows)
-    if fsdp and (pushes or not exporter.sharded):
+    if fsdp and not exporter.sharded:
         raise ValueError(
-            f"under FSDP no process holds the model to push it during training (hub_strategy={args.hub_strategy.value})"
-            " or to save it with export=adapter. Use hub_strategy=end, and export=dense or native."
+            f"export={export} needs the whole model, and under FSDP no process holds it. Use export=dense, native or "
+            "adapter, or train with DDP (leave fsdp out of the training arguments)."
         )
 
 

@@ -42,8 +42,9 @@ class StepCounter(TorchDispatchMode):
     def add(self, tensor: torch.Tensor) -> None:
         """Count a tensor's storage, once, until it is freed; of one that holds others, as codes and scales, theirs."""
         if is_traceable_wrapper_subclass(tensor):
-            for name in tensor.__tensor_flatten__()[0]:
-                self.add(getattr(tensor, name))
+            for inner in (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]):
+                if isinstance(inner, torch.Tensor):  # a sharded one tells its mesh too
+                    self.add(inner)
             return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()

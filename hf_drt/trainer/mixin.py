@@ -347,6 +347,8 @@ class DRTTrainerMixin(PublishingMixin):
         if not self._drt_writer.checkpoint:
             self._drt_wait_for_push()
         state = kwargs.get("state_dict", args[1] if len(args) > 1 and isinstance(args[1], dict) else None)
+        if state is None and not self._drt_writer.checkpoint and engine_of(self.model).sharded:
+            return write(*args, **kwargs)  # which gathers the model, and then comes by here with its state
 
         def save(folder: str, state: dict | None) -> None:
             changed = {"output_dir": (0, folder)} | ({"state_dict": (1, state)} if state is not None else {})

@@ -5,6 +5,9 @@ that is that of the whole update step: ``L = sum_p L_p`` over pieces p. Else it 
 that are counted: ``L = sum_p w_p L_p / sum_p w_p``, with ``w_p`` how many of them piece p has. Which one it is, the
 first batch with two samples tells (:func:`kind_of_loss`); a loss that is neither, as one with negatives from the whole
 batch, is refused then.
+
+Processes that share a model's weights out among them (FSDP) gather these together, and so make as many passes as each
+other: one with fewer pieces makes its last pass again, by a weight of 0. They see the same two samples for the kind.
 """
 
 import contextlib
@@ -13,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import broadcast_object_list, send_to_device
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer
@@ -39,7 +43,7 @@ class Pieces:
 
     def __init__(self, trainer: Any, count: int):
         refuse_division(trainer, count)
-        self._trainer, self.count = trainer, count
+        self._trainer, self.count, self._sharded = trainer, count, bool(trainer.is_fsdp_enabled)
         self._kind: Kind | None = None
         self._weight = 1.0
 
@@ -56,25 +60,27 @@ class Pieces:
         """
         if self._kind is None:
             self._kind = self._found(inputs, items)
-        pieces = divided(inputs, self.count) if divides else []
-        if len(pieces) < 2 or self._kind is None:
+        if not divides or self._kind is None:
             return step(model, inputs, items)
-        weights = [_weight(self._kind, piece) for piece in pieces]
-        if self._kind != "sum":
-            if not sum(weights):
-                return step(model, inputs, items)
-            pieces = [piece for piece, weight in zip(pieces, weights, strict=True) if weight]
-            weights = [weight / sum(weights) for weight in weights if weight]
+        passes = _weighted(self._kind, divided(inputs, self.count)) or [(inputs, 1.0)]
+        if self._sharded:
+            passes += [(passes[-1][0], 0.0)] * (self._most(len(passes)) - len(passes))
         losses = []
-        for index, (piece, weight) in enumerate(zip(pieces, weights, strict=True)):
-            last = index == len(pieces) - 1
+        for index, (piece, weight) in enumerate(passes):
+            # Gradients that are not reduced yet are whole, for which a process that shards them has no room.
+            reduces = self._sharded or index == len(passes) - 1
             self._weight = weight
             try:
-                with contextlib.nullcontext() if last else self._trainer.accelerator.no_sync(model):
+                with contextlib.nullcontext() if reduces else self._trainer.accelerator.no_sync(model):
                     losses.append(step(model, piece, items))
             finally:
                 self._weight = 1.0
         return torch.stack(losses).sum()
+
+    def _most(self, passes: int) -> int:
+        """The largest number of passes on any process. Collective."""
+        own = torch.tensor([passes], device=self._trainer.args.device)
+        return int(self._trainer.accelerator.gather(own).max())
 
     def weighted(self, loss: Any) -> Any:
         """What a piece's ``compute_loss`` gives, the loss by the piece's weight."""
@@ -88,6 +94,15 @@ class Pieces:
             return "sum" if items is not None else "shifted labels"
         divided(inputs, self.count)  # which says what cannot be divided
         return kind_of_loss(self._trainer, inputs, items)
+
+
+def _weighted(kind: Kind, pieces: list[dict[str, Any]]) -> list[tuple[dict[str, Any], float]]:
+    """The pieces that count, each with its weight in the batch; none where the batch is not divided."""
+    weights = [_weight(kind, piece) for piece in pieces]
+    if len(pieces) < 2 or not sum(weights):
+        return []
+    total = 1.0 if kind == "sum" else sum(weights)
+    return [(piece, weight / total) for piece, weight in zip(pieces, weights, strict=True) if weight]
 
 
 def _weight(kind: Kind, piece: Mapping[str, Any]) -> float:
@@ -106,15 +121,16 @@ def kind_of_loss(trainer: Any, inputs: Any, items: Any) -> Kind | None:
     Raises:
         ValueError: That of both is neither their sum nor their mean.
     """
-    if len(inputs["labels"]) < 2:
+    pair, items, agreed = _of_all(trainer, samples(inputs, 0, 2), items)
+    if len(pair["labels"]) < 2:
         return None
-    pair = samples(trainer._prepare_input(inputs), 0, 2)
+    pair = trainer._prepare_input(pair)
     with untouched(trainer.model), torch.no_grad(), trainer.compute_loss_context_manager():
         for module in trainer.model.modules():
             module.training = False
 
         def loss(batch: dict[str, Any]) -> float:
-            return float(trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items))
+            return agreed(float(trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)))
 
         def error(batch: dict[str, Any], kind: Kind) -> float:
             return _error(loss, batch, kind)
@@ -140,6 +156,16 @@ def kind_of_loss(trainer: Any, inputs: Any, items: Any) -> Kind | None:
             f"that a batch in pieces would have another gradient (it is off by {least:.1%}). {_PASS}"
         )
     return next(kind for kind, share in errors.items() if share == least)
+
+
+def _of_all(trainer: Any, pair: dict[str, Any], items: Any) -> tuple[dict[str, Any], Any, Callable[[float], float]]:
+    """What a loss is computed of, and what to make of its value. Under FSDP both are those of the first process on all:
+    how many more losses are computed depends on them."""
+    if not trainer.is_fsdp_enabled:
+        return pair, items, lambda loss: loss
+    pair, items = broadcast_object_list(send_to_device([pair, items], "cpu"))
+    items = send_to_device(items, trainer.args.device)
+    return pair, items, lambda loss: broadcast_object_list([loss])[0]
 
 
 def _error(loss: Callable[[dict[str, Any]], float], pair: dict[str, Any], kind: Kind) -> float:
@@ -195,8 +221,6 @@ def _obstacles(trainer: Any, count: int) -> Iterator[str]:
     args, model = trainer.args, trainer.model
     if args.per_device_train_batch_size < count:
         yield f"divides a batch into more pieces than it has samples: it has {args.per_device_train_batch_size}"
-    if trainer.is_fsdp_enabled:
-        yield "does not go with FSDP, whose processes have to make as many passes as each other"
     for method in ("compute_loss", "training_step"):
         owner = _owner(type(trainer), method)
         if owner not in (_SFT, _name(Trainer)):

@@ -5,16 +5,20 @@
 - ``push_to_hub``: a model that an earlier push has left there in another form goes.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
 from transformers.trainer_utils import HubStrategy
 
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
+from hf_drt.engines import engine_of
 from hf_drt.export import complete_card, renew_card
 from hf_drt.trainer.base import TrainerBase
 from hf_drt.trainer.push import Publisher, in_progress, phase_tag
@@ -30,28 +34,48 @@ class PublishingMixin(TrainerBase):
     _drt_settings: DRTConfig | None = None  # of the latest run, before it those of the making; None while DRT is off
     _drt_publisher: Publisher
     _drt_writer: ModelWriter
+    _drt_state: dict[str, Tensor] | None = None  # of a sharded model, while it is published
     _drt_config: Callable[[], DRTConfig]
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._drt_settings is None or self.drt is None:
             return super()._push_from_checkpoint(checkpoint_folder)
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+        if self.args.hub_strategy == HubStrategy.END:
             return
-        finish(Path(checkpoint_folder))  # a mark is not uploaded
         step = self.state.global_step
         tag = phase_tag(self.drt.plan, step) if self._drt_settings.tag_phases else None
-        last = self.control.should_training_stop
-        if self.push_in_progress is not None and not self.push_in_progress.is_done():
-            if tag is None and not last and not self.args.hub_always_push:
+        due = self.is_world_process_zero() and self._drt_push_is_due(tag)
+        with self._drt_gathered(due):
+            if not due:
                 return
-            self.push_in_progress.wait_until_done()  # what it uploads is about to be written anew
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.push_in_progress = self._drt_publisher.push(self.hub_model_id, checkpoint_folder, step, tag)
+            finish(Path(checkpoint_folder))  # a mark is not uploaded
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            self.push_in_progress = self._drt_publisher.push(self.hub_model_id, checkpoint_folder, step, tag)
+
+    def _drt_push_is_due(self, tag: str | None) -> bool:
+        """Whether what is pushed now waits for a push in progress, or there is none; else it is passed over."""
+        if self.push_in_progress is None or self.push_in_progress.is_done():
+            return True
+        if tag is None and not self.control.should_training_stop and not self.args.hub_always_push:
+            return False
+        self.push_in_progress.wait_until_done()  # what it uploads is about to be written anew
+        return True
+
+    @contextlib.contextmanager
+    def _drt_gathered(self, due: bool) -> Iterator[None]:
+        """In the block the process that pushes has the state of a sharded model, which all have a part in gathering:
+        whether it is ``due`` on the first one decides."""
+        if engine_of(self.model).sharded and broadcast_object_list([due])[0]:
+            self._drt_state = self.accelerator.get_state_dict(self.model)
+        try:
+            yield
+        finally:
+            self._drt_state = None
 
     def _drt_publish(self, folder: str) -> None:
         """The model as it is published, with its card, from inside the writing of a checkpoint."""
         with self._drt_writer.writing(False):
-            self._save(folder)
+            self._save(folder, **({} if self._drt_state is None else {"state_dict": self._drt_state}))
         self.create_model_card(model_name=self.hub_model_id.rpartition("/")[2])
 
     def _finish_current_push(self) -> None:

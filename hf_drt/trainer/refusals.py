@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import PreTrainedModel
 from transformers.trainer_utils import HubStrategy
 
@@ -162,17 +161,11 @@ def refuse_layers(trainer: Any, config: DRTConfig, layers: TargetLayers) -> None
     """Raise where layers are selected that could not change form, or be saved at the end.
 
     Raises:
-        ValueError: Fused experts, under FSDP or where what the run is exported as cannot hold them; or layers outside
-            of the blocks that are compiled one by one.
+        ValueError: Fused experts where what the run is exported as cannot hold them; or layers outside of the blocks
+            that are compiled one by one.
     """
     if not trainer.is_fsdp_enabled:  # which compiles modules in place
         refuse_regions(trainer.model, layers.shapes)
-    name = next(iter(layers.fused), None)
-    if name is not None and _fsdp_version(trainer) is not None:
-        raise ValueError(
-            f"fused experts cannot change form under FSDP, and {name} is selected. Keep them dense: "
-            "drt_exclude=['experts']; or use DistributedDataParallel (torchrun alone)."
-        )
     EXPORTERS[config.export].check_targets({name: layer_of(trainer.model, name) for name in layers.shapes})
 
 
@@ -220,11 +213,7 @@ _DISTRIBUTED = "Use FSDP2 (--fsdp with fsdp_config={'version': 2}), or Distribut
 def _engines(trainer: Any) -> dict[str, tuple[bool, str]]:
     """What was found, whether it applies, and the way out."""
     args, model = trainer.args, trainer.model
-    offload = _fsdp_version(trainer) == 2 and isinstance(
-        trainer.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy
-    )
     return {
-        "FSDP2 with parameters offloaded to the CPU": (offload, "Leave offload out of fsdp_config."),
         "FSDP1, which flattens the parameters of a block into one": (_fsdp_version(trainer) == 1, _DISTRIBUTED),
         "FSDP on XLA, which wraps layers for good": (
             bool(getattr(trainer, "is_fsdp_xla_enabled", False)),

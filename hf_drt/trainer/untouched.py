@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 _MAPPINGS = (dict, OrderedDict, defaultdict)
+# FSDP2 exchanges parameters by itself, for whole ones and back, and makes its hooks in the first forward pass.
+_OF_FSDP2 = ("_parameters", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
 _WITH_AN_INDEX = ("cuda", "xpu", "npu")  # accelerators with a generator for each device
 
 
@@ -47,8 +49,7 @@ def _state(model: nn.Module) -> Iterator[Any]:
     """Every module's attributes, their values, and the values in those that are mappings, such as the buffers."""
     for module in model.modules():
         yield vars(module)
-        # Not its parameters: FSDP2 exchanges them by itself, for whole ones and back.
-        for value in (value for name, value in vars(module).items() if name != "_parameters"):
+        for value in (value for name, value in vars(module).items() if name not in _OF_FSDP2):
             yield value
             if type(value) in _MAPPINGS:
                 yield from value.values()

@@ -84,9 +84,9 @@ class ModelWriter:
 
     def _model(self, save: Callable[[str, State], Any], folder: str, state: State) -> None:
         trainer, started = self._trainer, time.time()
-        repository = getattr(trainer, "hub_model_id", None)
-        written = save_export(trainer.model, folder, self._export(), save, state, repository)
-        if trainer.args.should_save:
+        repository, writes = getattr(trainer, "hub_model_id", None), trainer.args.should_save
+        written = save_export(trainer.model, folder, self._export(), save, state, repository, writes)
+        if writes:
             check_written(Path(folder), trainer.model, written, started)
 
     def _converted(self, state: State) -> State:

@@ -65,9 +65,12 @@ def _of_settings(trainer: Any, config: DRTConfig) -> Iterator[str]:
         "drt_dense_accumulation": config.dense_accumulation not in (None, 1),
         "load_best_model_at_end": args.load_best_model_at_end,
         "torch_compile": args.torch_compile,
+        "drt_export=adapter": config.export == "adapter",
+        f"hub_strategy={getattr(args.hub_strategy, 'value', '')}": args.push_to_hub
+        and args.hub_strategy.value != "end",
     }
     for name in (name for name, on in off.items() if on):
-        yield f"{name} under DeepSpeed. Turn it off; or use DDP or FSDP2"
+        yield f"{name} under DeepSpeed. Leave it out; or use DDP or FSDP2"
     if config.uses_matrix_optimizer:
         yield (
             "the matrix optimizer under DeepSpeed, which keeps weights in flat tensors. Set drt_matrix_optimizer=none; "

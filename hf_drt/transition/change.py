@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_drt.engines import Engine, Job, decompositions, engine_of
 from hf_drt.forms import Conversion, Form, check, empty_like, layer_of, odd_tensors, own_behaviour, prepare
@@ -94,11 +94,16 @@ def _fault(engine: Engine, name: str, job: Job) -> ValueError | None:
 
 
 def _changes(engine: Engine, jobs: dict[str, Job], generator: Callable[[str], torch.Generator]) -> Iterator[Change]:
-    """Every layer's change, whose decomposition is made as it is asked for. Collective where there are several
-    processes."""
+    """Every layer's change, whose decomposition is there before the first one, and sent to all as it is prepared.
+    Collective where there are several processes."""
     for (name, job), parts in zip(jobs.items(), decompositions(engine, list(jobs.values())), strict=True):
-        make = partial(prepare, form=job.form, generator=generator(name), parts=parts)
-        yield Change(name, job.module, job.form, make)
+        yield Change(name, job.module, job.form, partial(_prepared, job.form, generator(name), parts))
+
+
+def _prepared(
+    form: Form, generator: torch.Generator, parts: Callable[[], tuple[Tensor, ...] | None], layer: nn.Module
+) -> Conversion:
+    return prepare(layer, form, generator, parts())
 
 
 def _look_at(model: nn.Module, forms: dict[str, Form]) -> None:

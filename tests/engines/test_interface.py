@@ -201,13 +201,17 @@ def test_a_toy_engine_trains_through_every_form_bit_for_bit_as_a_single_process(
 
 
 def test_every_layer_is_made_whole_once_for_its_turn_and_installed_once(toy):
-    """After the decompositions, in one process one of each."""
+    """An inflation decomposes nothing; a deflation has made every layer whole before, for that."""
     model = box(small())
     drt, optimizer = begun(model)
     train(model, drt, optimizer, range(3))
     toy.calls.clear()
     drt.begin_step(3, optimizer)
     layers = len(drt.targets)
+    assert toy.calls == ["admit", "agree"] + ["whole", "install"] * layers + ["settle"]
+    train(model, drt, optimizer, range(4, 9))
+    toy.calls.clear()
+    drt.begin_step(9, optimizer)
     assert toy.calls == ["admit", "agree"] + ["whole"] * layers + ["whole", "install"] * layers + ["settle"]
 
 

@@ -9,6 +9,8 @@ from hf_drt import (
     Schedule,
 )
 from hf_drt.export import check_export
+from hf_drt.export.dense import DenseExporter
+from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Run
 
 
@@ -18,13 +20,21 @@ def pushing(**changes) -> SimpleNamespace:
     return SimpleNamespace(**given | changes)
 
 
+class Whole(DenseExporter):
+    """A form of which it is not known how to write it by a state dict that has been gathered."""
+
+    sharded = False
+
+
+@pytest.fixture
+def whole():
+    EXPORTERS.add("whole", Whole())
+    yield
+    EXPORTERS.remove("whole")
+
+
 def plan_of(text: str):
     return Schedule.parse(text).resolve(Run(8))
-
-
-NO_SHARDS = (
-    r"under FSDP no process holds the model to push it .*\(hub_strategy={}\) .* Use hub_strategy=end, and export=d"
-)
 
 
 @pytest.mark.parametrize(
@@ -39,12 +49,16 @@ NO_SHARDS = (
             r"saves layers in adapter form, but in phase 'factored",
         ),
         ("adapter", "dense@0 adapter@4", {}, False, r"in phase 'dense.*' they .* push with hub_strategy=end; or use"),
-        ("dense", "dense@0", {}, True, NO_SHARDS.format("every_save")),
-        ("native", "dense@0", {"hub_strategy": HubStrategy.CHECKPOINT}, True, NO_SHARDS.format("checkpoint")),
-        ("adapter", "adapter@0", {"push_to_hub": False}, True, r"or to save it with export=adapter\. Use hub_strategy"),
+        (
+            "whole",
+            "adapter@0",
+            {},
+            True,
+            r"export=whole needs the whole model, and under FSDP no process .*Use export=d",
+        ),
     ],
 )
-def test_an_export_that_a_phase_or_an_engine_does_not_have_is_refused(export, schedule, changes, fsdp, message):
+def test_an_export_that_a_phase_or_an_engine_does_not_have_is_refused(whole, export, schedule, changes, fsdp, message):
     with pytest.raises(ValueError, match=message):
         check_export(export, plan_of(schedule), pushing(**changes), fsdp)
 
@@ -57,4 +71,5 @@ def test_a_push_of_the_last_model_alone_asks_nothing_of_earlier_phases(found):
 
 @pytest.mark.parametrize("strategy", [s for s in HubStrategy if s != HubStrategy.END])
 def test_a_dense_export_is_pushed_during_training(strategy):
-    check_export("dense", plan_of("factored@0 dense@4"), pushing(hub_strategy=strategy), fsdp=False)
+    for fsdp in (False, True):
+        check_export("dense", plan_of("factored@0 dense@4"), pushing(hub_strategy=strategy), fsdp)

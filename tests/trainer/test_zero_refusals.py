@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from transformers.trainer_utils import HubStrategy
 
 from hf_drt import DRTCallback, DRTConfig
 from hf_drt.trainer.zero import faults
@@ -16,7 +17,10 @@ GATHERS = {"stage3_gather_16bit_weights_on_model_save": True}
 def fake(zero: dict, args: dict | None = None, given: dict | None = None, optimizer=None):
     """A trainer as far as the check looks at it."""
     plugin = SimpleNamespace(deepspeed_config={"zero_optimization": zero, **(given or {})})
-    arguments = {"load_best_model_at_end": False, "torch_compile": False} | (args or {})
+    arguments = {
+        "load_best_model_at_end": False, "torch_compile": False, "push_to_hub": False,
+        "hub_strategy": HubStrategy.EVERY_SAVE,
+    } | (args or {})  # fmt: skip
     return SimpleNamespace(
         is_deepspeed_enabled=True,
         accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)),
@@ -67,8 +71,10 @@ def test_what_deepspeeds_configuration_cannot_have(zero, given, message):
 @pytest.mark.parametrize(
     ("args", "settings", "message"),
     [
-        ({"load_best_model_at_end": True}, {}, "load_best_model_at_end under DeepSpeed. Turn it off"),
+        ({"load_best_model_at_end": True}, {}, "load_best_model_at_end under DeepSpeed. Leave it out"),
         ({"torch_compile": True}, {}, "torch_compile under DeepSpeed"),
+        ({"push_to_hub": True}, {}, "hub_strategy=every_save under DeepSpeed"),
+        ({}, {"export": "adapter"}, "drt_export=adapter under DeepSpeed"),
         ({}, {"frobenius_decay": True}, "drt_frobenius_decay under DeepSpeed"),
         ({}, {"frozen_dtype": "bfloat16"}, "drt_frozen_dtype under DeepSpeed"),
         ({}, {"dense_accumulation": 2}, "drt_dense_accumulation under DeepSpeed"),

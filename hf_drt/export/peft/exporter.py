@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from hf_drt.checkpoint import undeclared
 from hf_drt.export.dense import check_no_factors
 from hf_drt.export.exporter import Exporter, Saving, State
 from hf_drt.export.leftovers import BASE_FOLDER
 from hf_drt.export.merge import dense_state_dict, presented
 from hf_drt.export.peft.files import CONFIG_NAME, WEIGHTS_NAME
-from hf_drt.export.peft.save import check_adapters, write_adapter
+from hf_drt.export.peft.save import base_state_dict, check_adapters, write_adapter
 from hf_drt.export.written import Written
 from hf_drt.forms import AdapterLinear, stack_count
 from hf_drt.registry import EXPORTERS
@@ -34,7 +35,6 @@ model = PeftModel.from_pretrained(base, "{repository}")"""
     files = (CONFIG_NAME, WEIGHTS_NAME)
     has_base = True
     by_plain_trainer = False
-    sharded = False
 
     def check_phases(self, saved: Sequence[Phase], grows: bool) -> None:
         if grows:
@@ -65,12 +65,18 @@ model = PeftModel.from_pretrained(base, "{repository}")"""
         return "dense"
 
     def write(self, saving: Saving) -> None:
-        base = saving.folder / BASE_FOLDER
-        check_adapters(saving.model)
-        saving.files.make_room(self.files)
-        with presented(saving.model, lambda layer: layer.base):
-            saving.save(str(base), None)
-        write_adapter(saving.model, saving.folder, saving.repository or str(base))
+        model, base = saving.model, saving.folder / BASE_FOLDER
+        check_adapters(model)
+        if saving.writes:
+            saving.files.make_room(self.files)
+        if saving.state is None:
+            with presented(model, lambda layer: layer.base):
+                saving.save(str(base), None)
+        else:
+            with undeclared(model):
+                saving.save(str(base), self.converted(model, base_state_dict(model, saving.state)))
+        if saving.writes:
+            write_adapter(model, saving.folder, saving.repository or str(base), saving.state)
 
     def converted(self, model: nn.Module, state: State) -> State:
         """As that of the dense model, for whoever writes a state dict of his own while the base is being saved."""

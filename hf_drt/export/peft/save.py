@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_drt.checkpoint import undeclared
 from hf_drt.engines import unwrapped
+from hf_drt.export.merge import low_rank_layers
 from hf_drt.export.peft.files import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from hf_drt.forms import AdapterLinear, LowRankLinear, stack_count
 from hf_drt.messages import some
@@ -62,8 +63,13 @@ def save_peft_adapter(
     write_adapter(model, folder, name)
 
 
-def write_adapter(model: nn.Module, folder: str | os.PathLike, base: str | None) -> None:
+def write_adapter(
+    model: nn.Module, folder: str | os.PathLike, base: str | None, state: dict[str, Tensor] | None = None
+) -> None:
     """The two files of the adapter alone; the base is the caller's business. Arguments as in :func:`save_peft_adapter`.
+
+    Args:
+        state: The model's state dict where it has been gathered already, as of a sharded model.
 
     Raises:
         ValueError: As there.
@@ -73,29 +79,33 @@ def write_adapter(model: nn.Module, folder: str | os.PathLike, base: str | None)
     tensors = {
         f"{PREFIX}{layer}.lora_{key}.weight": weight.detach().contiguous()
         for layer, module in adapters.items()
-        for key, weight in zip("AB", _lora_weights(module), strict=True)
+        for key, weight in zip("AB", _lora_weights(layer, module, state), strict=True)
     }
     save_file(tensors, Path(folder) / WEIGHTS_NAME, metadata={"format": "pt"})
     config = _lora_config(model, adapters, base)
     (Path(folder) / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _lora_weights(module: AdapterLinear) -> tuple[Tensor, Tensor]:
+def _lora_weights(name: str, module: AdapterLinear, state: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
     """``lora_A`` and ``lora_B`` as PEFT stores them: those of a convolution as a k x k and a 1x1 kernel."""
+    A, B = (getattr(module, key) if state is None else state[f"{name}.{key}"] for key in ("lora_A", "lora_B"))
     if not module.layout.kernel:
-        return module.lora_A, module.lora_B
-    return module.layout.stored(module.lora_A), module.lora_B.reshape(*module.lora_B.shape, *(1,) * len(module.stride))
+        return A, B
+    return module.layout.stored(A), B.reshape(*B.shape, *(1,) * len(module.stride))
 
 
-def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """State dict of the dense model that the adapters add to: their frozen W, and all other tensors as they are."""
-    state = model.state_dict()
-    for name, module in model.named_modules():
-        if not isinstance(module, AdapterLinear):
-            continue
-        for key in module.tensors:
-            del state[f"{name}.{key}"]
-        state[f"{name}.weight"] = module.base.detach()
+def base_state_dict(model: nn.Module, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """State dict of the dense model that the adapters add to: their frozen W, and all other tensors as they are.
+
+    Args:
+        state: That of the model where it has been gathered already; may be empty on a process that gets none.
+    """
+    state = dict(model.state_dict() if state is None else state)
+    for name, module in low_rank_layers(model):
+        if isinstance(module, AdapterLinear):
+            tensors = {key: state.pop(f"{name}.{key}", None) for key in module.tensors}
+            if (base := tensors["base"]) is not None:
+                state[f"{name}.weight"] = base.detach()
     return state
 
 
@@ -110,7 +120,7 @@ def check_adapters(model: nn.Module) -> dict[str, AdapterLinear]:
             f"{type(model).__name__} wraps the model, and its layers' names would not fit the base. Pass the model "
             "itself (model.module, model._orig_mod, or accelerator.unwrap_model(model))."
         )
-    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, LowRankLinear)}
+    layers = dict(low_rank_layers(model))
     adapters = {name: m for name, m in layers.items() if isinstance(m, AdapterLinear)}
     if not adapters:
         raise ValueError(
