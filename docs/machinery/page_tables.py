@@ -9,7 +9,6 @@ What a command of the benchmarks prints from the records stands after ``<!-- ben
 a registry is a new row. A new table is a function here, with its name in ``TABLES``.
 """
 
-import importlib
 import inspect
 import io
 import re
@@ -23,7 +22,7 @@ from benchmark_results import BENCHMARKS, HEAD, result_rows
 
 from hf_drt.cli.app import COMMANDS
 from hf_drt.config import DRTConfig
-from hf_drt.engines import ENGINES
+from hf_drt.engines import ENGINES, import_engines
 from hf_drt.forms import product_table
 from hf_drt.optim import optimizer_rows, refused_rows
 from hf_drt.registry import EXPORTERS
@@ -115,7 +114,7 @@ def refused_optimizers() -> str:
 
 def engines() -> str:
     """Every engine: how the weights of a model are spread over processes."""
-    importlib.import_module("hf_drt.engines.fsdp2")  # which otherwise waits until torch's own is imported
+    import_engines()  # of those that otherwise wait until their libraries are imported
     return table(("engine", "what it is"), ((code(name), engine.help) for name, engine in ENGINES.items()))
 
 

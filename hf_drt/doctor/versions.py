@@ -15,6 +15,7 @@ NEWEST = {
     "safetensors": "0.8.0", "tqdm": "4.70.1", "peft": "0.21.2", "trl": "1.16.0", "matplotlib": "3.11.2",
     "typer": "0.29.2", "rich": "15.0.0", "apollo-torch": "1.0.3", "bitsandbytes": "0.50.2", "galore-torch": "1.0",
     "grokadamw": "0.1.2", "lomo-optim": "0.1.1", "schedulefree": "1.4.1", "torch-optimi": "0.3.3", "torchao": "0.18.0",
+    "deepspeed": "0.19.8",
 }  # fmt: skip
 NOT_USED = ("test", "docs", "recipes", "libraries")
 """Extras that nothing in hf_drt itself imports."""

@@ -104,6 +104,8 @@ def test_in_bf16_it_trains_as_one_process_does_and_resumes_bitwise(tmp_path, sta
         {"stage": 3, "zero": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}},
         {"stage": 2, "drt_schedule": "rotate(groups=2,share=70)"},
         {"stage": 3, "drt_schedule": "rotate(groups=2,share=70)"},
+        {"stage": 1, "drt_schedule": "dense@0 factored@3 dense@6 adapter@9"},
+        {"stage": 3, "drt_schedule": "dense@0 factored@3 dense@6 adapter@9"},
         {"stage": 1, "drt_moments": "project"},
         {"stage": 3, "drt_moments": "project"},
         {"stage": 3, "drt_factored_lr_scale": 0.5, "drt_rewarmup_steps": 2, "max_grad_norm": 0.05},
@@ -141,3 +143,21 @@ def test_another_number_of_processes_is_refused(tmp_path):
 def test_a_second_run_of_one_trainer_is_refused(tmp_path):
     seen = run(tmp_path, 2, stage=2, save_strategy="no", twice=True)
     assert "train() was called again on a trainer whose model DeepSpeed has wrapped" in seen["refusal"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moments", ["reset", "project"])
+def test_a_switch_under_zero_3_holds_one_whole_layer_however_many_there_are(tmp_path, moments):
+    """One layer, with the copies that its decomposition, its merge and its two moments make of it."""
+    worker, seen = WORKER.with_name("zero_peak_worker.py"), {}
+    for blocks in (2, 6):
+        folder = tmp_path / str(blocks)
+        folder.mkdir()
+        words = worker, folder, json.dumps({"blocks": blocks, "moments": moments})
+        result = forked.distributed(*words, processes=2, timeout=400)
+        assert result.returncode == 0, result.stderr[-6000:]
+        seen[blocks] = json.loads((folder / "seen.json").read_text())
+    assert len(seen[2]) == 4
+    most = {blocks: max(row["wholes"] for row in rows) for blocks, rows in seen.items()}
+    assert 0 < most[6] <= most[2] <= 12
+    assert all(row["left"] == 0 for row in seen[6])

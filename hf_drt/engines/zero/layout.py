@@ -129,6 +129,21 @@ def _is_placeholder(parameter: Any) -> bool:
     return is_partitioned(parameter) and parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE
 
 
+# What ZeRO-3 sets on modules when it is made, and leaves there. The two functions gather the weights of the module that
+# they were made for, by the coordinator of the engine that made them, and another engine takes them over as they are.
+_ON_MODULES = (
+    "pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining", "ds_id",
+    "ds_recompute_parameters", "ds_inflight_param_registry", "ds_model_granularity", "_original_parameters",
+)  # fmt: skip
+
+
+def forget_module(module: nn.Module) -> None:
+    """Take from a module what its ZeRO optimizer has left on it."""
+    for name in _ON_MODULES:
+        vars(module).pop(name, None)
+    module._parameters = dict(module._parameters)
+
+
 def forget(parameter: Any) -> None:
     """Take from a parameter what its ZeRO optimizer has left on it, by which it would be kept alive; a small one that
     ZeRO-3 keeps whole on every process is partitioned as all others."""

@@ -19,7 +19,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
-from hf_drt.engines.zero.layout import Place, forget, places, shape_of, shaped, stage_of
+from hf_drt.engines.zero.layout import Place, forget, forget_module, places, shape_of, shaped, stage_of
 from hf_drt.engines.zero.regrouped import Regrouped, count_of, inner_groups
 from hf_drt.engines.zero.shard import Shard, at_rest
 
@@ -104,6 +104,8 @@ def _take_apart(engine: DeepSpeedEngine, model: nn.Module, regrouped: Regrouped)
     regrouped.detach()
     for parameter in model.parameters():
         forget(parameter)
+    for module in model.modules():
+        forget_module(module)
     engine.__dict__.clear()
     nn.Module.__init__(engine)
     gc.collect()
