@@ -2,6 +2,7 @@
 
 from hf_drt.engines.decompose import Job, decompositions
 from hf_drt.engines.engine import Engine
+from hf_drt.engines.launch import is_joined, launched_processes, warn_of_lone_process
 from hf_drt.engines.registry import ENGINES, engine_of, is_wrapper, unwrapped
 from hf_drt.engines.single import Single
 
@@ -12,6 +13,9 @@ __all__ = [
     "Single",
     "decompositions",
     "engine_of",
+    "is_joined",
     "is_wrapper",
+    "launched_processes",
     "unwrapped",
+    "warn_of_lone_process",
 ]

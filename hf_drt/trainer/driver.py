@@ -16,6 +16,7 @@ from hf_drt.trainer.activations import checkpointing_options
 from hf_drt.trainer.announce import announce
 from hf_drt.trainer.checkpoint import random_state_files
 from hf_drt.trainer.early_end import warn_of_early_end
+from hf_drt.trainer.elastic import Batch
 from hf_drt.trainer.loop import Loop
 from hf_drt.trainer.meter import PhaseMeter
 from hf_drt.trainer.requests import SwitchRequests
@@ -111,9 +112,10 @@ class PhaseDriver:
         phase = self.controller.phase
         return phase is not None and self.controller.resolved.trains_dense(phase)
 
-    def write_state(self, folder: str, step: int, args: TrainingArguments) -> None:
+    def write_state(self, folder: str, step: int, args: TrainingArguments, batch: Batch | None) -> None:
         """Write ``drt_state.json`` into a checkpoint folder."""
         state = {"step": step, "random_states": random_state_files(args), **self.controller.state_dict()}
+        state |= batch.note() if batch is not None else {}
         write_state(folder, state | {"meter": self.meter.state_dict()})
 
     # ---- rows

@@ -1,5 +1,6 @@
 """The files that Accelerate writes under FSDP in place of ``model.safetensors`` and ``optimizer.pt``."""
 
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -28,6 +29,28 @@ def check_fsdp_files(folder: Path) -> None:
             raise CheckpointError(f"{path} is missing: the checkpoint is incomplete. Resume from another checkpoint.")
         if whole and not zipfile.is_zipfile(path):
             raise CheckpointError(f"{path} is cut short or damaged. Resume from another checkpoint.")
+        if not whole:
+            _check_shards(path.parent)
+
+
+def _check_shards(folder: Path) -> None:
+    """Each file reaches as far as the metadata says: the disk of a process' own node may have lost what it wrote."""
+    from torch.distributed.checkpoint import FileSystemReader  # it is loaded under FSDP, and slow to load
+
+    try:
+        stored = FileSystemReader(folder).read_metadata().storage_data
+    except (pickle.UnpicklingError, EOFError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / _METADATA} is cut short or damaged ({error}). Resume from another checkpoint."
+        ) from None
+    ends: dict[str, int] = {}
+    for part in (stored or {}).values():
+        ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+    for name, end in ends.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size < end:
+            what = "is cut short" if path.is_file() else "is missing"
+            raise CheckpointError(f"{path} {what}: the checkpoint is incomplete. Resume from another checkpoint.")
 
 
 def check_engine(folder: Path, fsdp: bool) -> None:
