@@ -176,7 +176,7 @@ def test_where_the_trainer_finds_the_batch_nothing_is_noted(tmp_path):
 
 
 def test_with_split_batches_the_number_of_processes_does_not_count(tmp_path):
-    args = tiny.arguments(tmp_path, accelerator_config={"split_batches": True})
+    args = trainer_of(tmp_path, accelerator_config={"split_batches": True}).args
     assert Batch.of(args).rows == 8
 
 

@@ -1,7 +1,6 @@
 """What an error of writing means: by its number, or by what is found at the place, on real file systems too."""
 
 import errno
-import os
 import re
 import shutil
 
@@ -121,14 +120,6 @@ def test_where_no_number_is_told_few_free_bytes_are_a_full_disk(tmp_path, monkey
     silent = RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
     assert "Make room" in remedy(tmp_path / "checkpoint-4", silent)
     assert "has failed" in remedy(tmp_path / "checkpoint-4", OSError(errno.EIO, "Input/output error"))
-
-
-def test_a_file_system_without_inodes_is_full_though_it_has_bytes(tmp_path, monkeypatch):
-    class Seen:
-        f_files, f_favail = 1000, 0
-
-    monkeypatch.setattr(os, "statvfs", lambda place: Seen)
-    assert "(its inodes are used up), though" in remedy(tmp_path / "checkpoint-4", OSError(errno.ENOSPC, "full"))
 
 
 # ---- real file systems of a few MiB, in a process that may mount them for itself alone
