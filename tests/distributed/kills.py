@@ -55,7 +55,7 @@ def job(folder: Path, engine: str, processes: int, kills: int, seed: int, **sett
                 wait(lambda: not any(rank.is_alive() for rank in ranks), "the last start has not ended")
                 assert [rank.exitcode for rank in ranks] == [0] * processes, output(folder / f"output{len(done)}")
                 return [*done, seen(folder, before, None)]
-            steps, part = chance.choice((0, 1, 1, 2, 2, 3, 4)), chance.random()
+            steps, part = chance.choice((0, 1, 2, 3, 3, 4, 5)), chance.random()
             victim = chance.randrange(processes)
             reach(folder, len(before), steps, ranks, folder / f"output{len(done)}")
             time.sleep(0.4 * part)  # within an update, a switch, a save; without any update, within the beginning

@@ -9,10 +9,10 @@ import pytest
 import torch
 from kills import WORKER, Start, job
 
-EVERY = 3  # update steps between two saves
+EVERY = 2  # update steps between two saves
 LONG = {
-    "max_steps": 90, "save_steps": EVERY, "save_total_limit": 2, "dropout": 0.1, "optim": "adamw_torch",
-    "learning_rate": 3e-3, "drt_schedule": "factored@0 dense@30 adapter@60 factored@75",
+    "max_steps": 60, "save_steps": EVERY, "save_total_limit": 2, "dropout": 0.1, "optim": "adamw_torch",
+    "learning_rate": 3e-3, "drt_schedule": "factored@0 dense@4 adapter@9 factored@15 dense@22",
 }  # fmt: skip
 
 
