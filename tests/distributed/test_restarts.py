@@ -19,13 +19,15 @@ from processes import free_port
 WORKER = Path(__file__).with_name("elastic_worker.py")
 SECONDS = 300
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+# Processes that torch 2.13 starts again find in the store that they share with the launcher where those before them
+# have listened, and wait for them: https://github.com/pytorch/pytorch/issues/135712. So each start has its own.
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
-def torchrun(*words: object, nproc: int = 2, restarts: int = 1, **environment: str) -> subprocess.CompletedProcess:
-    command = [*TORCHRUN, "--standalone", "--nproc_per_node", nproc, "--max-restarts", restarts, *words]
-    return subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, timeout=SECONDS, env=os.environ | environment
-    )
+def torchrun(*words: object) -> subprocess.CompletedProcess:
+    """Two processes, which may be started again once."""
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", "--max-restarts", "1", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=os.environ | OWN_STORE)
 
 
 @pytest.mark.slow
@@ -94,7 +96,7 @@ def node(folder: Path, port: int, name: str, settings: dict) -> subprocess.Popen
         str(WORKER), str(folder), json.dumps(settings),
     ]  # fmt: skip
     with (folder / f"{name}.txt").open("w") as printed:
-        return subprocess.Popen(command, stdout=printed, stderr=printed)
+        return subprocess.Popen(command, stdout=printed, stderr=printed, env=os.environ | OWN_STORE)
 
 
 def end(launcher: subprocess.Popen) -> None:
