@@ -35,7 +35,7 @@ def check_fsdp_files(folder: Path) -> None:
 
 def _check_shards(folder: Path) -> None:
     """Each file reaches as far as the metadata says: the disk of a process' own node may have lost what it wrote."""
-    from torch.distributed.checkpoint import FileSystemReader  # it is loaded under FSDP, and slow to load
+    from torch.distributed.checkpoint.filesystem import FileSystemReader  # it is loaded under FSDP, and slow to load
 
     try:
         stored = FileSystemReader(folder).read_metadata().storage_data

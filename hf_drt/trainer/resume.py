@@ -36,7 +36,7 @@ def checkpoint_for(trainer: Any, asked: str | bool | None) -> str | None:
         _warn_of_a_restart(trainer)
         return None
     named = asked is not True and asked != AUTO
-    run_dir = Path(asked).parent if named else Path(trainer.args.output_dir)
+    run_dir = Path(str(asked)).parent if named else Path(trainer.args.output_dir)
     if trainer.args.should_save:
         recover(run_dir)
     trainer.accelerator.wait_for_everyone()
@@ -49,9 +49,9 @@ def checkpoint_for(trainer: Any, asked: str | bool | None) -> str | None:
     return last_complete_checkpoint(run_dir)
 
 
-def last_finished(run_dir: str) -> str | None:
+def last_finished(run_dir: str | None) -> str | None:
     """The last checkpoint of a run without dynamic-rank training that a kill has not cut short; None without one."""
-    found = [path for path in _checkpoints(Path(run_dir)) if is_finished(path)]
+    found = [path for path in _checkpoints(Path(str(run_dir))) if is_finished(path)]
     return str(max(found, key=_step)) if found else None
 
 
