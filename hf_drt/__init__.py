@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         DRTTrainer,
         DRTTrainerMixin,
         DRTTrainingArguments,
+        divide_batch,
     )
     from hf_drt.transition import Transition
 
@@ -46,6 +47,7 @@ _NAMES = {
         "DRTTrainer",
         "DRTTrainerMixin",
         "DRTTrainingArguments",
+        "divide_batch",
     ),
     "transition": ("Transition",),
 }
@@ -77,6 +79,7 @@ __all__ = [
     "convert",
     "declare",
     "dense_state_dict",
+    "divide_batch",
     "effective_weight",
     "empty_like",
     "find_targets",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_drt.checkpoint import check_plan, check_preset, check_structure, declare, lasting, stored_plan, structure
 from hf_drt.config import DRTConfig
-from hf_drt.engines import engine_of, whole_size
+from hf_drt.engines import engine_of, warn_of_lone_process, whole_size
 from hf_drt.forms import AdapterLinear, Dense, Form, form_of, layer_of, layer_ranks, weight_shape
 from hf_drt.optim import (
     Owner,
@@ -164,6 +164,7 @@ class DynamicRank:
 
         Call it at the beginning of every update step, before the first forward pass. Arguments as in :meth:`apply`.
         """
+        warn_of_lone_process()
         if whole_number("step", step) < self._step:
             raise ValueError(
                 f"begin_step({step}) comes after begin_step({self._step}). Count update steps over the whole run, not "

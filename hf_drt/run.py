@@ -25,9 +25,10 @@ import shlex
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from transformers import HfArgumentParser, Seq2SeqTrainer, Trainer
 
@@ -36,6 +37,20 @@ from hf_drt.trainer import PREFIX, DRTFields, DRTTrainerMixin, checked_config
 
 PROGRAM = "python -m hf_drt.run"
 USAGE = f"{PROGRAM} (script.py | -m module) --drt_schedule SCHEDULE [other --drt_ flags] [the script's flags]"
+
+
+@dataclass
+class RunFields:
+    """What the command line says of the run itself, which is no setting of a plan."""
+
+    drt_resume: Literal["never", "auto"] = field(
+        default="never",
+        metadata={
+            "help": "Where the script's train() names no checkpoint: 'never' leaves it at that; 'auto' goes on from "
+            "the last complete checkpoint in output_dir, and begins anew while there is none. For jobs that are "
+            "started again after a failure, as by torchrun --max-restarts."
+        },
+    )
 
 
 class Flags:
@@ -56,8 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: Of the script; or with status 2 for a wrong command line, and 1 where the script made no trainer.
     """
-    target, is_module, config, rest = read_command(sys.argv[1:] if arguments is None else list(arguments))
-    with dynamic_rank_trainers(config) as flags:
+    target, is_module, config, rest, run = read_command(sys.argv[1:] if arguments is None else list(arguments))
+    with dynamic_rank_trainers(config, run.drt_resume) as flags:
         try:
             execute(target, is_module, rest)
         except SystemExit as end:
@@ -81,14 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 # ---- the command line
 
 
-def read_command(words: list[str]) -> tuple[str, bool, DRTConfig, list[str]]:
-    """(script or module, whether it is a module, settings, the script's own flags) of a command line.
+def read_command(words: list[str]) -> tuple[str, bool, DRTConfig, list[str], RunFields]:
+    """(script or module, whether it is a module, settings, the script's own flags, the run's) of a command line.
 
     Raises:
         SystemExit: With status 0 after ``--help``; with status 2 and a message on stderr where something is wrong.
     """
     parser = HfArgumentParser(
-        cast(Any, DRTFields), prog=PROGRAM, usage=USAGE, allow_abbrev=False,
+        cast(Any, [DRTFields, RunFields]), prog=PROGRAM, usage=USAGE, allow_abbrev=False,
         description="Run a training script with dynamic-rank training in it.",
         epilog="The script comes first. Its own help: script.py --help.",
     )  # fmt: skip
@@ -104,7 +119,7 @@ def read_command(words: list[str]) -> tuple[str, bool, DRTConfig, list[str]]:
     if not is_module and not Path(target).exists():
         parser.error(f"there is no file {target} (in {Path.cwd()}).")
     own, rest = split_flags(parser, words[1:])
-    (fields,) = parser.parse_args_into_dataclasses(own, look_for_args_file=False)
+    fields, run = parser.parse_args_into_dataclasses(own, look_for_args_file=False)
     try:
         config = checked_config(fields)
     except ValueError as error:
@@ -112,7 +127,7 @@ def read_command(words: list[str]) -> tuple[str, bool, DRTConfig, list[str]]:
     if config.schedule is None and not _asks_for_help(rest):
         plain = shlex.join(["python", *["-m"] * is_module, target, *rest])
         parser.error(f"--drt_schedule is missing, e.g. --drt_schedule paper. Without DRT: {plain}")
-    return target, is_module, config, rest
+    return target, is_module, config, rest, run
 
 
 def split_flags(parser: HfArgumentParser, words: list[str]) -> tuple[list[str], list[str]]:
@@ -158,8 +173,9 @@ def _asks_for_help(flags: list[str]) -> bool:
 
 
 @contextlib.contextmanager
-def dynamic_rank_trainers(config: DRTConfig) -> Iterator[Flags]:
-    """While this lasts, the trainers of transformers are made with DRT, and ``config`` is every trainer's default."""
+def dynamic_rank_trainers(config: DRTConfig, resume: str = "never") -> Iterator[Flags]:
+    """While this lasts, the trainers of transformers are made with DRT, and ``config`` is every trainer's default, as
+    ``resume`` (:class:`RunFields`) is that of every ``train()``."""
     flags = Flags(config)
     trainer = _stand_in(Trainer, DRTTrainerMixin, Trainer)
     # Below the new Trainer, so that isinstance(..., Trainer) holds for it.
@@ -172,9 +188,10 @@ def dynamic_rank_trainers(config: DRTConfig) -> Iterator[Flags]:
         for module, cls in places:
             setattr(module, cls.__name__, cls)
         DRTTrainerMixin._drt_default = flags
+        DRTTrainerMixin._drt_resume = None if resume == "never" else resume
         yield flags
     finally:
-        DRTTrainerMixin._drt_default = None
+        DRTTrainerMixin._drt_default = DRTTrainerMixin._drt_resume = None
         for module, name, original in originals:
             setattr(module, name, original)
 

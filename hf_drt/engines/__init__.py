@@ -2,6 +2,7 @@
 
 from hf_drt.engines.decompose import Job, decompositions
 from hf_drt.engines.engine import Engine, whole_size
+from hf_drt.engines.launch import is_joined, launched_processes, warn_of_lone_process
 from hf_drt.engines.registry import ENGINES, engine_of, import_engines, is_wrapper, unwrapped
 from hf_drt.engines.single import Single
 
@@ -13,7 +14,10 @@ __all__ = [
     "decompositions",
     "engine_of",
     "import_engines",
+    "is_joined",
     "is_wrapper",
+    "launched_processes",
     "unwrapped",
+    "warn_of_lone_process",
     "whole_size",
 ]

@@ -9,6 +9,7 @@ from hf_drt.trainer.arguments import (
     checked_config,
 )
 from hf_drt.trainer.callback import DRTCallback
+from hf_drt.trainer.elastic import divide_batch
 from hf_drt.trainer.lr import simulated_curve
 from hf_drt.trainer.mixin import DRTSeq2SeqTrainer, DRTTrainer, DRTTrainerMixin
 from hf_drt.trainer.refusals import unused
@@ -24,6 +25,7 @@ __all__ = [
     "DRTTrainingArguments",
     "Validated",
     "checked_config",
+    "divide_batch",
     "simulated_curve",
     "unused",
 ]

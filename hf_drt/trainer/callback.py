@@ -18,7 +18,9 @@ from hf_drt.trainer.activations import refuse_activations
 from hf_drt.trainer.compiler import CompiledGraphs, refuse_regions
 from hf_drt.trainer.delivery import deliver
 from hf_drt.trainer.driver import PhaseDriver
+from hf_drt.trainer.elastic import Batch
 from hf_drt.trainer.events import DriverEvents
+from hf_drt.trainer.fallbacks import warn_of_fallbacks
 from hf_drt.trainer.loop import Log, PlainLoop
 from hf_drt.trainer.lr import existing_curve, is_fused
 from hf_drt.trainer.optimizers import refuse_unsaved
@@ -171,6 +173,7 @@ class DRTCallback(DriverEvents):
             self._graphs.leave()
         model, scheduler = kwargs["model"], kwargs["lr_scheduler"]
         self._check(args, model)  # on_init_end is too early for a callback that is added later
+        warn_of_fallbacks(args)
         refuse_unsaved(kwargs["optimizer"], args, self.config)
         refuse_own_rate(kwargs["optimizer"], settled(self.config, model), self.schedule)
         epoch = updates_per_epoch(kwargs["train_dataloader"], args.gradient_accumulation_steps)
@@ -186,7 +189,8 @@ class DRTCallback(DriverEvents):
     # ---- in the loop
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.driver.write_state(f"{args.output_dir}/checkpoint-{state.global_step}", state.global_step, args)
+        note = {} if args.auto_find_batch_size else Batch.of(args).note()
+        self.driver.write_state(f"{args.output_dir}/checkpoint-{state.global_step}", state.global_step, args, note)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -125,10 +125,11 @@ def random_state_files(args: TrainingArguments) -> list[str]:
     if args.save_on_each_node:
         first = args.process_index - args.local_process_index
         processes = range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return [_random_state_file(process, args.world_size) for process in processes]
+    return [random_state_file(process, args.world_size) for process in processes]
 
 
-def _random_state_file(process: int, processes: int) -> str:
+def random_state_file(process: int, processes: int) -> str:
+    """Name of the file with the random state of one process of several, or of the only one."""
     return f"rng_state_{process}.pth" if processes > 1 else "rng_state.pth"
 
 
@@ -214,7 +215,7 @@ def _check_random_states(folder: Path, state: dict[str, Any]) -> None:
     names = state.get("random_states", [path.name for path in folder.glob("rng_state*.pth")])
     if not isinstance(names, list) or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise CheckpointError(f"{folder / STATE_NAME} is damaged: its 'random_states' is {names!r}. {_OTHER}")
-    own = _random_state_file(PartialState().process_index, PartialState().num_processes)
+    own = random_state_file(PartialState().process_index, PartialState().num_processes)
     for path in (folder / name for name in ([own] if own in names else names)):
         if not path.is_file():
             raise CheckpointError(

@@ -1,5 +1,6 @@
 """The files that an engine writes in place of ``optimizer.pt``, and under FSDP of ``model.safetensors``."""
 
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,30 @@ def _check_fsdp(folder: Path) -> None:
     """Weights and optimizer, in one file each (FULL_STATE_DICT) or in shards."""
     whole = (folder / f"{FSDP_MODEL_NAME}.bin").exists()
     for name in (FSDP_MODEL_NAME, OPTIMIZER_NAME):
-        _check_file(folder / f"{name}.bin" if whole else folder / f"{name}_0" / _METADATA, whole)
+        path = folder / f"{name}.bin" if whole else folder / f"{name}_0" / _METADATA
+        _check_file(path, whole)
+        if not whole:
+            _check_shards(path.parent)
+
+
+def _check_shards(folder: Path) -> None:
+    """Each file reaches as far as the metadata says: the disk of a process' own node may have lost what it wrote."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader  # it is loaded under FSDP, and slow to load
+
+    try:
+        stored = FileSystemReader(folder).read_metadata().storage_data
+    except (pickle.UnpicklingError, EOFError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / _METADATA} is cut short or damaged ({error}). Resume from another checkpoint."
+        ) from None
+    ends: dict[str, int] = {}
+    for part in (stored or {}).values():
+        ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+    for name, end in ends.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size < end:
+            what = "is cut short" if path.is_file() else "is missing"
+            raise CheckpointError(f"{path} {what}: the checkpoint is incomplete. Resume from another checkpoint.")
 
 
 def _check_deepspeed(folder: Path) -> None:

@@ -16,8 +16,9 @@ What each override is for:
 - ``_save_rng_state``: every process has written its own before ``trainer_state.json`` says that the checkpoint is
   whole, and before older ones are deleted.
 - ``_hp_search_setup``: values of a search that would have no effect are refused.
-- ``train``: resume_from_checkpoint=True means the last complete checkpoint. What ``_load_from_checkpoint`` does in it
-  waits for ``_prepare_for_training``.
+- ``train``: resume_from_checkpoint=True means the last complete checkpoint, "auto" that or none. What
+  ``_load_from_checkpoint`` does in it waits for ``_prepare_for_training``.
+- ``_load_rng_state``: a process that the checkpoint's run did not have takes the random state of one that it had.
 - ``_load_from_checkpoint``, ``_load_best_model``: structure before weights, since the Trainer loads non-strictly.
 - ``_issue_warnings_after_load``: a missing key of ours is an error, no warning.
 """
@@ -33,7 +34,7 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_drt.checkpoint import STATE_NAME, CheckpointError, read_state
+from hf_drt.checkpoint import STATE_NAME, CheckpointError
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.engines import engine_of
@@ -44,12 +45,14 @@ from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Run
 from hf_drt.trainer.aside import hidden_token, upcast_bases
 from hf_drt.trainer.callback import DRTCallback, updates_per_epoch
-from hf_drt.trainer.checkpoint import checked_state, last_complete_checkpoint, readable_state
+from hf_drt.trainer.checkpoint import checked_state, readable_state
 from hf_drt.trainer.compiler import CompiledGraphs
 from hf_drt.trainer.delivery import Delivery, deliver
 from hf_drt.trainer.driver import PhaseDriver
+from hf_drt.trainer.elastic import Batch, noted, rows_kept
 from hf_drt.trainer.engine_files import files_of_run, saves_shards
 from hf_drt.trainer.events import TrainerEvents
+from hf_drt.trainer.fallbacks import warn_of_fallbacks
 from hf_drt.trainer.jit import save_at_step_end
 from hf_drt.trainer.loop import TrainerLoop
 from hf_drt.trainer.meter import PhaseMeter
@@ -58,16 +61,12 @@ from hf_drt.trainer.outermost import call_with, wrap_overrides
 from hf_drt.trainer.pieces import Pieces
 from hf_drt.trainer.publishing import PublishingMixin
 from hf_drt.trainer.push import Publisher
+from hf_drt.trainer.random_states import random_states
 from hf_drt.trainer.rates import RunRates
-from hf_drt.trainer.refusals import (
-    refuse_layers,
-    refuse_own_rate_of,
-    refuse_unsupported,
-    refuse_unused,
-    warn_of_another_engine,
-)
+from hf_drt.trainer.refusals import refuse_layers, refuse_own_rate_of, refuse_unsupported, refuse_unused
 from hf_drt.trainer.restore import begin, optimizer_made, restore
-from hf_drt.trainer.saving import recover, written_whole
+from hf_drt.trainer.resume import AUTO, asked_for, checkpoint_for, last_finished, refuse_low_rank
+from hf_drt.trainer.saving import written_whole
 from hf_drt.trainer.search import checked_search, settings_of
 from hf_drt.trainer.undo import as_it_was_on_failure, loaded_in_full
 from hf_drt.trainer.writer import ModelWriter
@@ -98,6 +97,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "_get_output_dir": ("trial",),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_best_model": (),
+    "_load_rng_state": ("checkpoint",),
     "_issue_warnings_after_load": ("load_result",),
     "create_scheduler": ("num_training_steps", "optimizer"),  # used by rates.py
     "_load_optimizer_and_scheduler": ("checkpoint",),
@@ -128,10 +128,12 @@ class DRTTrainerMixin(PublishingMixin):
 
     # Settings of every trainer that brings none of its own; ``python -m hf_drt.run`` sets it.
     _drt_default: "_Default | None" = None
+    _drt_resume: str | None = None  # where the script says nothing of it; of ``python -m hf_drt.run``
     _drt_given: DRTConfig | str | None = None
     _drt_driver: PhaseDriver | None = None  # of the latest run
     _drt_made: torch.optim.Optimizer | None = None
     _drt_starting = False
+    _drt_batch: Batch | None = None  # of the present run
     _drt_load: Callable[[], Any] | None = None
     _drt_pieces: Pieces | None = None  # with dense_accumulation
     _drt_graphs: CompiledGraphs | None = None  # of a compiled model
@@ -146,7 +148,7 @@ class DRTTrainerMixin(PublishingMixin):
         config = settled(config, self.model)
         self._drt_refuse_optimizer(config)
         refuse_unsupported(self, config)
-        warn_of_another_engine(self)
+        warn_of_fallbacks(self.args)
         # Settings without effect are refused before there is a plan, which gets the same layers.
         self._drt_layers = LayersOf()
         layers = self._drt_layers(self.model, config)
@@ -384,7 +386,9 @@ class DRTTrainerMixin(PublishingMixin):
         self._drt_around_save(super()._save, *args, **kwargs)
 
     def _drt_write_state(self, folder: str) -> None:
-        self._drt_running().write_state(folder, self.state.global_step, self.args, counts_of(self))
+        self._drt_running().write_state(
+            folder, self.state.global_step, self.args, noted(self._drt_batch) | counts_of(self)
+        )
 
     def _drt_deliver(self) -> None:
         """At the end of training: the model itself in the form of ``drt_export``, where it can take it."""
@@ -395,26 +399,26 @@ class DRTTrainerMixin(PublishingMixin):
     # ---- loading
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """The base's training; ``resume_from_checkpoint=True`` passes over checkpoints that were cut short."""
+        """The base's training; ``resume_from_checkpoint=True`` passes over checkpoints that were cut short, and so does
+        "auto", which begins a new run where there is none yet."""
+        asked = asked_for(resume_from_checkpoint, self._drt_resume)
         if self._drt_settings is None:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        if resume_from_checkpoint:
-            last = resume_from_checkpoint is True
-            run_dir = str(self.args.output_dir) if last else Path(resume_from_checkpoint).parent
-            if self.args.should_save:
-                recover(run_dir)
-            self.accelerator.wait_for_everyone()
-            if last:
-                resume_from_checkpoint = last_complete_checkpoint(run_dir)
+            return super().train(last_finished(self.args.output_dir) if asked == AUTO else asked, *args, **kwargs)
+        folder = checkpoint_for(self, asked)
         self._drt_starting = True
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with rows_kept(self, folder) as self._drt_batch:
+                return super().train(folder, *args, **kwargs)
         finally:
             self._drt_starting, self._drt_load = False, None
             if self._drt_driver is not None:
                 self._drt_driver.leave()
             if self._drt_graphs is not None:
                 self._drt_graphs.leave()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with random_states(checkpoint, self.args, self._drt_settings is not None) as folder:
+            super()._load_rng_state(folder)
 
     def _drt_around_loading(self, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around ``_load_from_checkpoint(folder, ...)``, whoever overrides it.
@@ -425,7 +429,7 @@ class DRTTrainerMixin(PublishingMixin):
         """
         folder: str = args[0] if args else kwargs["resume_from_checkpoint"]
         if self._drt_settings is None:
-            _refuse_low_rank(folder)
+            refuse_low_rank(folder)
         elif self._drt_starting and self._drt_load is None and not self.is_fsdp_enabled:
             readable_state(folder, for_resume=True)
             self._drt_load = partial(load, *args, **kwargs)
@@ -482,15 +486,6 @@ class DRTTrainerMixin(PublishingMixin):
                     "unexpected. Resume from another checkpoint."
                 )
         return super()._issue_warnings_after_load(load_result)
-
-
-def _refuse_low_rank(folder: str) -> None:
-    """A checkpoint of dynamic-rank training must not be resumed without it."""
-    if (Path(folder) / STATE_NAME).is_file():
-        raise CheckpointError(
-            f"{folder} was written by dynamic-rank training, which is off here. Its plan is "
-            f"drt_schedule='{read_state(folder).get('plan')}'; set it and the other drt settings as they were then."
-        )
 
 
 class DRTTrainer(DRTTrainerMixin, Trainer):

@@ -1,16 +1,14 @@
 """Engines under which a change of form would go wrong in silence: refused in the constructor, with the way out."""
 
-import logging
-import os
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import HubStrategy
 
 from hf_drt.config import DRTConfig
+from hf_drt.engines import launched_processes
 from hf_drt.forms import layer_of
 from hf_drt.optim import (
     check_rate,
@@ -27,11 +25,6 @@ from hf_drt.schedule import Schedule
 from hf_drt.trainer.activations import refuse_activations
 from hf_drt.trainer.compiler import refuse_regions
 from hf_drt.trainer.zero import faults
-
-logger = logging.getLogger(__name__)
-
-# The number of processes, as a launcher tells it to each of them and Accelerate reads it.
-_MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def refuse_unsupported(trainer: Any, config: DRTConfig) -> None:
@@ -94,36 +87,13 @@ def refuse_lone_process(args: Any) -> None:
     Raises:
         ValueError: There are more processes than Accelerate has joined.
     """
-    launched = _launched_processes()
+    launched = launched_processes()
     if launched > args.world_size:
         raise ValueError(
             f"{launched} processes were launched, but Accelerate has joined only {args.world_size}: each would train "
             "on all data by itself and write into the same output_dir. Without a GPU processes are joined if the "
             "training arguments say use_cpu=True (--use_cpu). On GPUs start them with torchrun or accelerate launch; "
             "or start one process."
-        )
-
-
-def _launched_processes() -> int:
-    """Of the process group, or of torchrun, accelerate launch or mpirun, which say it in the environment."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size()
-    sizes = [os.environ.get(name, "") for name in _MPI_SIZES]
-    if "LOCAL_RANK" in os.environ:  # WORLD_SIZE alone is set on some clusters for a single process, too
-        sizes.append(os.environ.get("WORLD_SIZE", ""))
-    return max((int(size) for size in sizes if size.isdigit()), default=1)
-
-
-def warn_of_another_engine(trainer: Any) -> None:
-    """Accelerate falls back in silence where it cannot shard: on a CPU, or with a single process."""
-    args = trainer.args
-    asked = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    if asked and not trainer.is_fsdp_enabled and trainer.is_world_process_zero():
-        logger.warning(
-            "fsdp was asked for, but the model is not sharded: Accelerate trains with %s here, as it does on a CPU or "
-            "with one process. Every process holds the whole model. For FSDP start several processes on GPUs "
-            "(torchrun, without use_cpu); or leave fsdp out.",
-            f"DistributedDataParallel on {args.world_size} processes" if args.world_size > 1 else "a single process",
         )
 
 

@@ -24,7 +24,7 @@ def launched(folder: Path, processes: int = 2, **settings) -> list[dict]:
     return [json.loads((folder / f"seen_{rank}.json").read_text()) for rank in range(processes)]
 
 
-@pytest.mark.parametrize("kind", ["mixin", "callback"])
+@pytest.mark.parametrize("kind", ["mixin", "subclass", "callback", "run"])
 def test_two_processes_that_are_not_joined_are_refused(tmp_path, kind):
     for seen in launched(tmp_path, kind=kind):
         assert seen["error"].startswith("2 processes were launched, but Accelerate has joined only 1: each would train")
@@ -36,12 +36,14 @@ def test_with_drt_off_they_train_as_before(tmp_path):
 
 
 def test_joined_processes_train_and_hear_once_that_nothing_is_sharded(tmp_path):
-    seen = launched(tmp_path, kind="mixin", use_cpu=True, ddp_backend="gloo", fsdp=True)
+    seen = launched(tmp_path, kind="mixin", use_cpu=True, ddp_backend="gloo", fsdp=True, ddp_timeout=600)
     assert [one.get("steps") for one in seen] == [4, 4]
     first, second = (one["messages"] for one in seen)
     wanted = f"{FELL_BACK}DistributedDataParallel on 2 processes here, as it does on a CPU"
     assert any(line.startswith(wanted) for line in first)
     assert sum(line.startswith(FELL_BACK) for line in first + second) == 1
+    timeout = "ddp_timeout=600 has no effect: a process that waits for another does so for 1800 s. On a CPU"
+    assert sum(line.startswith(timeout) for line in first + second) == 1
 
 
 def test_an_optimizer_that_updates_before_gradients_are_averaged_is_refused(tmp_path):
@@ -61,6 +63,7 @@ def test_an_optimizer_that_updates_before_gradients_are_averaged_is_refused(tmp_
         {"PMI_SIZE": "2"},
         {"OMPI_COMM_WORLD_SIZE": "2"},
         {"MV2_COMM_WORLD_SIZE": "2", "WORLD_SIZE": "1"},
+        {"WORLD_SIZE": "2", "RANK": "1"},
     ],
     ids=str,
 )
@@ -74,7 +77,13 @@ def test_a_launch_is_known_from_the_environment(tmp_path, monkeypatch, environme
 
 @pytest.mark.parametrize(
     "environment",
-    [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "1", "LOCAL_RANK": "0"}, {"WORLD_SIZE": "", "LOCAL_RANK": "0"}],
+    [
+        {"WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+        {"WORLD_SIZE": "", "LOCAL_RANK": "0"},
+        {"WORLD_SIZE": "1", "RANK": "0"},
+        {"WORLD_SIZE": "2", "RANK": ""},
+    ],
     ids=str,
 )
 def test_one_process_is_one_whatever_a_cluster_sets(tmp_path, monkeypatch, environment):
@@ -93,14 +102,14 @@ def test_a_group_of_the_scripts_own_counts(tmp_path, monkeypatch):
         DRTCallback("factored@0").on_init_end(trainer.args, None, None, model=trainer.model)
 
 
-def test_one_process_with_fsdp_is_warned(tmp_path, monkeypatch):
-    """As accelerate launch --use_fsdp says it; the argument fsdp alone is refused by the Trainer."""
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    (seen,) = launched(tmp_path, processes=1, kind="mixin")
-    assert seen["steps"] == 4
-    assert any(line.startswith(f"{FELL_BACK}a single process here") for line in seen["messages"])
+def test_a_loop_of_ones_own_hears_it_once(tmp_path):
+    for seen in launched(tmp_path, kind="loop"):
+        (message,) = (line for line in seen["messages"] if "process group" in line)
+        assert message.startswith(
+            "2 processes were launched, but there is no process group: each trains on all data by"
+        )
 
 
-def test_without_fsdp_nothing_is_said(tmp_path, caplog):
-    tiny.trainer(tmp_path)
-    assert FELL_BACK not in caplog.text
+def test_a_loop_of_ones_own_with_a_group_hears_nothing(tmp_path):
+    for seen in launched(tmp_path, kind="loop", group=True):
+        assert not [line for line in seen["messages"] if "process group" in line]

@@ -125,7 +125,7 @@ def test_other_settings_equal_one_process_and_resume_bitwise(tmp_path, settings)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_accumulated_batches_equal_one(tmp_path, stage):
     settings = {"save_strategy": "no", "max_grad_norm": 0.05}
-    expected = run(tmp_path / "one", 1, **settings)
+    expected = run(tmp_path / "one", 1, **settings, gradient_accumulation_steps=1)
     parts = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
     seen = run(tmp_path / "two", 2, stage=stage, **settings, **parts)
     assert losses(seen) == pytest.approx(losses(expected), abs=1e-5)

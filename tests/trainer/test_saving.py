@@ -1,8 +1,8 @@
 """A kill or a full disk at every stage of writing a checkpoint: one that was complete stays, and goes on bitwise."""
 
+import contextlib
 import errno
 import os
-import re
 import resource
 import shutil
 import signal
@@ -14,13 +14,11 @@ import tiny
 import torch
 import transformers.trainer
 from equal_runs import assert_equal_runs
-from safetensors import SafetensorError
 from transformers.trainer_utils import rotate_checkpoints
 from writers import FILES, around_writes, cut_short
 
 from hf_drt import CheckpointError
 from hf_drt.trainer.saving import MARK
-from hf_drt.trainer.write_errors import remedy
 
 # Switches at steps 5 and 8: the checkpoint of step 8 is in the second phase, and a run from step 4 comes through both.
 SETTINGS = {
@@ -203,48 +201,43 @@ def test_without_a_limit_nothing_is_deleted(straight, tmp_path):
     assert checkpoints(tmp_path) == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
 
 
-# ---- a full disk: the system refuses to write more than a few bytes into a file
+# ---- the system refuses to write more than a few bytes into a file, and says so to those who ask for a number
 
 
-class limited_to:
-    """Files larger than this many bytes cannot be written: EFBIG, as ENOSPC on a full disk."""
+@contextlib.contextmanager
+def limited_from(file: str):
+    """Within, no file may become larger than 100 bytes (EFBIG), from the moment at which this one is to be written."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def __init__(self, size: int):
-        self.size = size
-
-    def __enter__(self):
-        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
-
-    def __exit__(self, *_):
-        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
-
-
-def full_at(file: str):
     def act(path, write):
-        with limited_to(100) if path.name == file else limited_to(resource.RLIM_INFINITY):
-            write()
+        if path.name == file:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        write()
 
-    return act
+    try:
+        with around_writes("checkpoint-8", act):
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-MESSAGE = r"{} could not be written: .*MiB are free there\. Earlier checkpoints are as they were\. Make room, or keep"
+MESSAGE = r"checkpoint-8 could not be written: .*larger than is allowed there: this process may write 100 bytes a file"
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_full_disk_is_named_and_costs_no_earlier_checkpoint(straight, tmp_path, file):
-    with around_writes("checkpoint-8", full_at(file)), pytest.raises(OSError, match=MESSAGE.format("checkpoint-8")):
+def test_a_limit_of_the_system_is_named_and_costs_no_earlier_checkpoint(straight, tmp_path, file):
+    with limited_from(file), pytest.raises(OSError, match=MESSAGE):
         trainer_of(tmp_path, save_total_limit=1).train()
     assert checkpoints(tmp_path) == ["checkpoint-4"]
     assert_equal_runs(goes_on(tmp_path), straight[1])
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
-def test_a_full_disk_while_a_checkpoint_is_replaced_brings_it_back(other, tmp_path, file):
+def test_a_save_that_fails_while_a_checkpoint_is_replaced_brings_it_back(other, tmp_path, file):
     shutil.copytree(other[0] / "checkpoint-8", tmp_path / "checkpoint-8")
     before = contents(tmp_path / "checkpoint-8")
     trainer = trainer_of(tmp_path, save_total_limit=1, save_steps=8)
-    with around_writes("checkpoint-8", full_at(file)), pytest.raises(OSError, match="checkpoint-8 could not be"):
+    with limited_from(file), pytest.raises(OSError, match=MESSAGE):
         trainer.train()
     assert checkpoints(tmp_path) == ["checkpoint-8"]
     assert contents(tmp_path / "checkpoint-8") == before
@@ -285,34 +278,21 @@ def failing_with(error: BaseException):
 
 
 @pytest.mark.parametrize(
-    ("error", "message"),
+    "error",
     [
-        (OSError(errno.ENOSPC, "No space left on device"), r"MiB are free there\..* Make room, or keep fewer"),
-        (OSError(errno.EDQUOT, "Disk quota exceeded"), r"Make room, or keep fewer"),
-        (SafetensorError("I/O error: File too large (os error 27)"), r"Make room, or keep fewer"),
-        (PermissionError(errno.EACCES, "Permission denied"), r"may not write there\. Give the job's user the right to"),
-        (OSError(errno.EROFS, "Read-only file system"), r"may not write there\. Give the job's user the right to"),
-        (SafetensorError("I/O error: Permission denied (os error 13)"), r"may not write there\. Give the job's user"),
-        (
-            FileNotFoundError(errno.ENOENT, "No such file"),
-            r"removed or renamed during the save: another process writes",
-        ),
-        (OSError(errno.ESTALE, "Stale file handle"), r"Give every run an output_dir of its own"),
-        (RuntimeError("File optimizer.pt cannot be opened."), r"another process writes there too"),
-        (OSError(errno.EIO, "Input/output error"), r"it is not for want of room\. Look after the file system"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos 64 vs 0"),
     ],
     ids=str,
 )
-def test_a_save_that_fails_says_why_and_what_to_do(tmp_path, error, message):
-    act = failing_with(error)
+def test_the_error_of_a_run_whose_checkpoint_cannot_be_written_says_it(tmp_path, error):
     with (
-        around_writes("checkpoint-4", act),
+        around_writes("checkpoint-4", failing_with(error)),
         pytest.raises(OSError, match="checkpoint-4 could not be written: ") as seen,
     ):
         trainer_of(tmp_path).train()
-    assert re.search(message, str(seen.value))
-    remedies = ("Make room", "may not write", "another process", "want of room")
-    assert sum(words in str(seen.value) for words in remedies) == 1
+    assert any(meaning in str(seen.value) for meaning in ("Make room", "does not tell why"))
+    assert seen.value.__cause__ is error
     assert checkpoints(tmp_path) == []
 
 
@@ -324,7 +304,7 @@ def test_a_folder_that_another_process_removes_during_the_save(straight, tmp_pat
             shutil.rmtree(path.parent)
         write()
 
-    message = r"checkpoint-8 could not be written: .*another process writes there too"
+    message = r"checkpoint-8 could not be written: .*The folder checkpoint-8 was removed or renamed during the save"
     with around_writes("checkpoint-8", act), pytest.raises(OSError, match=message):
         trainer_of(tmp_path).train()
     assert checkpoints(tmp_path) == ["checkpoint-4"]
@@ -351,12 +331,6 @@ def test_an_output_folder_that_is_a_file(tmp_path):
     with pytest.raises(OSError, match=r"checkpoint-4 could not be written: .*The folder .*run is gone"):
         trainer.train()
     assert (tmp_path / "run").read_text() == "mine"
-
-
-def test_few_free_bytes_are_a_full_disk_whatever_the_error_says(tmp_path, monkeypatch):
-    free = shutil.disk_usage(tmp_path)._replace(free=2**20)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    assert "Make room" in remedy(tmp_path / "checkpoint-4", OSError(errno.EIO, "Input/output error"))
 
 
 # ---- random states

@@ -80,3 +80,17 @@ def test_activation_checkpointing_is_two_attributes_of_a_module(kind):
     assert changed == {FLAG, FUNCTION}
     assert switches == sum(hasattr(module, FLAG) for module in model.modules()) > 0
     assert "_gradient_checkpointing_func(" in inspect.getsource(modeling_layers.GradientCheckpointingLayer)
+
+
+def test_the_loader_has_the_batch_that_is_set_before_a_run():
+    """What hf_drt/trainer/elastic.py sets for a run that goes on with another number of processes."""
+    assert "batch_size=self._train_batch_size" in inspect.getsource(Trainer.get_train_dataloader)
+    assert "self._train_batch_size = args.train_batch_size" in inspect.getsource(Trainer.__init__)
+    assert "gradient_accumulation_steps" in inspect.getsource(Trainer.set_initial_training_values)
+
+
+def test_random_states_are_looked_for_under_these_names():
+    """Those that hf_drt/trainer/random_states.py offers."""
+    source = inspect.getsource(Trainer._load_rng_state)
+    assert 'f"rng_state_{process_index}.pth"' in source
+    assert '"rng_state.pth"' in source
