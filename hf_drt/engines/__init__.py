@@ -1,6 +1,6 @@
 """Several processes: who holds what of a weight, and who decomposes it."""
 
-from hf_drt.engines.decompose import Job, decompositions
+from hf_drt.engines.decompose import Job, decompositions, shares
 from hf_drt.engines.engine import Engine
 from hf_drt.engines.registry import ENGINES, engine_of, is_wrapper, unwrapped
 from hf_drt.engines.single import Single
@@ -13,5 +13,6 @@ __all__ = [
     "decompositions",
     "engine_of",
     "is_wrapper",
+    "shares",
     "unwrapped",
 ]
