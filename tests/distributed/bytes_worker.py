@@ -24,13 +24,11 @@ from transformers import TrainerCallback
 
 from hf_drt import DRTConfig, DynamicRank
 
-# Of the arguments of each function, the position of the tensor that is whole.
-WHOLE = {"all_gather_into_tensor": 0, "reduce_scatter_tensor": 1, "all_reduce": 0}
-KINDS = {
-    "all_gather_into_tensor": "all_gather",
-    "reduce_scatter_tensor": "reduce_scatter",
-    "all_reduce": "all_reduce",
-    "hook": "all_reduce",
+# Functions that FSDP2 calls: the kind, and which argument is the whole tensor.
+CALLS = {
+    "all_gather_single": ("all_gather", 0, "output_tensor"),
+    "reduce_scatter_single": ("reduce_scatter", 1, "input"),
+    "all_reduce": ("all_reduce", 0, "tensor"),
 }
 
 
@@ -39,20 +37,17 @@ class Counter:
 
     def __init__(self):
         self.sizes, self.rows = {}, []
-        for name, position in WHOLE.items():
-            setattr(dist, name, self._counting(name, getattr(dist, name), position))
+        for name, (kind, position, keyword) in CALLS.items():
+            setattr(dist, name, self._counting(getattr(dist, name), kind, position, keyword))
 
-    def _counting(self, name, function, position):
+    def _counting(self, function, kind, position, keyword):
         def counted(*args, **kwargs):
-            names = ("output_tensor", "input_tensor")
-            tensor = args[position] if len(args) > position else kwargs[names[position]]
-            self.add(name, tensor)
+            self.add(kind, args[position] if len(args) > position else kwargs[keyword])
             return function(*args, **kwargs)
 
         return counted
 
-    def add(self, name, tensor):
-        kind = KINDS[name]
+    def add(self, kind, tensor):
         self.sizes[kind] = self.sizes.get(kind, 0) + tensor.numel() * tensor.element_size()
 
     def hook(self, state, bucket):
@@ -60,7 +55,7 @@ class Counter:
         before = dict(self.sizes)
         future = default_hooks.allreduce_hook(None, bucket)
         self.sizes = before
-        self.add("hook", bucket.buffer())
+        self.add("all_reduce", bucket.buffer())
         return future
 
     def begin(self):
@@ -68,7 +63,7 @@ class Counter:
         self.sizes, self.written = {}, written()
 
     def end(self, held):
-        self.rows.append({"sizes": self.sizes, "written": written() - self.written, **held})
+        self.rows.append({"sizes": dict(self.sizes), "written": written() - self.written, **held})
 
 
 def written() -> int:

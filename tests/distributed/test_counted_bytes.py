@@ -18,7 +18,6 @@ D, RANK = 128, 16
 LLAMA = {"vocab_size": 174, "hidden_size": D, "intermediate_size": 352, "num_hidden_layers": 2}
 DRT = {"schedule": "factored@0 dense@2 adapter@4", "rank": RANK}
 STEPS, ACCUMULATION = 6, 2
-KERNEL = pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel does not count what is written")
 
 
 def counted(folder: Path, processes: int, engine: str, drt: dict = DRT, **more) -> list[list[dict]]:
@@ -30,14 +29,14 @@ def counted(folder: Path, processes: int, engine: str, drt: dict = DRT, **more) 
     return json.loads((folder / "seen.json").read_text())
 
 
-def predicted(processes: int, engine: str, drt: dict = DRT, shards: int | None = None):
+def predicted(processes: int, engine: str, drt: dict = DRT, shards: int | None = None, accumulation: int = ACCUMULATION):
     with torch.device("meta"):
         model = tiny.llama(**LLAMA)
     controller = DynamicRank(model, DRTConfig(**drt), STEPS)
-    run = estimate_run(controller, batch_spec(model, 1, tiny.LENGTH), accumulation=ACCUMULATION)
+    run = estimate_run(controller, batch_spec(model, 1, tiny.LENGTH), accumulation=accumulation)
     return on_processes(
         controller, [phase.step for phase in run.phases], run.dense, layout_for(engine, processes, shards=shards),
-        machine_for("h100"), optimizer="adamw_torch", accumulation=ACCUMULATION, dtype="float32",
+        machine_for("h100"), optimizer="adamw_torch", accumulation=accumulation, dtype="float32",
     )  # fmt: skip
 
 
@@ -57,7 +56,7 @@ def check(seen: list[list[dict]], run, processes: int, shards: int | None = None
             found = by_ring(rows[2 * index + 1], processes, shards)
             for kind, size in phase.sent.items():
                 if kind != "broadcast":
-                    assert found.get(kind, 0) == pytest.approx(size, rel=0.05), (index, kind)
+                    assert found.get(kind, 0) == pytest.approx(size, rel=0.05, abs=64), (index, kind)
 
 
 CELLS = [
@@ -72,14 +71,15 @@ def test_ddp_sends_what_was_predicted(tmp_path, processes):
     check(seen, run, processes)
     for index, phase in enumerate(run.phases):
         row = seen[0][2 * index + 1]
-        # Gloo's all-reduce is a ring; the buffers' broadcast, by the first process, and headers are in it too.
+        # What went to sockets: gloo's all-reduce is a ring; the buffers' broadcast, by the first process, and headers are in it too.
         assert row["written"] == pytest.approx(phase.total, rel=0.05)
-        assert row["weights"] + 0 == sum(p.numel() * 4 for p in _model_in(index).parameters())
+        assert row["weights"] == sum(p.numel() * 4 for p in _model_in(index).parameters())
         assert row["gradients"] == phase.held.gradients
         assert row["optimizer"] == pytest.approx(phase.optimizer, rel=0.01)
 
 
-@pytest.mark.parametrize("processes", CELLS)
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
 def test_ddp_at_an_eighth_of_the_width_sends_less_than_three_tenths_of_dense(tmp_path, processes):
     factored, dense = (
         counted(tmp_path / name, processes, "ddp", drt={"schedule": schedule, **rank}, max_steps=2)
@@ -89,6 +89,32 @@ def test_ddp_at_an_eighth_of_the_width_sends_less_than_three_tenths_of_dense(tmp
     assert share <= 0.30
     run = predicted(processes, "ddp")
     assert share == pytest.approx(run.phases[0].sent["all_reduce"] / run.dense.sent["all_reduce"], rel=0.01)
+
+
+@pytest.mark.parametrize("processes", CELLS)
+def test_fsdp2_sends_what_was_predicted(tmp_path, processes):
+    """Rank 18 is no multiple of four: shards of V are padded."""
+    drt = DRT | {"rank": 18}
+    seen, run = counted(tmp_path, processes, "fsdp2", drt), predicted(processes, "fsdp2", drt)
+    check(seen, run, processes)
+    hold(seen[0], predicted(processes, "fsdp2", drt, accumulation=1))
+
+
+@pytest.mark.slow
+def test_hsdp_sends_what_was_predicted(tmp_path):
+    drt = DRT | {"rank": 17}
+    seen, run = counted(tmp_path, 4, "hsdp", drt, shards=2), predicted(4, "hsdp", drt, shards=2)
+    check(seen, run, 4, shards=2)
+    hold(seen[0], predicted(4, "hsdp", drt, shards=2, accumulation=1))
+
+
+def hold(rows: list[dict], run) -> None:
+    """What the first process holds, whose shards are the largest, once gradients are reduced."""
+    for index, phase in enumerate(run.phases):
+        row = rows[2 * index + 1]
+        assert row["weights"] == pytest.approx(phase.held.weights, rel=0.01)
+        assert row["gradients"] == phase.held.gradients
+        assert row["optimizer"] == pytest.approx(phase.optimizer, rel=0.01)
 
 
 def _model_in(phase: int):

@@ -33,7 +33,7 @@ class Machine:
         memory: Bytes of a device; None where they are not given.
         flops: Of a device per second, by dtype of the products, as its data sheet has them (dense, not sparse).
         utilisation: Share of them that training reaches, in (0, 1].
-        decomposition: How fast a device decomposes a weight: ``out * in * min(out, in)`` per second.
+        decomposition: ``k^3`` per second in the eigenvalue decomposition of a ``k x k`` matrix, of float32.
         node: Link of a device to the others in its node.
         network: Link of a device to other nodes; the devices of a node send over theirs at once.
     """
@@ -64,6 +64,14 @@ class Machine:
         # On the way round, one step in k goes to another node.
         return Ring(count, speed, (self.network.latency + (together - 1) * self.node.latency) / together)
 
+    def decompose(self, order: int, flops: float) -> float:
+        """Seconds of the eigenvectors of a symmetric matrix of this order, and of so many FLOPs in products beside it.
+
+        Raises:
+            ValueError: The table has no speed of products in float32.
+        """
+        return order**3 / self.decomposition + self.compute(flops, "float32")
+
     def compute(self, flops: float, dtype: str) -> float:
         """Seconds of so many FLOPs in training.
 
@@ -78,7 +86,7 @@ class Machine:
         return flops / (self.flops[dtype] * self.utilisation)
 
 
-# Bandwidths are one direction's: half of what data sheets give for both. The share of the FLOPs that training reaches
+# FLOP/s are dense, and those of float32 without TF32, which PyTorch does not use unless it is told to. Bandwidths are one direction's: half of what data sheets give for both. The share of the FLOPs that training reaches
 # is that of Llama 3 405B on up to 16,384 H100, 38 to 43 % in bfloat16 (arXiv 2407.21783, table 4). Latencies and the speed
 # of decompositions are in no data sheet, and guesses: the second that an eigenvalue decomposition of a Gram matrix of 8192
 # takes a few seconds on an H100.
@@ -96,16 +104,14 @@ def _sheet(
     )  # fmt: skip
 
 
-# FLOP/s of float32 are those of TF32 on tensor cores where a chip has them, which PyTorch uses if it is told to; those
-# without are 67 (H100, H200), 19.5 (A100), 75 (B200) TFLOP/s.
 MACHINES = {
     machine.name: machine
     for machine in (
-        _sheet("a100", "NVIDIA A100 80GB SXM and DGX A100 data sheets", 80, 312, 156, 5e10, 300, 25),
-        _sheet("h100", "NVIDIA H100 SXM and DGX H100 data sheets", 80, 989, 494, 1e11, 450, 50),
-        _sheet("h200", "NVIDIA H200 SXM and DGX H200 data sheets", 141, 989, 494, 1e11, 450, 50),
-        _sheet("b200", "NVIDIA B200 and DGX B200 data sheets", 180, 2250, 1125, 1e11, 900, 50),
-        _sheet("mi300x", "AMD MI300X data sheet, 400 Gbit/s a device", 192, 1307, 653, 5e10, 448, 50),
+        _sheet("a100", "NVIDIA A100 80GB SXM and DGX A100 data sheets", 80, 312, 19.5, 5e10, 300, 25),
+        _sheet("h100", "NVIDIA H100 SXM and DGX H100 data sheets", 80, 989, 67, 1e11, 450, 50),
+        _sheet("h200", "NVIDIA H200 SXM and DGX H200 data sheets", 141, 989, 67, 1e11, 450, 50),
+        _sheet("b200", "NVIDIA B200 and DGX B200 data sheets", 180, 2250, 75, 1e11, 900, 50),
+        _sheet("mi300x", "AMD MI300X data sheet, 400 Gbit/s a device", 192, 1307, 163, 5e10, 448, 50),
     )
 }
 """Built-in rows, all of them 'assumed'."""

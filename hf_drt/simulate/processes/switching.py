@@ -23,18 +23,26 @@ class Job:
 
     Attributes:
         cost: By which layers are shared out, ``out * in * min(out, in)``.
-        work: Of its decomposition, in the same unit; 0 where the new form needs none.
+        order: Of the symmetric matrix whose eigenvectors its decomposition needs; 0 where the new form needs none.
+        products: FLOPs of its decomposition beside that.
         parts: Numbers of the decomposition's result, which its process sends to all.
         merge: FLOPs of forming W from factors, by every process.
         entries: Its parameters before.
+        copies: Matrices of which the layer has so many.
     """
 
     name: str
     cost: float
-    work: float
+    order: int
+    products: float
     parts: int
     merge: float
     entries: tuple[Entry, ...]
+    copies: int = 1
+
+    def seconds(self, machine: Machine) -> float:
+        """Of its decomposition."""
+        return self.copies * machine.decompose(self.order, self.products) if self.order else 0.0
 
 
 @dataclass(frozen=True)
@@ -84,15 +92,23 @@ def _job(name: str, layer: nn.Module, form: Form, by_name: dict[str, Entry]) -> 
     now, copies = form_of(layer), stack_count(layer) or 1
     cost = float(d_out * d_in * min(d_out, d_in))
     parts = decomposition_shapes(layer, form)
-    # Of factors both are decomposed by QR, which costs r (out + in) r (hf_drt.linalg.truncated_product).
-    work = cost if isinstance(now, Dense) or now.adapts else float((d_out + d_in) * now.rank**2)
+    order, products = _decomposition(now, d_out, d_in) if parts is not None else (0, 0.0)
     forms_w = not isinstance(now, Dense) and (isinstance(form, Dense) or form.adapts)
     own = [by_name[full] for key, _ in layer.named_parameters() if (full := f"{name}.{key}") in by_name]
     return Job(
-        name, cost, copies * work if parts is not None else 0.0,
-        sum(map(prod, parts)) if parts is not None else 0,
-        2.0 * copies * d_out * d_in * now.rank if forms_w else 0.0, tuple(own),
+        name, cost, order, products, sum(map(prod, parts)) if parts is not None else 0,
+        2.0 * copies * d_out * d_in * now.rank if forms_w else 0.0, tuple(own), copies,
     )  # fmt: skip
+
+
+def _decomposition(now: Form, d_out: int, d_in: int) -> tuple[int, float]:
+    """Order of the eigenvalue decomposition, and FLOPs beside it, as :mod:`hf_drt.linalg` takes them up to half of full
+    rank: of ``W`` its Gram matrix and the products that check the result, ``2 k`` multiply-adds for each of its entries
+    with ``k = min(out, in)``; of factors of rank r two QR, ``2 (out + in) r^2`` multiply-adds, and the same of r x r."""
+    if isinstance(now, Dense) or now.adapts:
+        order = min(d_out, d_in)
+        return order, 4.0 * d_out * d_in * order
+    return now.rank, 4.0 * (d_out + d_in) * now.rank**2
 
 
 def switch(
@@ -116,10 +132,11 @@ def switch(
     for job, owner in zip(jobs, owners, strict=True):
         own[owner].append(job)
     if layout.shards > 1:  # all meet in every round, to gather
-        work = sum(max(job.work for job in row if job is not None) for row in zip_longest(*own)) if jobs else 0.0
+        rounds = zip_longest(*own)
+        work = sum(max(job.seconds(machine) for job in row if job is not None) for row in rounds) if jobs else 0.0
     else:
-        work = max(sum(job.work for job in mine) for mine in own)
-    decomposed = [job for job in jobs if job.work]
+        work = max(sum(job.seconds(machine) for job in mine) for mine in own)
+    decomposed = [job for job in jobs if job.order]
     gathers = [g for job in decomposed for g in layout.whole(job.entries, machine)]
     gathers += [g for job in jobs for g in layout.whole(job.entries, machine)]
     for job in jobs if state else ():
@@ -132,8 +149,8 @@ def switch(
         layout.count,
         len(jobs),
         len(decomposed),
-        max(sum(job.work > 0 for job in mine) for mine in own),
-        work / machine.decomposition,
+        max(sum(job.order > 0 for job in mine) for mine in own),
+        work,
         sum(machine.compute(job.merge, dtype) for job in jobs),
         sum(g.seconds for g in gathers),
         sum(b.seconds for b in broadcasts),
