@@ -15,7 +15,15 @@ from hf_drt.cli.measurement import PhaseTime, measured
 from hf_drt.cli.options import with_settings
 from hf_drt.cli.output import print_json, progress
 from hf_drt.cli.plan_tables import as_json, print_estimate, rows_of
-from hf_drt.cli.processes import ENGINE_HELP, LINKS_HELP, Wanted, check_settings, print_processes, processes_json, wanted
+from hf_drt.cli.processes import (
+    ENGINE_HELP,
+    LINKS_HELP,
+    Wanted,
+    check_settings,
+    print_processes,
+    processes_json,
+    wanted,
+)
 from hf_drt.cli.source import build, guessed_task, has_weights, read_config
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank

@@ -29,7 +29,7 @@ def counted(folder: Path, processes: int, engine: str, drt: dict = DRT, **more) 
     return json.loads((folder / "seen.json").read_text())
 
 
-def predicted(processes: int, engine: str, drt: dict = DRT, shards: int | None = None, accumulation: int = ACCUMULATION):
+def predicted(processes: int, engine: str, drt: dict = DRT, shards: int | None = None, accumulation: int = 2):
     with torch.device("meta"):
         model = tiny.llama(**LLAMA)
     controller = DynamicRank(model, DRTConfig(**drt), STEPS)
@@ -43,9 +43,7 @@ def predicted(processes: int, engine: str, drt: dict = DRT, shards: int | None =
 def by_ring(row: dict, processes: int, shards: int | None = None) -> dict[str, float]:
     """Bytes sent of the tensors counted, if they go round a ring."""
     inside, across = (processes, processes) if shards is None else (shards, processes // shards)
-    return {
-        kind: sent(kind, size, across if kind == "all_reduce" else inside) for kind, size in row["sizes"].items()
-    }
+    return {kind: sent(kind, size, across if kind == "all_reduce" else inside) for kind, size in row["sizes"].items()}
 
 
 def check(seen: list[list[dict]], run, processes: int, shards: int | None = None) -> None:
@@ -71,7 +69,7 @@ def test_ddp_sends_what_was_predicted(tmp_path, processes):
     check(seen, run, processes)
     for index, phase in enumerate(run.phases):
         row = seen[0][2 * index + 1]
-        # What went to sockets: gloo's all-reduce is a ring; the buffers' broadcast, by the first process, and headers are in it too.
+        # What went to sockets: gloo's all-reduce is a ring. The buffers' broadcast and headers are in it too.
         assert row["written"] == pytest.approx(phase.total, rel=0.05)
         assert row["weights"] == sum(p.numel() * 4 for p in _model_in(index).parameters())
         assert row["gradients"] == phase.held.gradients

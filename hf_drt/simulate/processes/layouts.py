@@ -143,7 +143,7 @@ class Fsdp2(Layout):
         Where gradients accumulate they do so whole, as Accelerate's ``no_sync`` leaves them unreduced until the last
         pass."""
         units = have.by_unit()
-        passing = sorted((self._gather(unit) for number, unit in units.items() if number not in have.kept), reverse=True)
+        passing = sorted((self._gather(unit) for n, unit in units.items() if n not in have.kept), reverse=True)
         kept = sum(self._gather(unit) for number, unit in units.items() if number in have.kept)
         gradients = sum(e.padded(self.shards) // self.shards * e.dtype.itemsize for e in have.trainable)
         if accumulation > 1:
@@ -228,7 +228,7 @@ class _Zero(Layout):
 
 
 class Zero1(_Zero):
-    """Whole weights and gradients; each process has a part of the optimizer's state, and updates that of the weights."""
+    """Whole weights and gradients; each process has a part of the optimizer's state, and updates those weights."""
 
     name, help = "zero1", "DeepSpeed ZeRO-1: the optimizer's state in parts"
 

@@ -104,7 +104,7 @@ def _job(name: str, layer: nn.Module, form: Form, by_name: dict[str, Entry]) -> 
 def _decomposition(now: Form, d_out: int, d_in: int) -> tuple[int, float]:
     """Order of the eigenvalue decomposition, and FLOPs beside it, as :mod:`hf_drt.linalg` takes them up to half of full
     rank: of ``W`` its Gram matrix and the products that check the result, ``2 k`` multiply-adds for each of its entries
-    with ``k = min(out, in)``; of factors of rank r two QR, ``2 (out + in) r^2`` multiply-adds, and the same of r x r."""
+    with ``k = min(out, in)``; of factors of rank r two QR, ``2 (out + in) r^2`` multiply-adds, and that of r x r."""
     if isinstance(now, Dense) or now.adapts:
         order = min(d_out, d_in)
         return order, 4.0 * d_out * d_in * order
