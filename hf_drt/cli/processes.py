@@ -125,8 +125,9 @@ def print_processes(run: OnProcesses, plan_steps: Sequence[int]) -> None:
     """
     layout, machine = run.layout, run.machine
     nodes = -(-layout.count // machine.devices)
+    noun = "node" if nodes == 1 else "nodes"
     parts = f", {layout.shards} shards a replica" if layout.name == "hsdp" else ""
-    typer.echo(f"\n{layout.count} processes, {layout.name}{parts}; {nodes} nodes of {machine.devices} {machine.name}")
+    typer.echo(f"\n{layout.count} processes, {layout.name}{parts}; {nodes} {noun} of {machine.devices} {machine.name}")
     typer.echo(f"speeds: {machine.origin} ({machine.source})\n")
     rows = [*enumerate(run.phases), ("-", run.dense)]
     print_table(*_memory_table(rows), left=2)
@@ -187,7 +188,7 @@ def _too_large(run: OnProcesses) -> str:
         return ""
     over = [f"{i}" for i, p in enumerate(run.phases) if p.peak > memory]
     told = f"too much in phase {', '.join(over)}" if over else "enough for all phases"
-    return f"; a {run.machine.name} has {mib(memory)}, {told}"
+    return f"; each {run.machine.name} has {mib(memory)}, {told}"
 
 
 def _total(run: OnProcesses, plan_steps: Sequence[int]) -> str:

@@ -52,7 +52,7 @@ def test_tables_tell_memory_traffic_and_switches(hf_drt, configured):
     out = hf_drt("plan", configured(), *SMALL, "--processes", 512, "--engine", "fsdp2").out
     assert "512 processes, fsdp2; 64 nodes of 8 h100" in out
     assert "speeds: assumed (NVIDIA H100 SXM and DGX H100 data sheets; latencies and decompositions guessed)" in out
-    assert "a h100 has 76,294, enough for all phases" in out
+    assert "each h100 has 76,294, enough for all phases" in out
     lines = out.splitlines()
     rows = [line.split() for line in lines[next(i for i, x in enumerate(lines) if x.startswith("into")) + 1 :][:8]]
     assert [(row[0], row[2]) for row in rows] == [(p, n) for p in "01" for n in ("1", "8", "64", "512")]
@@ -66,7 +66,7 @@ def test_tables_tell_memory_traffic_and_switches(hf_drt, configured):
 def test_what_does_not_fit_into_a_device_is_told(hf_drt, configured, tmp_path):
     (tmp_path / "own.json").write_text(json.dumps(TABLE | {"memory_gb": 0.0001}))
     out = hf_drt("plan", configured(), *SMALL, "--processes", 8, "--links", tmp_path / "own.json").out
-    assert "a ours has 0.1, too much in phase 0, 1" in out
+    assert "each ours has 0.1, too much in phase 0, 1" in out
     assert "speeds: measured (our own runs)" in out
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_drt.controller import DynamicRank
-from hf_drt.forms import Dense, form_of, layer_of
+from hf_drt.forms import Dense, Form, form_of, layer_of
 from hf_drt.simulate.optimizer import optimizer_bytes
 from hf_drt.simulate.processes.inventory import Inventory, inventory
 from hf_drt.simulate.processes.layouts import Held, Layout, fewer
@@ -111,8 +111,10 @@ def on_processes(
             state = phases[-1].optimizer
     finally:
         controller.phase = None
-        low = {name: Dense() for name in controller.targets if form_of(layer_of(model, name)) != Dense()}
-        empty_forms(model, low)
+        plain: dict[str, Form] = {
+            name: Dense() for name in controller.targets if form_of(layer_of(model, name)) != Dense()
+        }
+        empty_forms(model, plain)
     return OnProcesses(layout, machine, tuple(phases), reference, tuple(switches))
 
 

@@ -86,10 +86,10 @@ class Machine:
         return flops / (self.flops[dtype] * self.utilisation)
 
 
-# FLOP/s are dense, and those of float32 without TF32, which PyTorch does not use unless it is told to. Bandwidths are one
-# direction's: half of what data sheets give for both. The share of the FLOPs that training reaches is that of Llama 3
-# 405B on up to 16,384 H100, 38 to 43 % in bfloat16 (arXiv 2407.21783, table 4). Latencies and the speed of decompositions
-# are in no data sheet, and guesses: of the latter, that 8192 x 8192 takes some five seconds on an H100.
+# FLOP/s are dense, and those of float32 without TF32, which PyTorch does not use unless it is told to. Bandwidths are
+# one direction's: half of what data sheets give for both. The share of the FLOPs that training reaches is that of
+# Llama 3 405B on up to 16,384 H100, 38 to 43 % in bfloat16 (arXiv 2407.21783, table 4). Latencies and the speed of
+# decompositions are in no data sheet, and guesses: of the latter, that 8192 x 8192 takes some five seconds on an H100.
 _UTILISATION = 0.4
 _NOT_GIVEN = "latencies and decompositions guessed"
 

@@ -8,7 +8,7 @@ from math import prod
 from torch import nn
 
 from hf_drt.engines import shares
-from hf_drt.forms import Dense, Form, decomposition_shapes, form_of, layer_of, stack_count, weight_shape
+from hf_drt.forms import Dense, Factored, Form, decomposition_shapes, form_of, layer_of, stack_count, weight_shape
 from hf_drt.simulate.processes.inventory import Entry, Inventory
 from hf_drt.simulate.processes.layouts import Layout
 from hf_drt.simulate.processes.links import Machine
@@ -93,11 +93,11 @@ def _job(name: str, layer: nn.Module, form: Form, by_name: dict[str, Entry]) -> 
     cost = float(d_out * d_in * min(d_out, d_in))
     parts = decomposition_shapes(layer, form)
     order, products = _decomposition(now, d_out, d_in) if parts is not None else (0, 0.0)
-    forms_w = not isinstance(now, Dense) and (isinstance(form, Dense) or form.adapts)
+    merged = 0.0 if isinstance(now, Dense) or isinstance(form, Factored) else 2.0 * copies * d_out * d_in * now.rank
     own = [by_name[full] for key, _ in layer.named_parameters() if (full := f"{name}.{key}") in by_name]
     return Job(
         name, cost, order, products, sum(map(prod, parts)) if parts is not None else 0,
-        2.0 * copies * d_out * d_in * now.rank if forms_w else 0.0, tuple(own), copies,
+        merged, tuple(own), copies,
     )  # fmt: skip
 
 
