@@ -241,7 +241,7 @@ class DynamicRank:
         self._decide(index)
         enter = self._staged(optimizer)
         parameters = _trainable_parameters(self.model)
-        forms = self._changes(index)
+        forms = self.changes(index)
         function = FunctionError(probe if self.match(step) else None)
         generator = partial(self._generator, index)
         outcome = change_forms(self.model, forms, optimizer, self.config.moments, generator, function.look)
@@ -275,7 +275,7 @@ class DynamicRank:
         then = self.turns.reference if self.turns is not None else {}
         return mean_falls(then, self.effective_ranks(), self.resolved.groups(count))
 
-    def _changes(self, index: int) -> dict[str, Form]:
+    def changes(self, index: int) -> dict[str, Form]:
         """The layers that change, and their new forms, from what the model is in now."""
         restarts = self._restarts(index)
         return {
@@ -365,7 +365,7 @@ class DynamicRank:
     def empty_phase(self, index: int, optimizer: torch.optim.Optimizer | None = None, plan: Plan | None = None) -> None:
         """Bring the model into the form of a phase, of :attr:`plan` if none is given, with values unset."""
         if self.phase is not None and index == self.phase + 1:
-            changes = self._changes(index)
+            changes = self.changes(index)
         else:
             forms = (self.resolved if plan is None else self.resolved.with_plan(plan)).forms_by_phase[index]
             changes = {name: form for name, form in forms.items() if form_of(self._layer(name)) != form}

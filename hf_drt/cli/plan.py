@@ -15,13 +15,33 @@ from hf_drt.cli.measurement import PhaseTime, measured
 from hf_drt.cli.options import with_settings
 from hf_drt.cli.output import print_json, progress
 from hf_drt.cli.plan_tables import as_json, print_estimate, rows_of
+from hf_drt.cli.processes import (
+    ENGINE_HELP,
+    LINKS_HELP,
+    Wanted,
+    check_settings,
+    print_processes,
+    processes_json,
+    wanted,
+)
 from hf_drt.cli.source import build, guessed_task, has_weights, read_config
 from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.optim import maker
 from hf_drt.planning import ResolvedPlan, resolved_plan, schedule_of
 from hf_drt.schedule import Run, Schedule, draw_timeline
-from hf_drt.simulate import BatchSpec, Candidate, Layer, Proposal, RunEstimate, batch_spec, estimate_run, propose
+from hf_drt.simulate import (
+    BatchSpec,
+    Candidate,
+    Layer,
+    OnProcesses,
+    Proposal,
+    RunEstimate,
+    batch_spec,
+    estimate_run,
+    on_processes,
+    propose,
+)
 from hf_drt.trainer import simulated_curve, unused
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -115,7 +135,9 @@ def plan(
     warmup_steps: Annotated[int, Option(min=0, help="For boundaries at an LR.")] = 0,
     batch_size: Annotated[int, Option(min=1, help="Samples per forward pass.")] = 8,
     seq_length: Annotated[int | None, Option(min=1, help="Tokens per sample; 512 or what the model takes.")] = None,
-    accumulation: Annotated[int, Option(min=1, help="Forward passes per update step.")] = 1,
+    accumulation: Annotated[
+        int | None, Option(min=1, help="Forward passes per update step (default 1, or as --global-batch has it).")
+    ] = None,
     optimizer: Annotated[str, Option(help="optim of the training arguments.")] = "adamw_torch_fused",
     dtype: Annotated[str, Option(help="Of the weights: float32 or bfloat16.")] = "float32",
     bf16: Annotated[bool, Option("--bf16", help="Mixed precision (autocast).")] = False,
@@ -126,6 +148,15 @@ def plan(
             help="Propose a plan whose tensors fit into this, e.g. 24GiB: dense training, or the schedule given if "
             "it is not 'auto'; with activation checkpointing; full rank in turns (rotate)."
         ),
+    ] = None,
+    processes: Annotated[
+        int | None, Option(help="Predict memory, bytes sent and switches on so many processes; batches are of each.")
+    ] = None,
+    engine: Annotated[str | None, Option(help=ENGINE_HELP)] = None,
+    shards: Annotated[int | None, Option(help="Of hsdp: processes that have one copy between them.")] = None,
+    links: Annotated[str | None, Option(help=LINKS_HELP)] = None,
+    global_batch: Annotated[
+        int | None, Option(help="Samples per update step of all processes; gives --accumulation.")
     ] = None,
     layers: Annotated[bool, Option("--layers", help="A table of all target layers too.")] = False,
     measure: Annotated[bool, Option("--measure", help="Time real steps here, and predict the run's length.")] = False,
@@ -141,6 +172,11 @@ def plan(
         maker(optimizer)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--optimizer") from None
+    many = wanted(
+        processes, engine, shards, links, global_batch,
+        batch_size=batch_size, accumulation=accumulation, dtype=dtype, bf16=bf16, max_memory=max_memory,
+    )  # fmt: skip
+    accumulation = many.accumulation if many is not None else accumulation or 1
     source = read_config(model)
     origin = settings["start"] if settings["start"] != "auto" else "pretrained" if has_weights(model) else "scratch"
     run = Run(steps, steps_per_epoch, _lr_curve(lr_scheduler, warmup_steps, steps))
@@ -152,17 +188,21 @@ def plan(
     bare = load.model(source, meta=True)
     config = _parsed(settings, origin) if fit is None else _config_of(fit.found, settings, origin, bare)
     found = _estimated(bare, load, _resolved(config, run, bare), settings["budget"])
+    scaled = None if many is None else _on_processes(source, load, found, many)
     times = _measured(source, load, found.resolved, measure_steps) if measure else None
     estimate = found.estimate
     if guess is not None:
         estimate = replace(estimate, warnings=(_GUESSED.format(guess), *estimate.warnings))
     if json:
         fits = {} if fit is None else {"fitting": fit.as_json()}
+        fits |= {} if scaled is None else {"processes": processes_json(scaled, load.accumulation)}
         print_json(as_json(estimate, found.resolved, found.proposal, times) | fits)
     else:
         if fit is not None:
             fit.print()
         print_estimate(f"{model}, {origin}; {load}", estimate, found.resolved, found.proposal, times, layers)
+        if scaled is not None:
+            print_processes(scaled, [phase.steps for phase in estimate.phases])
     if picture is not None:
         if not draw_timeline(rows_of(estimate, found.resolved.plan), picture):
             raise ValueError("the picture needs matplotlib: pip install 'hf-drt[report]'.")
@@ -264,6 +304,26 @@ def _estimated(model: nn.Module, load: _Load, resolved: ResolvedPlan, budget: fl
     if resolved.trigger is not None:
         estimate = replace(estimate, warnings=(*estimate.warnings, _WINDOWS.format(resolved.budget)))
     return _Found(estimate, resolved, proposal)
+
+
+def _on_processes(source: PretrainedConfig, load: _Load, found: _Found, many: Wanted) -> OnProcesses:
+    """The plan on many processes. An engine that rounds weights to bfloat16 before a layer computes, as all do but DDP,
+    leaves none to autocast: its activations are those of a model in bfloat16."""
+    check_settings(many, found.resolved.config)
+    config, plan = found.resolved.config, found.resolved
+    run = found.estimate
+    if load.bf16 and not many.layout.whole_state:
+        half = replace(load, dtype=torch.bfloat16, bf16=False)
+        model = half.model(source, meta=True)
+        controller = DynamicRank(model, config, plan=plan, in_trainer=True)
+        with progress("counting in bfloat16", len(plan.plan) + 1) as tick:
+            run = estimate_run(controller, half.batch(model), **half.step(), tick=tick)
+    model = load.model(source, meta=True)
+    return on_processes(
+        DynamicRank(model, config, plan=plan, in_trainer=True), [phase.step for phase in run.phases], run.dense,
+        many.layout, many.machine, optimizer=load.optimizer, accumulation=load.accumulation,
+        dtype="bfloat16" if load.bf16 or load.dtype == torch.bfloat16 else "float32",
+    )  # fmt: skip
 
 
 def _measured(source: PretrainedConfig, load: _Load, resolved: ResolvedPlan, steps: int) -> tuple[PhaseTime, ...]:

@@ -1,6 +1,6 @@
 """Several processes: who holds what of a weight, and who decomposes it."""
 
-from hf_drt.engines.decompose import Job, decompositions
+from hf_drt.engines.decompose import Job, decompositions, shares
 from hf_drt.engines.engine import Engine, whole_size
 from hf_drt.engines.launch import is_joined, launched_processes, warn_of_lone_process
 from hf_drt.engines.registry import ENGINES, engine_of, import_engines, is_wrapper, unwrapped
@@ -17,6 +17,7 @@ __all__ = [
     "is_joined",
     "is_wrapper",
     "launched_processes",
+    "shares",
     "unwrapped",
     "warn_of_lone_process",
     "whole_size",

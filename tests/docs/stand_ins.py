@@ -87,6 +87,13 @@ def _config(**changes: int) -> Callable[[Path], None]:
     return save
 
 
+llama_70b = _config(
+    vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+    num_key_value_heads=8, max_position_embeddings=8192,
+)  # fmt: skip
+"""Shapes of Llama 3 70B."""
+
+
 def _folder(name: str, make: Callable[[Path], None]) -> Callable[[Path, pytest.MonkeyPatch], None]:
     return lambda here, patch: make(here / name)
 
