@@ -79,7 +79,7 @@ def _in_rounds(engine: Engine, jobs: list[Job], owners: list[int]) -> Iterator[t
             if decomposition_shapes(jobs[index].module, jobs[index].form) is None:
                 continue
             whole = engine.whole_on(jobs[index].module, owners[index])
-            if owners[index] == rank:
+            if owners[index] == rank and whole is not None:
                 mine = (index, whole)
             del whole
         if mine is not None:

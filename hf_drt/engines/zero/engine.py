@@ -7,7 +7,7 @@ is gathered as a whole, in float32, and its new parameters are shared out again 
 
 import contextlib
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -40,7 +40,7 @@ class Zero(Engine):
 
     @classmethod
     def inside(cls, module: nn.Module) -> nn.Module | None:
-        return module.module if isinstance(module, DeepSpeedEngine) else None
+        return cast(Any, module).module if isinstance(module, DeepSpeedEngine) else None
 
     # ---- what a process holds
 
@@ -131,7 +131,8 @@ class Zero(Engine):
         else:
             kept.copy_(value)
         kept.grad = None
-        return kept.requires_grad_(value.requires_grad)
+        kept.requires_grad_(value.requires_grad)
+        return kept
 
     def _remember(self, parameter: nn.Parameter, whole: Tensor | None) -> None:
         if self._opened is None:

@@ -37,7 +37,7 @@ class Regrouped:
         self.outer = outer
         self._scales = scales
         self.zero: Any = None
-        self._inner: torch.optim.Optimizer | None = None
+        self._inner: Any = None
         self._handles: list[Any] = []
 
     def __getattr__(self, name: str) -> Any:

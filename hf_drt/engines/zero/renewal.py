@@ -12,7 +12,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -56,12 +56,13 @@ def renewed(engine: DeepSpeedEngine) -> Iterator[None]:
     Args:
         engine: One that :func:`trains` knows.
     """
-    regrouped, model, config = _REGROUPED[engine], engine.module, engine.config
+    regrouped, known = _REGROUPED[engine], cast(Any, engine)
+    model, config = known.module, known.config
     inner, scaler = regrouped.zero.optimizer, regrouped.zero.loss_scaler
     counts = {name: getattr(engine, name) for name in _COUNTS}
     OPENED[model] = opened = Opened()
     try:
-        _take_out(regrouped, opened, engine.device)
+        _take_out(regrouped, opened, known.device)
         _take_apart(engine, model, regrouped)
         with shaped(model):
             yield
@@ -69,7 +70,7 @@ def renewed(engine: DeepSpeedEngine) -> Iterator[None]:
             regrouped.outer.param_groups, lambda p: count_of(regrouped.outer.state.get(p, {})), inner.defaults
         )
         inner.state = defaultdict(dict)
-        made = deepspeed.initialize(model=model, optimizer=inner, config=config)[0]
+        made: Any = deepspeed.initialize(model=model, optimizer=inner, config=config)[0]
         made.optimizer.loss_scaler = scaler
         _put_back(made.optimizer, regrouped.outer, opened)
     finally:
