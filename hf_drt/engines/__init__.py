@@ -3,7 +3,7 @@
 from hf_drt.engines.decompose import Job, decompositions, shares
 from hf_drt.engines.engine import Engine, whole_size
 from hf_drt.engines.launch import is_joined, launched_processes, warn_of_lone_process
-from hf_drt.engines.registry import ENGINES, engine_of, import_engines, is_wrapper, unwrapped
+from hf_drt.engines.registry import ENGINES, engine_of, import_engines, is_wrapper, parts_of_zero, unwrapped
 from hf_drt.engines.single import Single
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "is_joined",
     "is_wrapper",
     "launched_processes",
+    "parts_of_zero",
     "shares",
     "unwrapped",
     "warn_of_lone_process",

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from typing import Any
 
 from torch import nn
 
@@ -40,6 +41,15 @@ def import_engines() -> dict[str, ImportError]:
         except ImportError as error:
             missing[library] = error
     return missing
+
+
+def parts_of_zero() -> Any:
+    """The package :mod:`hf_drt.engines.zero`, which is not imported before DeepSpeed is needed.
+
+    Raises:
+        ImportError: DeepSpeed is not installed.
+    """
+    return importlib.import_module("hf_drt.engines.zero")
 
 
 def engine_of(model: nn.Module) -> Engine:

@@ -12,6 +12,7 @@ import torch
 
 from hf_drt.checkpoint import read_state
 from hf_drt.config import DRTConfig
+from hf_drt.engines import parts_of_zero
 from hf_drt.optim import step_scales, unwrap
 
 # Optimizers whose step goes element by element, so that it is the same on flat tensors, and that make their state at
@@ -116,19 +117,17 @@ def prepared_for_zero(trainer: Any, checkpoint: str | None) -> Iterator[None]:
 
 
 def _inner(model: torch.nn.Module, outer: torch.optim.Optimizer, counts: dict[str, float]) -> torch.optim.Optimizer:
-    from hf_drt.engines.zero import inner_groups, inner_optimizer
-
+    zero = parts_of_zero()
     by_parameter = {p: counts.get(name, 0.0) for name, p in model.named_parameters()}
-    groups = inner_groups(outer.param_groups, lambda p: by_parameter.get(p, 0.0), outer.defaults)
-    return inner_optimizer(outer, groups)
+    groups = zero.inner_groups(outer.param_groups, lambda p: by_parameter.get(p, 0.0), outer.defaults)
+    return zero.inner_optimizer(outer, groups)
 
 
 def _attached(outer: torch.optim.Optimizer, prepared: Any) -> Any:
-    from hf_drt.engines.zero import Regrouped, trains
-
+    zero = parts_of_zero()
     engine, wrapper, *_ = prepared
-    wrapper.optimizer = Regrouped(outer, step_scales)
-    trains(engine, wrapper.optimizer)
+    wrapper.optimizer = zero.Regrouped(outer, step_scales)
+    zero.trains(engine, wrapper.optimizer)
     return prepared
 
 
