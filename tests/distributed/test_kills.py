@@ -53,6 +53,7 @@ def test_twenty_kills_of_one_of_four(tmp_path, engine):
     assert_equal_ends(tmp_path / "killed", straight)
 
 
+@pytest.mark.slow
 def test_two_kills_of_one_of_two(tmp_path):
     settings = LONG | {"max_steps": 18, "drt_schedule": "factored@0 dense@5"}
     straight = undisturbed(tmp_path / "straight", "ddp", 2, **settings)
