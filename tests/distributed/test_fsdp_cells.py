@@ -73,6 +73,7 @@ def checkpoints(seen: dict) -> dict[str, str]:
     return {str(step): str(seen["folder"] / f"checkpoint-{step}") for step in STEPS}
 
 
+@pytest.mark.slow
 def test_offloaded_shards_train_as_one_process_does(runs):
     """The quick one of the cells."""
     settings = CELLS["offload"]

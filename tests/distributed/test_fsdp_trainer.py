@@ -42,13 +42,15 @@ def test_a_sharded_run_equals_one_process_resumes_bitwise_and_saves_a_dense_mode
     assert losses(seen) == pytest.approx(losses(expected), abs=1e-5)
     assert [row["drt_phase"] for row in seen["history"] if "drt_switch_seconds" in row] == [0, 1, 2, 3]
     assert seen["gaps"] == {"2": 0.0, "6": 0.0, "10": 0.0}
-    assert "was written without FSDP, this run is with it" in seen["refusal"]
+    assert "was written without FSDP and DeepSpeed, this run is with FSDP" in seen["refusal"]
     mine, theirs = (load_file(path / "final" / "model.safetensors") for path in (tmp_path, folder))
     assert mine.keys() == theirs.keys()
     assert all(torch.allclose(mine[name], W, atol=1e-5, rtol=0) for name, W in theirs.items())
     T.AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     assert (tmp_path / "checkpoint-2" / "drt_state.json").is_file()
-    with pytest.raises(CheckpointError, match=r"was written with FSDP, this run is without it: .* \(--fsdp\)"):
+    with pytest.raises(
+        CheckpointError, match=r"was written with FSDP, this run is without FSDP and DeepSpeed: .* \(--fsdp\)"
+    ):
         tiny.trainer(tmp_path, max_steps=12, drt_schedule="factored@0 dense@3 adapter@6 factored@9").train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-2")
         )

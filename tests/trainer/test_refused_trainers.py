@@ -75,7 +75,6 @@ def engine(**changes) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("found", "config", "message"),
     [
-        ({"is_deepspeed_enabled": True}, {}, r"DeepSpeed, which flattens .* \(ZeRO-1, 2\) .* \(ZeRO-3\)\. Use FSDP2"),
         (
             {"is_fsdp_enabled": True, "accelerator": fsdp(1)},
             {},
