@@ -24,7 +24,7 @@ from datasets import Dataset
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-from hf_drt import CheckpointError
+from hf_drt import CheckpointError, dense_state_dict
 
 MODELS = {
     "llama": (lambda: tiny.llama(attention_bias=True, mlp_bias=True), "LlamaDecoderLayer"),
@@ -73,9 +73,15 @@ def whole(model) -> dict[str, torch.Tensor]:
     return {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for n, p in model.named_parameters()}
 
 
+def dense(run) -> dict[str, torch.Tensor]:
+    """What the layers compute with, on the first process. Factors of a run of its own may have other signs, since they
+    come from an SVD of weights that differ by rounding."""
+    return dense_state_dict(run.model, run.accelerator.get_state_dict(run.model))
+
+
 def gap(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     assert one.keys() == other.keys()
-    return max((one[name] - other[name]).abs().max().item() for name in one)
+    return max(((one[name] - other[name]).abs().max().item() for name in one), default=0.0)
 
 
 def losses(run) -> list[float]:
@@ -101,7 +107,7 @@ def main(folder: Path, settings: dict) -> None:
     run.model.register_forward_pre_hook(lambda module, inputs: passes.append(module.training))
     run.train()
     run.save_model(str(folder / "final"))
-    end = whole(run.model)
+    end, weights = whole(run.model), dense(run) if others else {}
     local = [p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in run.model.parameters()]
     seen = {
         "history": run.state.log_history, "sharded": all(isinstance(p, DTensor) for p in run.model.parameters()),
@@ -115,7 +121,7 @@ def main(folder: Path, settings: dict) -> None:
     for name, path in others.items():
         again = trainer(folder / name, world, kind, **settings | {"save_strategy": "no"})
         again.train(resume_from_checkpoint=path)
-        seen["others"][name] = {"gap": gap(end, whole(again.model)), "losses": losses(again)}
+        seen["others"][name] = {"gap": gap(weights, dense(again)), "losses": losses(again)}
     seen["refusal"] = "" if other is None else refusal(lambda: trainer(folder, world, kind, **settings), other)
     counts = [None] * world
     if world > 1:

@@ -44,7 +44,8 @@ class Keep(T.TrainerCallback):
 
 def published(export: str, revision: str) -> dict[str, torch.Tensor]:
     if export == "adapter":
-        base = load("user/shards", revision=revision, subfolder="base")
+        # Without the last argument the Auto classes of transformers look for the root's adapter in the subfolder.
+        base = load("user/shards", revision=revision, subfolder="base", adapter_kwargs={"subfolder": "base"})
         return peft.PeftModel.from_pretrained(base, "user/shards", revision=revision).merge_and_unload().state_dict()
     model = load("user/shards", revision=revision)
     return dense_state_dict(model)
