@@ -8,7 +8,6 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -112,12 +111,6 @@ def gathered(value: str) -> list[str]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def rows(path: Path) -> Iterator[Row]:
-    """What a process has written."""
-    for line in path.read_text().splitlines() if path.exists() else ():
-        yield json.loads(line)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,6 @@ class DenseExporter(Exporter):
         if saving.state is not None:
             with undeclared(saving.model):
                 saving.save(str(saving.folder), self.converted(saving.model, saving.state))
-        elif engine_of(saving.model).sharded:  # what is gathered on the way comes by converted()
-            with undeclared(saving.model):
-                saving.save(str(saving.folder), None)
         else:
             _report_merge(merge_errors(saving.model))
             with presented(saving.model):

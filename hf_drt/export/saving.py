@@ -52,14 +52,14 @@ def save_export(
     return export
 
 
-def check_export(export: str, plan: Plan, args: Any, fsdp: bool, grows: bool = False) -> None:
+def check_export(export: str, plan: Plan, args: Any, sharded: bool, grows: bool = False) -> None:
     """Whether every model that the run will save can be saved in that form.
 
     Args:
         export: Of the settings.
         plan: Resolved phases.
         args: Of the Trainer.
-        fsdp: Whether the model is sharded.
+        sharded: Whether processes share the model or its optimizer's state out among them (FSDP, DeepSpeed).
         grows: Whether full-rank windows are added to the plan during the run.
 
     Raises:
@@ -68,10 +68,10 @@ def check_export(export: str, plan: Plan, args: Any, fsdp: bool, grows: bool = F
     exporter = EXPORTERS.find(export)
     pushes = args.push_to_hub and args.hub_strategy.value != "end" and args.save_strategy.value != "no"
     exporter.check_phases(plan.phases if pushes else plan.phases[-1:], grows)
-    if fsdp and not exporter.sharded:
+    if sharded and not exporter.sharded:
         raise ValueError(
-            f"export={export} needs the whole model, and under FSDP no process holds it. Use export=dense, native or "
-            "adapter, or train with DDP (leave fsdp out of the training arguments)."
+            f"export={export} needs the whole model, and no process holds it under FSDP or DeepSpeed. Use export=dense "
+            "or native, or train with DDP (leave fsdp and deepspeed out of the training arguments)."
         )
 
 

@@ -278,7 +278,8 @@ class DRTTrainerMixin(PublishingMixin):
         if checkpoint is not None and self._drt_settings is not None:
             self._drt_rates.settle(self._drt_running().controller, self._drt_resolution, checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
-        take_rates(self)
+        if checkpoint is not None and self._drt_settings is not None:
+            take_rates(self)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The base's optimizer, with form groups and step hooks where the settings need them."""

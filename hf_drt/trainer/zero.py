@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers.trainer_utils import HubStrategy
 
 from hf_drt.checkpoint import read_state
 from hf_drt.config import DRTConfig
@@ -38,6 +39,12 @@ def _of_engine(given: dict[str, Any]) -> Iterator[str]:
     for key, instead in (("optimizer", "--optim and --learning_rate"), ("scheduler", "--lr_scheduler_type")):
         if key in given:
             yield f"'{key}' in DeepSpeed's configuration. Take it out: the Trainer makes its own, by {instead}"
+    precision = given.get("data_types", {}).get("grad_accum_dtype")
+    if stage == 1 and precision in ("fp32", "float32"):
+        yield (
+            f"data_types.grad_accum_dtype={precision} with ZeRO-1, for which DeepSpeed has an optimizer of its own "
+            "in bf16. Set zero_optimization.stage to 2, or leave it out"
+        )
     if stage == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
         yield (
             "ZeRO-3 that saves no model. Set zero_optimization.stage3_gather_16bit_weights_on_model_save to true, so "
@@ -63,12 +70,12 @@ def _of_settings(trainer: Any, config: DRTConfig) -> Iterator[str]:
     off = {
         "drt_frobenius_decay": config.frobenius_decay,
         "drt_frozen_dtype": config.frozen_dtype is not None,
-        "drt_dense_accumulation": config.dense_accumulation not in (None, 1),
+        "drt_dense_accumulation": config.dense_accumulation > 1,
         "load_best_model_at_end": args.load_best_model_at_end,
         "torch_compile": args.torch_compile,
+        "auto_find_batch_size": args.auto_find_batch_size,
         "drt_export=adapter": config.export == "adapter",
-        f"hub_strategy={getattr(args.hub_strategy, 'value', '')}": args.push_to_hub
-        and args.hub_strategy.value != "end",
+        f"hub_strategy={args.hub_strategy.value}": args.push_to_hub and args.hub_strategy != HubStrategy.END,
     }
     for name in (name for name, on in off.items() if on):
         yield f"{name} under DeepSpeed. Leave it out; or use DDP or FSDP2"
@@ -156,6 +163,6 @@ def refuse_second_run(trainer: Any) -> None:
     """
     if trainer.is_deepspeed_enabled and trainer.model_wrapped is not trainer.model:
         raise ValueError(
-            "train() was called again on a trainer whose model DeepSpeed has wrapped: Accelerate prepares it once. "
-            "Make a new trainer; to go on with the run, with resume_from_checkpoint."
+            "DeepSpeed has wrapped this trainer's model already, in an earlier train() or evaluate(), and Accelerate "
+            "prepares it once. Make a new trainer; to go on with a run, with resume_from_checkpoint."
         )

@@ -64,5 +64,14 @@ def launch(folder: Path, processes: int, launcher=None, **settings) -> dict:
     return launch_all(folder, processes, {"": settings}, launcher)[""]
 
 
+def run_worker(worker: Path, folder: Path, processes: int, timeout: int = 400, **settings) -> dict:
+    """Run a worker that takes a folder and its settings, and writes what it saw there; with the losses of its steps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    result = forked.distributed(worker, folder, json.dumps(settings), processes=processes, timeout=timeout)
+    assert result.returncode == 0, result.stderr[-6000:]
+    seen = json.loads((folder / "seen.json").read_text())
+    return seen | {"losses": [row["loss"] for row in seen["history"] if "loss" in row]}
+
+
 def final(folder: Path, name: str = "final.pt") -> dict[str, torch.Tensor]:
     return torch.load(folder / name, weights_only=True)

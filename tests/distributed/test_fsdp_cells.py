@@ -5,8 +5,8 @@ kept, 2 and 4 processes. Each trains as one process does, and its checkpoints ar
 import json
 from pathlib import Path
 
-import forked
 import pytest
+from processes import run_worker
 
 WORKER = Path(__file__).with_name("fsdp_trainer_worker.py")
 FULL, SHARDED = "FULL_STATE_DICT", "SHARDED_STATE_DICT"
@@ -38,11 +38,7 @@ _OF_SHARDING = ("kind", "replicas", "policy", "fsdp_config")
 
 
 def run(folder: Path, processes: int, **settings) -> dict:
-    folder.mkdir(parents=True, exist_ok=True)
-    result = forked.distributed(WORKER, folder, json.dumps(settings), processes=processes, timeout=600)
-    assert result.returncode == 0, result.stderr[-6000:]
-    seen = json.loads((folder / "seen.json").read_text())
-    return seen | {"losses": [row["loss"] for row in seen["history"] if "loss" in row], "folder": folder}
+    return run_worker(WORKER, folder, processes, timeout=600, **settings) | {"folder": folder}
 
 
 @pytest.fixture(scope="module")

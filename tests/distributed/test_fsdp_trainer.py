@@ -1,5 +1,6 @@
 """DRTTrainer when Accelerate runs FSDP2: two gloo processes, made to shard on the CPU, against one without it."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import tiny
 import torch
 import transformers as T
+from processes import run_worker
 from safetensors.torch import load_file
 
 from hf_drt import CheckpointError
@@ -17,15 +19,7 @@ from hf_drt.trainer.engine_files import check_engine_files
 WORKER = Path(__file__).with_name("fsdp_trainer_worker.py")
 
 
-def run(folder: Path, processes: int, **settings) -> dict:
-    folder.mkdir(parents=True, exist_ok=True)
-    result = forked.distributed(WORKER, folder, json.dumps(settings), processes=processes, timeout=400)
-    assert result.returncode == 0, result.stderr[-6000:]
-    return json.loads((folder / "seen.json").read_text())
-
-
-def losses(seen: dict) -> list[float]:
-    return [row["loss"] for row in seen["history"] if "loss" in row]
+run = functools.partial(run_worker, WORKER)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +33,7 @@ def test_a_sharded_run_equals_one_process_resumes_bitwise_and_saves_a_dense_mode
     folder, expected = alone
     seen = run(tmp_path, 2, kind=kind, resume=[2, 6, 10], other=str(folder / "checkpoint-6"))
     assert seen["sharded"]
-    assert losses(seen) == pytest.approx(losses(expected), abs=1e-5)
+    assert seen["losses"] == pytest.approx(expected["losses"], abs=1e-5)
     assert [row["drt_phase"] for row in seen["history"] if "drt_switch_seconds" in row] == [0, 1, 2, 3]
     assert seen["gaps"] == {"2": 0.0, "6": 0.0, "10": 0.0}
     assert "was written without FSDP and DeepSpeed, this run is with FSDP" in seen["refusal"]
@@ -77,7 +71,7 @@ def test_a_sharded_run_in_other_settings_equals_one_process(tmp_path, settings):
     settings.pop("fsdp_config", None)
     expected = run(tmp_path / "one", 1, **settings)
     assert seen["sharded"]
-    assert losses(seen) == pytest.approx(losses(expected), abs=1e-4)
+    assert seen["losses"] == pytest.approx(expected["losses"], abs=1e-4)
 
 
 @pytest.mark.slow
@@ -87,7 +81,7 @@ def test_bf16_with_an_adapter_first(tmp_path, dtype):
     schedule = {"drt_schedule": "adapter@0 dense@3 factored@6 adapter@9"}
     seen = run(tmp_path, 2, kind="FULL_STATE_DICT", bf16=True, dtype=dtype, resume=["last"], **schedule)
     assert seen["gaps"] == {"last": 0.0}
-    assert len(losses(seen)) >= 8
+    assert len(seen["losses"]) >= 8
 
 
 @pytest.mark.slow

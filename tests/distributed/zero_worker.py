@@ -73,12 +73,10 @@ def main(folder: Path, settings: dict) -> None:
     run.save_model(str(folder / "final"))
     end, history = whole(run.model), run.state.log_history
     gaps: dict = {}
-    losses: dict = {}
     for step in resume:
         again = trainer(folder, world, stage, zero, **settings)
         again.train(resume_from_checkpoint=True if step == "last" else str(folder / f"checkpoint-{step}"))
         new = whole(again.model)
-        losses[step] = [row["loss"] for row in again.state.log_history if "loss" in row]
         gaps[step] = max((end[name].float() - new[name].float()).abs().max().item() for name in end)
     refusal = ""
     if other is not None:
@@ -101,7 +99,6 @@ def main(folder: Path, settings: dict) -> None:
             "missing": missing_parts(run),
             "history": history,
             "gaps": gaps,
-            "losses": losses,
             "refusal": refusal,
             "equal": equal,
         }

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.distributed.checkpoint import save
 
 from hf_drt import CheckpointError
 from hf_drt.trainer.engine_files import DEEPSPEED, FSDP, PLAIN, check_engine, check_engine_files, files_of
@@ -54,3 +55,30 @@ def test_a_checkpoint_resumes_under_the_engine_that_wrote_it(checkpoint, monkeyp
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     with pytest.raises(CheckpointError, match=r"was written by 1 processes under DeepSpeed.*this run has 2\. Resume"):
         check_engine(checkpoint, DEEPSPEED)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """What FSDP writes in shards, of a model and an optimizer."""
+    for name in ("pytorch_model_fsdp_0", "optimizer_0"):
+        save({"weight": torch.arange(1000.0)}, checkpoint_id=tmp_path / name, no_dist=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("cut optimizer_0/__0_0.distcp", r"__0_0\.distcp is cut short: the checkpoint is incomplete"),
+        ("pytorch_model_fsdp_0/__0_0.distcp", r"__0_0\.distcp is missing: the checkpoint is incomplete"),
+        ("cut pytorch_model_fsdp_0/.metadata", r"\.metadata is cut short or damaged"),
+    ],
+)
+def test_shards_reach_as_far_as_their_metadata_says(shards, damage, message):
+    check_engine_files(shards)
+    path = shards / damage.removeprefix("cut ")
+    content = path.read_bytes()
+    path.unlink()
+    if damage.startswith("cut "):
+        path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=message):
+        check_engine_files(shards)

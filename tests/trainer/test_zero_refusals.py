@@ -18,7 +18,7 @@ def fake(zero: dict, args: dict | None = None, given: dict | None = None, optimi
     """A trainer as far as the check looks at it."""
     plugin = SimpleNamespace(deepspeed_config={"zero_optimization": zero, **(given or {})})
     arguments = {
-        "load_best_model_at_end": False, "torch_compile": False, "push_to_hub": False,
+        "load_best_model_at_end": False, "torch_compile": False, "push_to_hub": False, "auto_find_batch_size": False,
         "hub_strategy": HubStrategy.EVERY_SAVE,
     } | (args or {})  # fmt: skip
     return SimpleNamespace(
@@ -59,6 +59,7 @@ def test_the_three_stages_are_allowed(zero):
         ({"stage": 3, **GATHERS, "mics_shard_size": 2}, {}, "mics_shard_size=2. Leave it out"),
         ({"stage": 3, **GATHERS, "zero_quantized_weights": True}, {}, "zero_quantized_weights. Leave it out"),
         ({"stage": 1}, {"tensor_parallel": {"autotp_size": 2}}, "autotp_size=2 of DeepSpeed. Leave it out"),
+        ({"stage": 1}, {"data_types": {"grad_accum_dtype": "fp32"}}, "grad_accum_dtype=fp32 with ZeRO-1.*stage to 2"),
         ({"stage": 2}, {"hybrid_engine": {"enabled": True}}, "DeepSpeed's hybrid_engine. Leave it out"),
     ],
     ids=str,
@@ -73,6 +74,7 @@ def test_what_deepspeeds_configuration_cannot_have(zero, given, message):
     [
         ({"load_best_model_at_end": True}, {}, "load_best_model_at_end under DeepSpeed. Leave it out"),
         ({"torch_compile": True}, {}, "torch_compile under DeepSpeed"),
+        ({"auto_find_batch_size": True}, {}, "auto_find_batch_size under DeepSpeed"),
         ({"push_to_hub": True}, {}, "hub_strategy=every_save under DeepSpeed"),
         ({}, {"export": "adapter"}, "drt_export=adapter under DeepSpeed"),
         ({}, {"frobenius_decay": True}, "drt_frobenius_decay under DeepSpeed"),
