@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from pretrain_clm import RecipeArguments, blocks, load_texts, load_tokenizer
 from transformers import AutoModelForCausalLM, HfArgumentParser, LlamaConfig, TrainerCallback, default_data_collator
 
@@ -140,6 +141,7 @@ def train(options: Options, method: str, limit: float | None, folder: str) -> li
     tokenizer = load_tokenizer(recipe, texts)
     data = blocks(texts, tokenizer, options.block_size, 400)
     if limit is not None:
+        load_what_waits()
         bound = data_bytes() + round(limit * MIB)
         resource.setrlimit(resource.RLIMIT_DATA, (bound, bound))
     torch.manual_seed(0)
@@ -156,6 +158,15 @@ def train(options: Options, method: str, limit: float | None, folder: str) -> li
     meter.trainer = trainer
     trainer.train()
     return meter.rows
+
+
+def load_what_waits() -> None:
+    """What is loaded or started at its first use counts among the libraries: the threads of products and of backward
+    passes, with their stacks, and DeepSpeed, which Accelerate loads wherever it is installed."""
+    extract_model_from_parallel(torch.nn.Identity())
+    layer = torch.nn.Linear(1024, 1024)
+    layer(torch.ones(1024, 1024)).sum().backward()
+    torch.optim.AdamW(layer.parameters()).step()
 
 
 def data_bytes() -> int:
@@ -185,7 +196,7 @@ def run(options: Options, method: str, limit: float | None = None) -> list[dict[
     with tempfile.TemporaryDirectory() as folder:
         request = {"options": asdict(options), "method": method, "limit": limit, "folder": folder}
         # Freed memory goes back at once, so that the limit counts what is alive.
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(MIB), "MALLOC_ARENA_MAX": "1"}
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_ARENA_MAX": "1"}
         command = [sys.executable, __file__, "--child", json.dumps(request)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode == OUT_OF_MEMORY:

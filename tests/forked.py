@@ -27,7 +27,7 @@ IMPORTED = (
     "torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.nn.parallel",
     "transformers.trainer", "transformers.trainer_seq2seq", "transformers.models.llama.modeling_llama",
     "transformers.models.bert.modeling_bert", "transformers.models.vit.modeling_vit", "accelerate", "datasets",
-    "pytest",
+    "pytest", "deepspeed",  # which Accelerate loads in every training that unwraps its model, where it is installed
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_drt.engines import unwrapped
 from hf_drt.export import check_written, marked_state_dict, save_export
 from hf_drt.registry import EXPORTERS
 from hf_drt.trainer.aside import runtime_names
@@ -85,13 +86,16 @@ class ModelWriter:
     def _model(self, save: Callable[[str, State], Any], folder: str, state: State) -> None:
         trainer, started = self._trainer, time.time()
         repository, writes = getattr(trainer, "hub_model_id", None), trainer.args.should_save
-        written = save_export(trainer.model, folder, self._export(), save, state, repository, writes)
+        model = unwrapped(
+            trainer.model
+        )  # under FSDP it may be compiled, and a gathered state has the model's own names
+        written = save_export(model, folder, self._export(), save, state, repository, writes)
         if writes:
-            check_written(Path(folder), trainer.model, written, started)
+            check_written(Path(folder), model, written, started)
 
     def _converted(self, state: State) -> State:
         """A gathered state dict in the form that is written; converted once, it stays as it is."""
         if not state:
             return state
-        model = self._trainer.model
+        model = unwrapped(self._trainer.model)
         return marked_state_dict(model, state) if self.checkpoint else EXPORTERS[self._export()].converted(model, state)

@@ -6,8 +6,8 @@ import pytest
 from hf_drt import Run, Schedule
 
 SMALL = (
-    "--hidden_size", "256", "--intermediate_size", "512", "--layers", "8", "--vocab_size", "1024", "--block_size",
-    "128", "--groups", "4", "--max_texts", "40",
+    "--hidden_size", "512", "--intermediate_size", "1024", "--layers", "8", "--vocab_size", "1024", "--block_size",
+    "384", "--groups", "4", "--max_texts", "40",
 )  # fmt: skip
 
 
