@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import conftest  # noqa: F401
 import cpu_fsdp
+import cpu_zero
 import tiny
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 _FSDP = {
@@ -32,6 +32,7 @@ ENGINES = {
     "ddp": (lambda: None, {}),
     "fsdp2": (cpu_fsdp.allow, {"fsdp": True, "fsdp_config": _FSDP | {"state_dict_type": "SHARDED_STATE_DICT"}}),
     "fsdp2_full": (cpu_fsdp.allow, {"fsdp": True, "fsdp_config": _FSDP | {"state_dict_type": "FULL_STATE_DICT"}}),
+    "zero2": (lambda: None, {"deepspeed": cpu_zero.deepspeed(2)}),
 }
 # 16 rows an update on two processes, four updates an epoch; phases end within epochs and at their ends.
 RUN = {
@@ -95,11 +96,6 @@ def rows(args) -> list[int]:
     return [args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size]
 
 
-def whole(model) -> dict[str, torch.Tensor]:
-    named = model.state_dict().items()
-    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in named}
-
-
 def main(folder: Path, settings: dict) -> None:
     torch.set_num_threads(1)
     engine, until, dies = settings.pop("engine"), settings.pop("until", None), settings.pop("dies", None)
@@ -111,7 +107,7 @@ def main(folder: Path, settings: dict) -> None:
     trainer = tiny.trainer(folder, tiny.llama(attention_dropout=dropout), **RUN | arguments | settings)
     trainer.add_callback(Events(tells, until, dies))
     trainer.train(resume_from_checkpoint="auto")
-    final = whole(trainer.model)
+    final = cpu_zero.whole(trainer.model)
     if trainer.is_world_process_zero():
         torch.save(final, folder / "final.pt")
         (folder / "losses.json").write_text(json.dumps([r["loss"] for r in trainer.state.log_history if "loss" in r]))

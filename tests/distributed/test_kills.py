@@ -43,7 +43,7 @@ def assert_equal_ends(mine: Path, theirs: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "ddp"])
 def test_twenty_kills_of_one_of_four(tmp_path, engine):
     straight = undisturbed(tmp_path / "straight", engine, 4, **LONG)
     starts = job(tmp_path / "killed", engine, 4, kills=20, seed=1, **LONG)

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import conftest  # noqa: F401
 import tiny
 import torch
-from zero_worker import deepspeed
+from cpu_zero import deepspeed
 
 from hf_drt.simulate.counter import StepCounter
 from hf_drt.trainer.driver import PhaseDriver

@@ -12,23 +12,9 @@ import tiny
 import torch
 import torch.distributed as dist
 import transformers as T
+from cpu_zero import deepspeed, whole
 
 from hf_drt import CheckpointError
-from hf_drt.engines import engine_of
-
-
-def deepspeed(stage: int, **changes) -> dict:
-    """A configuration of DeepSpeed, under which ZeRO-3 partitions the smallest of weights."""
-    zero = {"stage": stage, "reduce_bucket_size": 1000, "allgather_bucket_size": 2000}
-    if stage == 3:
-        zero |= {
-            "stage3_param_persistence_threshold": 40, "stage3_gather_16bit_weights_on_model_save": True,
-            "stage3_prefetch_bucket_size": 2000,
-        }  # fmt: skip
-    return {
-        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
-        "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}, "zero_optimization": zero | changes,
-    }  # fmt: skip
 
 
 def trainer(folder: Path, world: int, stage: int | None, zero: dict, pretrained: bool = False, **settings):
@@ -46,11 +32,6 @@ def trainer(folder: Path, world: int, stage: int | None, zero: dict, pretrained:
         "save_steps": 1, "max_steps": 12, "logging_steps": 1, "drt_schedule": "factored@0 dense@3 adapter@6 factored@9",
     }  # fmt: skip
     return tiny.trainer(folder, model, **common | settings)
-
-
-def whole(model) -> dict[str, torch.Tensor]:
-    engine = engine_of(model)
-    return {name: engine.full(p).detach().clone() for name, p in model.named_parameters()}
 
 
 def missing_parts(run) -> list[str]:
