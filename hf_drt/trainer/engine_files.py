@@ -5,7 +5,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 
 from hf_drt.checkpoint import CheckpointError
@@ -88,6 +87,11 @@ def _check_deepspeed(folder: Path) -> None:
         _check_file(path, True)
     if not parts or not models:
         raise CheckpointError(f"{inside} lacks {'a model' if parts else 'an optimizer'}'s state. {_OTHER}")
+    processes = len([*folder.glob("rng_state_*.pth")])  # each process has written one
+    if len(parts) < processes:
+        raise CheckpointError(
+            f"{inside} holds the optimizer's state of {len(parts)} of {processes} processes. {_OTHER}"
+        )
 
 
 def _check_file(path: Path, zipped: bool) -> None:
@@ -98,7 +102,7 @@ def _check_file(path: Path, zipped: bool) -> None:
 
 
 def check_engine(folder: Path, engine: str) -> None:
-    """A checkpoint resumes under the engine that it was written with; one of DeepSpeed on as many processes.
+    """A checkpoint resumes under the engine that it was written with.
 
     Args:
         engine: Of this run, as :func:`files_of_run` says.
@@ -114,11 +118,3 @@ def check_engine(folder: Path, engine: str) -> None:
             f"{folder} was written {said}, this run is {here}: the optimizer's files differ. {remedy}, or start a new "
             "run from the weights that save_model() writes."
         )
-    if engine == DEEPSPEED:
-        parts, processes = len([*folder.glob(f"global_step*/{_OPTIMIZERS}")]), dist.get_world_size()
-        if parts != processes:
-            raise CheckpointError(
-                f"{folder} was written by {parts} processes under DeepSpeed, whose optimizer states are one file for "
-                f"each, and this run has {processes}. Resume with {parts}; or start a new run from the weights that "
-                "save_model() writes."
-            )

@@ -135,6 +135,7 @@ def _attached(outer: torch.optim.Optimizer, prepared: Any) -> Any:
     engine, wrapper, *_ = prepared
     wrapper.optimizer = zero.Regrouped(outer, step_scales)
     zero.trains(engine, wrapper.optimizer)
+    zero.reads_any_layout(engine)
     return prepared
 
 

@@ -64,10 +64,19 @@ def launch(folder: Path, processes: int, launcher=None, **settings) -> dict:
     return launch_all(folder, processes, {"": settings}, launcher)[""]
 
 
+def a_group_of_one() -> dict[str, str]:
+    """The environment of a process that is started as by torchrun --nproc_per_node 1."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **place}
+
+
 def run_worker(worker: Path, folder: Path, processes: int, timeout: int = 400, **settings) -> dict:
-    """Run a worker that takes a folder and its settings, and writes what it saw there; with the losses of its steps."""
+    """Run a worker that takes a folder and its settings, and writes what it saw there; with the losses of its steps.
+    A single process is a group of one under DeepSpeed (``stage``), and no group otherwise."""
     folder.mkdir(parents=True, exist_ok=True)
-    result = forked.distributed(worker, folder, json.dumps(settings), processes=processes, timeout=timeout)
+    group = a_group_of_one() if processes == 1 and "stage" in settings else {}
+    words = worker, folder, json.dumps(settings)
+    result = forked.distributed(*words, processes=processes, timeout=timeout, **group)
     assert result.returncode == 0, result.stderr[-6000:]
     seen = json.loads((folder / "seen.json").read_text())
     return seen | {"losses": [row["loss"] for row in seen["history"] if "loss" in row]}

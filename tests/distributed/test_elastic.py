@@ -6,7 +6,7 @@ from pathlib import Path
 import forked
 import pytest
 from elastic_worker import told
-from processes import free_port
+from processes import a_group_of_one
 
 WORKER = Path(__file__).with_name("elastic_worker.py")
 
@@ -15,11 +15,10 @@ def run(folder: Path, processes: int, engine: str, **settings) -> list[dict]:
     """Until the end, or to ``until``; the events. A single process is started as by torchrun --nproc_per_node 1."""
     folder.mkdir(exist_ok=True)
     before = len(told(folder))
-    words, one = (WORKER, folder, json.dumps({"engine": engine} | settings)), {}
+    words, group = (WORKER, folder, json.dumps({"engine": engine} | settings)), {}
     if processes == 1:
-        one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        one |= {"MASTER_PORT": str(free_port())}
-    result = forked.distributed(*words, processes=processes, timeout=120, **one)
+        group = a_group_of_one()
+    result = forked.distributed(*words, processes=processes, timeout=120, **group)
     assert result.returncode == 0, result.stderr[-5000:]
     return told(folder)[before:]
 

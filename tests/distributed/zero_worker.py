@@ -48,7 +48,7 @@ def main(folder: Path, settings: dict) -> None:
     torch.set_num_threads(1)
     world = int(os.environ.get("WORLD_SIZE", 1))
     stage, zero, resume = settings.pop("stage", None), settings.pop("zero", {}), settings.pop("resume", [])
-    other, twice = settings.pop("other", None), settings.pop("twice", False)
+    other, others, twice = settings.pop("other", None), settings.pop("others", []), settings.pop("twice", False)
     run = trainer(folder, world, stage, zero, **settings)
     run.train()
     run.save_model(str(folder / "final"))
@@ -59,6 +59,11 @@ def main(folder: Path, settings: dict) -> None:
         again.train(resume_from_checkpoint=True if step == "last" else str(folder / f"checkpoint-{step}"))
         new = whole(again.model)
         gaps[step] = max((end[name].float() - new[name].float()).abs().max().item() for name in end)
+    by_others = []
+    for path in others:
+        again = trainer(folder, world, stage, zero, **settings)
+        again.train(resume_from_checkpoint=path)
+        by_others.append([row["loss"] for row in again.state.log_history if "loss" in row])
     refusal = ""
     if other is not None:
         try:
@@ -80,6 +85,7 @@ def main(folder: Path, settings: dict) -> None:
             "missing": missing_parts(run),
             "history": history,
             "gaps": gaps,
+            "others": by_others,
             "refusal": refusal,
             "equal": equal,
         }
