@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_drt.checkpoint import CheckpointError
-
 _STAGE_3, _FROZEN = "fp32_flat_groups", "frozen_param_fragments"
 COUNTS = ("global_steps", "global_samples", "skipped_steps")  # of the engine, in the model's file
 
@@ -50,7 +48,7 @@ class Written:
         counts: Of the engine, by the names in :data:`COUNTS`.
 
     Raises:
-        CheckpointError: A process's part is missing.
+        ValueError: A process's part is missing.
     """
 
     def __init__(self, folder: Path):
@@ -58,7 +56,7 @@ class Written:
         self._models = [_opened(path) for path in sorted(inside.glob("*model_states.pt"), key=_first_number)]
         model, parts = self._models[0], [_opened(path)["optimizer_state_dict"] for path in ranks]
         if len(ranks) != model["dp_world_size"]:
-            raise CheckpointError(
+            raise ValueError(
                 f"{inside} was written by {model['dp_world_size']} processes, and holds the optimizer's state of "
                 f"{len(ranks)}. Resume from another checkpoint."
             )
@@ -92,7 +90,7 @@ class Written:
         try:
             return first["module"][name]
         except KeyError:
-            raise CheckpointError(f"the checkpoint has no {name}. Resume from another checkpoint.") from None
+            raise ValueError(f"the checkpoint has no {name}. Resume from another checkpoint.") from None
 
 
 def has_layout(folder: Path, processes: int, stage: int) -> bool:
