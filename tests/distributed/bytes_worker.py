@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import conftest  # noqa: F401
 import cpu_fsdp
+import cpu_zero
 import tiny
 import torch
 import torch.distributed as dist
@@ -24,12 +25,17 @@ from transformers import TrainerCallback
 
 from hf_drt import DRTConfig, DynamicRank
 
-# Functions that FSDP2 calls: the kind, and which argument is the whole tensor.
+# Functions that FSDP2 calls, and DeepSpeed: the kind, and which argument is the whole tensor.
 CALLS = {
     "all_gather_single": ("all_gather", 0, "output_tensor"),
     "reduce_scatter_single": ("reduce_scatter", 1, "input"),
+    "all_gather_into_tensor": ("all_gather", 0, "output_tensor"),
+    "reduce_scatter_tensor": ("reduce_scatter", 1, "input"),
     "all_reduce": ("all_reduce", 0, "tensor"),
 }
+
+# Small weights too are in parts, and none stays gathered: the model is far below DeepSpeed's limits for either.
+ZERO = {3: {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}}
 
 
 class Counter:
@@ -110,6 +116,9 @@ def by_trainer(folder: Path, engine: str, model, counter: Counter, drt: dict, **
         cpu_fsdp.allow()
         units = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT"}
         settings |= {"fsdp": True, "fsdp_config": units}
+    elif engine.startswith("zero"):
+        stage = int(engine.removeprefix("zero"))
+        settings["deepspeed"] = cpu_zero.deepspeed(stage, **ZERO.get(stage, {}))
     else:
         settings |= {"ddp_backend": "gloo"}
     trainer = tiny.trainer(

@@ -10,6 +10,7 @@ import torch
 
 from hf_drt import DRTConfig, DynamicRank
 from hf_drt.simulate import batch_spec, estimate_run, layout_for, machine_for, on_processes
+from hf_drt.simulate.processes.layouts import LAYOUTS
 from hf_drt.simulate.processes.ring import sent
 
 WORKER = Path(__file__).with_name("bytes_worker.py")
@@ -104,6 +105,17 @@ def test_hsdp_sends_what_was_predicted(tmp_path):
     seen, run = counted(tmp_path, 4, "hsdp", drt, shards=2), predicted(4, "hsdp", drt, shards=2)
     check(seen, run, 4, shards=2)
     hold(seen[0], predicted(4, "hsdp", drt, shards=2, accumulation=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_zero_sends_what_was_predicted(tmp_path, monkeypatch, stage, processes):
+    """Of ZeRO-3 all weights are in parts; by its own threshold they would be small ones."""
+    pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
+    monkeypatch.setattr(LAYOUTS["zero3"], "persistent", 0)
+    engine = f"zero{stage}"
+    check(counted(tmp_path, processes, engine), predicted(processes, engine), processes)
 
 
 def hold(rows: list[dict], run) -> None:
