@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hf_drt.checkpoint import CheckpointError, declare
     from hf_drt.config import DRTConfig
     from hf_drt.controller import DynamicRank
+    from hf_drt.ema import EMA, EMADecay
     from hf_drt.export import dense_state_dict, merge_errors
     from hf_drt.forms import Adapter, Dense, Factored, Form, convert, effective_weight, empty_like, form_of
     from hf_drt.schedule import Phase, Plan, Run, Schedule
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         DRTTrainer,
         DRTTrainerMixin,
         DRTTrainingArguments,
+        EMACallback,
         divide_batch,
     )
     from hf_drt.transition import Transition
@@ -36,6 +38,7 @@ _NAMES = {
     "checkpoint": ("CheckpointError", "declare"),
     "config": ("DRTConfig",),
     "controller": ("DynamicRank",),
+    "ema": ("EMA", "EMADecay"),
     "export": ("dense_state_dict", "merge_errors"),
     "forms": ("Adapter", "Dense", "Factored", "Form", "convert", "effective_weight", "empty_like", "form_of"),
     "schedule": ("Phase", "Plan", "Run", "Schedule"),
@@ -47,6 +50,7 @@ _NAMES = {
         "DRTTrainer",
         "DRTTrainerMixin",
         "DRTTrainingArguments",
+        "EMACallback",
         "divide_batch",
     ),
     "transition": ("Transition",),
@@ -57,6 +61,7 @@ accept_old_names()
 called_after("transformers.quantizers.auto", make_known)
 
 __all__ = [
+    "EMA",
     "Adapter",
     "CheckpointError",
     "DRTCallback",
@@ -68,6 +73,8 @@ __all__ = [
     "DRTTrainingArguments",
     "Dense",
     "DynamicRank",
+    "EMACallback",
+    "EMADecay",
     "Factored",
     "Form",
     "Phase",

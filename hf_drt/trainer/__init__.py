@@ -10,6 +10,7 @@ from hf_drt.trainer.arguments import (
 )
 from hf_drt.trainer.callback import DRTCallback
 from hf_drt.trainer.elastic import divide_batch
+from hf_drt.trainer.ema import EMACallback
 from hf_drt.trainer.lr import simulated_curve
 from hf_drt.trainer.mixin import DRTSeq2SeqTrainer, DRTTrainer, DRTTrainerMixin
 from hf_drt.trainer.refusals import unused
@@ -23,6 +24,7 @@ __all__ = [
     "DRTTrainer",
     "DRTTrainerMixin",
     "DRTTrainingArguments",
+    "EMACallback",
     "Validated",
     "checked_config",
     "divide_batch",

@@ -11,6 +11,7 @@ from hf_drt.controller import DynamicRank
 from hf_drt.engines import engine_of
 from hf_drt.export import merge_errors
 from hf_drt.forms import FactoredLinear, FrozenLinear
+from hf_drt.trainer.ema import deliver_average
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class Delivery(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer._drt_deliver()
+        deliver_average(self._trainer)
 
 
 def may_become_dense(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""DRTTrainerMixin: overrides of methods of ``transformers.Trainer``; nothing else but trainer/publishing.py has any.
+"""DRTTrainerMixin: overrides of methods of ``transformers.Trainer``; trainer/publishing.py and averaging.py have more.
 
 What each override is for:
 
@@ -44,7 +44,8 @@ from hf_drt.planning import LayersOf, refuse_without_schedule, resolution, settl
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Run
 from hf_drt.trainer.aside import hidden_token, upcast_bases
-from hf_drt.trainer.callback import DRTCallback, updates_per_epoch
+from hf_drt.trainer.averaging import AveragingMixin
+from hf_drt.trainer.callback import updates_per_epoch
 from hf_drt.trainer.checkpoint import checked_state, readable_state
 from hf_drt.trainer.compiler import CompiledGraphs
 from hf_drt.trainer.delivery import Delivery, deliver
@@ -59,7 +60,6 @@ from hf_drt.trainer.meter import PhaseMeter
 from hf_drt.trainer.optimizers import refuse_optimizer
 from hf_drt.trainer.outermost import call_with, wrap_overrides
 from hf_drt.trainer.pieces import Pieces
-from hf_drt.trainer.publishing import PublishingMixin
 from hf_drt.trainer.push import Publisher
 from hf_drt.trainer.random_states import random_states
 from hf_drt.trainer.rates import RunRates
@@ -98,6 +98,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_best_model": (),
     "_load_rng_state": ("checkpoint",),
+    "evaluation_loop": ("dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"),
     "_issue_warnings_after_load": ("load_result",),
     "create_scheduler": ("num_training_steps", "optimizer"),  # used by rates.py
     "_load_optimizer_and_scheduler": ("checkpoint",),
@@ -111,7 +112,7 @@ class _Default(Protocol):
     def __call__(self) -> DRTConfig: ...
 
 
-class DRTTrainerMixin(PublishingMixin):
+class DRTTrainerMixin(AveragingMixin):
     """Dynamic-rank training for any subclass of ``Trainer``: ``class MyTrainer(DRTTrainerMixin, SomeTrainer)``.
 
     Settings come from ``drt=`` (a :class:`hf_drt.DRTConfig`; a schedule's text goes with the other arguments), or from
@@ -169,10 +170,6 @@ class DRTTrainerMixin(PublishingMixin):
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         wrap_overrides(cls)
-
-    def _drt_refuse_callbacks(self) -> None:
-        if any(isinstance(callback, DRTCallback) for callback in self.callback_handler.callbacks):
-            raise ValueError("DRTCallback is part of this trainer. Pass its settings as drt=, or as drt_* arguments.")
 
     def _drt_refuse_late_settings(self) -> None:
         off, schedule = self._drt_settings is None, self._drt_config().schedule
@@ -275,6 +272,7 @@ class DRTTrainerMixin(PublishingMixin):
         return drt
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self._drt_average_from(checkpoint)
         if checkpoint is not None and self._drt_settings is not None:
             self._drt_rates.settle(self._drt_running().controller, self._drt_resolution, checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -464,15 +462,17 @@ class DRTTrainerMixin(PublishingMixin):
             raise RuntimeError("there is no phase to tell of before trainer.train() has begun.")
         return self._drt_driver
 
-    def _drt_around_best_model(self, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _drt_around_best_model(self, load: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Around ``_load_best_model``, whoever overrides it."""
         folder = self.state.best_model_checkpoint
         if self.drt is None or folder is None:
-            return load(*args, **kwargs)
+            load(*args, **kwargs)
+            return self._drt_best_average(folder)
         state = checked_state(folder, self.drt, for_resume=False, engine=files_of_run(self))
         with as_it_was_on_failure(self, self.drt), self._drt_around_switch(), loaded_in_full(self.drt, folder):
             self.drt.load_state_dict(state, self.optimizer, history=False)
-            return load(*args, **kwargs)
+            load(*args, **kwargs)
+        self._drt_best_average(folder)
 
     def _load_best_model(self) -> None:
         return self._drt_around_best_model(super()._load_best_model)

@@ -15,6 +15,7 @@ AROUND = {
     "_save": "_drt_around_save",
     "_load_from_checkpoint": "_drt_around_loading",
     "_load_best_model": "_drt_around_best_model",
+    "evaluation_loop": "_drt_around_evaluation",
 }
 """The method of :class:`hf_drt.DRTTrainerMixin` that is called in place of each; it gets the method, then what the
 caller gave."""

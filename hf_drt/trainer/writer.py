@@ -12,6 +12,7 @@ from hf_drt.engines import unwrapped
 from hf_drt.export import check_written, marked_state_dict, save_export
 from hf_drt.registry import EXPORTERS
 from hf_drt.trainer.aside import runtime_names
+from hf_drt.trainer.ema import write_beside, written_average
 
 State = dict[str, Tensor] | None
 
@@ -82,6 +83,7 @@ class ModelWriter:
         if self._trainer.args.should_save:
             Path(folder).mkdir(parents=True, exist_ok=True)  # under FSDP nothing is in it yet
             self._state_file(folder)
+            write_beside(self._trainer, folder)
 
     def _model(self, save: Callable[[str, State], Any], folder: str, state: State) -> None:
         trainer, started = self._trainer, time.time()
@@ -89,9 +91,10 @@ class ModelWriter:
         model = unwrapped(
             trainer.model
         )  # under FSDP it may be compiled, and a gathered state has the model's own names
-        written = save_export(model, folder, self._export(), save, state, repository, writes)
-        if writes:
-            check_written(Path(folder), model, written, started)
+        with written_average(trainer):
+            written = save_export(model, folder, self._export(), save, state, repository, writes)
+            if writes:
+                check_written(Path(folder), model, written, started)
 
     def _converted(self, state: State) -> State:
         """A gathered state dict in the form that is written; converted once, it stays as it is."""

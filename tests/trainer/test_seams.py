@@ -9,10 +9,11 @@ from transformers import Seq2SeqTrainer, Trainer, modeling_layers
 from hf_drt import DRTTrainerMixin
 from hf_drt.activations.blocks import FLAG, FUNCTION
 from hf_drt.trainer import probe, rates
+from hf_drt.trainer.averaging import AveragingMixin
 from hf_drt.trainer.mixin import SEAMS
 from hf_drt.trainer.publishing import PublishingMixin
 
-CLASSES = (DRTTrainerMixin, PublishingMixin)
+CLASSES = (DRTTrainerMixin, AveragingMixin, PublishingMixin)
 
 
 def parameters(method) -> tuple[str, ...]:

@@ -211,6 +211,10 @@ class Product(ABC):
         """``W + scale P``."""
         return torch.add(W, self.matrix(tensors), alpha=scale)
 
+    def accumulate(self, W: Tensor, tensors: Sequence[Tensor], keep: float, scale: float) -> None:
+        """``W <- keep W + scale P``, in place; of tensors of one dtype."""
+        W.mul_(keep).add_(self.matrix(tensors), alpha=scale)
+
     def factors(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """``L (out, k)`` and ``R (k, in)`` with ``W = L R``: W and the identity, where there are none with a smaller
         k."""
@@ -245,6 +249,10 @@ class TwoFactors(Product):
     def added(self, W: Tensor, tensors: Sequence[Tensor], scale: float) -> Tensor:
         L, R = self.factors(tensors)
         return (torch.addmm if W.ndim == 2 else torch.baddbmm)(W, L, R, alpha=scale)
+
+    def accumulate(self, W: Tensor, tensors: Sequence[Tensor], keep: float, scale: float) -> None:
+        L, R = self.factors(tensors)  # P is never formed
+        (W.addmm_ if W.ndim == 2 else W.baddbmm_)(L, R, beta=keep, alpha=scale)
 
 
 class KernelProduct(TwoFactors):
