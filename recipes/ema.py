@@ -110,7 +110,7 @@ def distance(weights: Weights, expected: Weights, scale: float) -> float:
 def compared(plan: str, make: Callable[[nn.Module], Torch | Diffusers | Own], steps: int = 40) -> str:
     """The distance of an average from the right one after a run, or what it raised."""
     model = llama(**SMALL)
-    drt = DynamicRank(model, DRTConfig(schedule=plan, start="scratch"), steps)
+    drt = DynamicRank(model, DRTConfig(schedule=plan), steps)
     drt.apply(0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     average, expected, start = make(model), {}, {}
@@ -160,7 +160,7 @@ def cost_of(schedule: str, rounds: int, tokens: tuple[int, int]) -> list[str]:
     """Seconds of a step and of an update, medians in alternation, their ratio, and the average's memory."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = llama(**LARGE, vocab_size=8192).to(device)
-    DynamicRank(model, DRTConfig(schedule=schedule, start="scratch"), 10).apply(0)
+    DynamicRank(model, DRTConfig(schedule=schedule), 10).apply(0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ema, batch = EMA(model, 0.999), torch.randint(8192, tokens, device=device)
 

@@ -10,7 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hf_drt.checkpoint import undeclared
 from hf_drt.ema.weights import Weight
-from hf_drt.forms import FormedLinear, FrozenLinear, LowRankLinear, stack_count
+from hf_drt.forms import SHOWN, FormedLinear, FrozenLinear, LowRankLinear, stack_count
 from hf_drt.targets import Places
 
 _INSIDE = "within `with ema.averaged()` the model shows its average"
@@ -38,7 +38,7 @@ def shown(model: nn.Module, averages: Mapping[str, Tensor], weights: Mapping[str
     }
     places = Places(model, layers)
     plain = [(w.source, averages[key]) for key, w in weights.items() if isinstance(w.source, Tensor)]
-    with undeclared(model), _refused_steps(model), _eager(bool(dense)), _lent(plain):
+    with undeclared(model), _marked(model), _refused_steps(model), _eager(bool(dense)), _lent(plain):
         places.put(dense)
         try:
             yield
@@ -57,6 +57,16 @@ def _stand_in(layer: FormedLinear, average: Tensor) -> nn.Module:
     like = next(layer.parameters())
     dtype = layer.dtype if isinstance(layer, FrozenLinear) else like.dtype
     return layer.dense_with(nn.Parameter(average.to(like.device, dtype), requires_grad=False))
+
+
+@contextlib.contextmanager
+def _marked(model: nn.Module) -> Iterator[None]:
+    """In the block a change of form is refused (:func:`hf_drt.transition.change_forms`): it would miss the layers."""
+    vars(model)[SHOWN] = True
+    try:
+        yield
+    finally:
+        del vars(model)[SHOWN]
 
 
 @contextlib.contextmanager

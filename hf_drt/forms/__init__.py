@@ -16,7 +16,7 @@ from hf_drt.forms.convert import (
 from hf_drt.forms.frozen import FrozenLinear
 from hf_drt.forms.layer_rank import layer_rank, layer_ranks
 from hf_drt.forms.layout import LayerShape, Layout, is_transposed
-from hf_drt.forms.marks import FROZEN
+from hf_drt.forms.marks import FROZEN, SHOWN
 from hf_drt.forms.modules import (
     AdapterLinear,
     FactoredLinear,
@@ -60,6 +60,7 @@ __all__ = [
     "FROZEN",
     "LEAVES",
     "PRODUCTS",
+    "SHOWN",
     "Adapter",
     "AdapterLinear",
     "AdapterStack",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_drt.engines import Engine, Job, decompositions, engine_of
-from hf_drt.forms import Conversion, Form, check, empty_like, layer_of, odd_tensors, own_behaviour, prepare
+from hf_drt.forms import SHOWN, Conversion, Form, check, empty_like, layer_of, odd_tensors, own_behaviour, prepare
 from hf_drt.optim import at_averages
 from hf_drt.transition.exchange import Change, Outcome, exchange, exchange_layers
 
@@ -69,12 +69,21 @@ def change_forms(
         ValueError: A rank or weight is not valid, the optimizer is not supported or lacks a weight, or a layer's
             parameters are not its own any more. Nothing has changed then.
         HalfwayError: Memory has run out, or another process has died, halfway.
+        RuntimeError: The model shows its average (:meth:`hf_drt.EMA.averaged`).
     """
+    _refuse_shown(model)
     _look_at(model, forms)
     engine = engine_of(model)
     with at_averages(optimizer, (layer_of(model, name) for name in forms)):
         look()
         return exchange(engine, _changes(engine, _checked(engine, forms), generator), optimizer, moments)
+
+
+def _refuse_shown(model: nn.Module) -> None:
+    if any(SHOWN in vars(module) for module in model.modules()):
+        raise RuntimeError(
+            "within `with ema.averaged()` the model shows its average, and cannot change form. Leave the block first."
+        )
 
 
 def _checked(engine: Engine, forms: dict[str, Form]) -> dict[str, Job]:
@@ -130,8 +139,9 @@ def empty_forms(model: nn.Module, forms: dict[str, Form], optimizer: torch.optim
     Collective for a sharded model.
 
     Raises:
-        ValueError, HalfwayError: As in :func:`change_forms`.
+        ValueError, HalfwayError, RuntimeError: As in :func:`change_forms`.
     """
+    _refuse_shown(model)
     _look_at(model, forms)
     exchange_layers(model, {name: (form, partial(_emptied, form)) for name, form in forms.items()}, optimizer)
 

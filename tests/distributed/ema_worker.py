@@ -1,4 +1,4 @@
-"""One process of a run whose weights are averaged: ema_worker.py FOLDER '{SETTING: ...}'; what it saw goes to FOLDER."""
+"""One process of a run whose weights are averaged: ema_worker.py FOLDER '{SETTING: ...}'. What it saw goes there."""
 
 import json
 import sys

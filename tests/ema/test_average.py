@@ -120,9 +120,12 @@ def test_a_change_of_form_is_refused_while_the_average_is_shown():
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     ema, _ = followed(model)
     before = state(model)
-    with ema.averaged(), pytest.raises(ValueError, match="the optimizer"):
-        drt.begin_step(2, optimizer)
+    with ema.averaged():
+        for change in (lambda: drt.begin_step(2, optimizer), drt.to_dense, lambda: drt.empty_phase(1)):
+            with pytest.raises(RuntimeError, match="shows its average, and cannot change form"):
+                change()
     assert_same(model, before)
+    assert drt.phase == 0
 
     def change() -> None:
         with ema.averaged():
