@@ -41,8 +41,8 @@ ALLOWED = {
     "trainer":    {"activations", "checkpoint", "config", "controller", "ema", "engines", "export", "forms", "optim",
                    "planning", "registry", "schedule", "targets", "transition"},
     "report":     {"checkpoint", "schedule"},
-    "cli":        {"activations", "checkpoint", "config", "controller", "doctor", "export", "forms", "inspect", "optim",
-                   "planning", "registry", "report", "schedule", "simulate", "tables", "trainer"},
+    "cli":        {"activations", "checkpoint", "config", "controller", "doctor", "ema", "export", "forms", "inspect",
+                   "messages", "optim", "planning", "registry", "report", "schedule", "simulate", "tables", "trainer"},
     "run":        {"config", "trainer"},
     "trl":        {"trainer"},
 }

@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 from typer import Option
 
 from hf_drt.cli.output import progress
 from hf_drt.cli.source import load, local_folder
+from hf_drt.ema import AVERAGE_NAME, read_average
 from hf_drt.export import save_export
 from hf_drt.forms import Adapter
 from hf_drt.inspect import read_checkpoint
+from hf_drt.messages import some
 from hf_drt.registry import EXPORTERS
 
 # What lies beside the weights of a model and belongs to it; a checkpoint's optimizer, states and card do not.
@@ -27,6 +29,7 @@ def export(
     target: Annotated[Path, typer.Argument(help="Folder to write; it must not exist, or be empty.")],
     format: Annotated[str, Option(help=f"One of {EXPORTERS.described()}.")] = "dense",
     task: Annotated[str | None, Option(help="E.g. causal-lm; by default what the configuration says.")] = None,
+    average: Annotated[bool, Option("--average", help="The average of the weights, of EMACallback; dense.")] = False,
 ) -> None:
     """Write a checkpoint as a dense model, a native one, or a PEFT adapter with its base.
 
@@ -34,6 +37,8 @@ def export(
     """
     if format not in EXPORTERS:
         raise typer.BadParameter(f"must be one of {', '.join(EXPORTERS)}, got '{format}'.", param_hint="--format")
+    if average and format != "dense":
+        raise typer.BadParameter(f"an average is dense, got --format {format}.", param_hint="--average")
     folder = local_folder(source)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty folder. Give another target, or remove it.")
@@ -43,18 +48,31 @@ def export(
         raise ValueError(
             f"{source} has no layer in adapter form, so it cannot be a PEFT adapter. Export it as dense or native."
         )
+    averages: dict[str, Tensor] = read_average(folder)["averages"] if average else {}
     with progress("export", 3) as tick:
         model: Any = load(folder, task)
         tick()
 
         def save(where: str, state: dict[str, Tensor] | None) -> None:
+            _take(model, averages)
             model.save_pretrained(where, state_dict=state)
 
         save_export(model, str(target), format, save)
         tick()
         _copy_beside(folder, target)
         tick()
-    typer.echo(f"{source}: {found.kind}, written to {target} as {format}")
+    what = "the average of its weights" if average else found.kind
+    typer.echo(f"{source}: {what}, written to {target} as {format}")
+
+
+def _take(model: nn.Module, averages: dict[str, Tensor]) -> None:
+    """Put averages into a model that is presented as a dense one.
+
+    Raises:
+        ValueError: They are of another model.
+    """
+    if foreign := model.load_state_dict(averages, strict=False).unexpected_keys:
+        raise ValueError(f"{AVERAGE_NAME} is of another model: it has {some(foreign)}, which the model lacks.")
 
 
 def _copy_beside(folder: Path, target: Path) -> None:

@@ -5,8 +5,13 @@ import json
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from hf_drt import EMACallback, EMADecay
+
+HEAD = {"hf_drt_ema": '{"format_version": 1, "updates": 4, "decay": {}}'}
 
 
 def logits(folder):
@@ -35,6 +40,25 @@ def test_a_checkpoint_becomes_an_adapter(hf_drt, checkpoint, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter" / "base")
     model = PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert torch.allclose(tiny.logits(model, tiny.batch()), logits(source), atol=1e-6)
+
+
+def test_the_average_of_a_checkpoint_becomes_a_dense_model(hf_drt, tmp_path):
+    average = EMACallback(EMADecay(0.7, warmup=False))
+    trainer = tiny.trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=4, drt_schedule="factored:4@0")
+    trainer.add_callback(average)
+    trainer.train()
+    source, target = tmp_path / "checkpoint-4", tmp_path / "average"
+    result = hf_drt("export", source, target, "--average")
+    assert result.code == 0, result.err
+    assert "the average of its weights, written to" in result.out
+    state = AutoModelForCausalLM.from_pretrained(target).state_dict()
+    assert all(torch.equal(state[key], value) for key, value in average.ema.state_dict()["averages"].items())
+    wrong = hf_drt("export", source, tmp_path / "native", "--average", "--format", "native")
+    assert (wrong.code, "an average is dense, got --format native" in wrong.err) == (2, True)
+    weights = average.ema.state_dict()["averages"]
+    save_file({"other.weight": next(iter(weights.values()))}, source / "drt_ema.safetensors", HEAD)
+    foreign = hf_drt("export", source, tmp_path / "foreign", "--average")
+    assert (foreign.code, "is of another model: it has other.weight" in foreign.err) == (1, True)
 
 
 def test_a_tokenizer_goes_along(hf_drt, checkpoint, tmp_path):
