@@ -48,7 +48,7 @@ import transformers as T
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RevisionNotFoundError
 from transformers.utils import PushInProgress
 
-from hf_drt import DRTTrainer
+from hf_drt import DRTTrainer, EMACallback, EMADecay
 from hf_drt.forms import AdapterLinear, LowRankLinear
 from hf_drt.trainer.push import ATTEMPTS
 
@@ -154,6 +154,25 @@ def check_section(text: str, parameters: int, name: str) -> None:
 
 def code_of(card: str) -> str:
     return card.partition("### Loading")[2].partition("```python\n")[2].partition("```")[0]
+
+
+def test_the_average_is_published_if_asked(hub, name, tmp_path):
+    class Kept(T.TrainerCallback):
+        averages = {}
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.averages[state.global_step] = {k: v.clone() for k, v in average.ema.state_dict()["averages"].items()}
+
+    average, kept = EMACallback(EMADecay(0.7, warmup=False), export=True), Kept()
+    run = trainer(tmp_path, name, hub_strategy="every_save", max_steps=6)
+    for callback in (average, kept):
+        run.add_callback(callback)
+    run.train()
+    run.push_to_hub()
+    during = commits(hub, name)["Training in progress, step 4"]
+    for loaded, step in ((load(name, revision=during), 4), (load(name), 6)):
+        state = loaded.state_dict()
+        assert all(torch.equal(state[key], value) for key, value in kept.averages[step].items())
 
 
 def test_a_native_model(hub, name, tmp_path):

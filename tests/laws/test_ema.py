@@ -10,7 +10,7 @@ from forms import LAYOUTS, PAIRS, ids, trained
 from torch import nn
 
 from hf_drt import EMA, EMADecay
-from hf_drt.forms import Adapter, Dense, FormedLinear, FrozenLinear, convert, layer_of, prepare
+from hf_drt.forms import Adapter, Dense, Factored, FormedLinear, FrozenLinear, convert, layer_of, prepare
 from hf_drt.targets import Swap, replace
 
 KEEP = 0.7
@@ -87,10 +87,11 @@ def test_the_average_of_a_linear_layer_follows(layout, before, after):
     single(trained(layout, before), after, names)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_weight_that_is_frozen_in_fewer_bits_is_averaged_as_it_is_kept(dtype):
-    single(trained("linear", Dense()), Dense(frozen=True, dtype=dtype), ["0.weight", "0.bias"])
-    single(trained("linear", Dense(frozen=True, dtype=dtype)), Dense(), ["0.weight", "0.bias"])
+@pytest.mark.parametrize("other", [Dense(), Factored(4), Adapter(4, 16.0)], ids=ids)
+def test_a_weight_that_is_frozen_in_fewer_bits_is_averaged_as_it_is_kept(other):
+    narrow = Dense(frozen=True, dtype="bfloat16")
+    single(trained("linear", other), narrow, ["0.weight", "0.bias"])
+    single(trained("linear", narrow), other, ["0.weight", "0.bias"])
 
 
 @pytest.mark.parametrize("geometry", ["3x3", "1d"])

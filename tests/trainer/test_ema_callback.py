@@ -58,7 +58,7 @@ def test_the_average_of_a_run_is_that_of_its_dense_weights(run):
     assert callback.ema.updates == 10
 
 
-@pytest.mark.parametrize("step", [2, 4, 6, 8])
+@pytest.mark.parametrize("step", [2, 4, 8])
 def test_a_resumed_run_goes_on_to_the_same_bits(run, tmp_path, step):
     folder, trainer, callback, _ = run
     again = EMACallback(DECAY)
@@ -79,7 +79,7 @@ def test_the_file_is_there_before_a_checkpoint_counts_as_whole(run, tmp_path, mo
             seen.append(read_average(output_dir)["updates"])
             super()._save_rng_state(output_dir)
 
-    trainer = tiny.trainer(tmp_path, cls=Watched, **RUN | {"max_steps": 2})
+    trainer = tiny.trainer(tmp_path, cls=Watched, **RUN | {"max_steps": 2, "drt_schedule": "factored:4@0"})
     trainer.add_callback(EMACallback(DECAY))
     trainer.train()
     assert seen == [2]
@@ -119,11 +119,11 @@ def test_evaluations_use_the_average_and_training_does_not_notice(tmp_path, sche
             losses[state.global_step] = (metrics["eval_loss"], loss_by_hand(None, expected.average))
 
     settings = {"drt_schedule": schedule, "save_strategy": "no", "max_steps": 8}
+    settings |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 64}
     plain = trainer_of(tmp_path / "plain", **settings)
     plain.train()
     callback = EMACallback(DECAY, evaluate=True)
-    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 64}
-    trainer = trainer_of(tmp_path / "own", callback, expected, Losses(), **settings, **evaluated)
+    trainer = trainer_of(tmp_path / "own", callback, expected, Losses(), **settings)
     trainer.train()
     assert list(losses) == [2, 4, 6, 8]
     for found, by_hand in losses.values():
@@ -209,7 +209,7 @@ def test_a_plain_trainer_averages_saves_and_goes_on_where_it_is_told_the_folder(
     expected.check(averages(callback))
     folder = str(tmp_path / "whole" / "checkpoint-3")
     again = EMACallback(DECAY)
-    with pytest.raises(ValueError, match=r"goes on at update step 3, and a plain Trainer does not tell .* resume_from"):
+    with pytest.raises(ValueError, match=r"goes on at update step 3, and a plain Trainer does not tell .*resume_from"):
         plain("again", again).train(resume_from_checkpoint=folder)
     again.resume_from(folder)
     plain("again", again).train(resume_from_checkpoint=folder)
