@@ -228,7 +228,7 @@ def _difference(averages: Mapping[str, Tensor], weights: Mapping[str, Weight], o
 def _refuse_parts(model: nn.Module) -> None:
     if (engine := engine_of(model)).sharded:
         raise ValueError(
-            f"EMA needs whole weights, and under {type(engine).__name__} no process holds them: the product of two "
-            "factors in shards is no shard of the dense weight. Train with DDP or in one process, or leave the average "
-            "out."
+            f"EMA averages whole weights, and under {engine.help.partition(',')[0]} a process holds a part of them, or "
+            "of their full precision; the product of two factors in shards is no shard of the dense weight. Train with "
+            "DDP or in one process, or leave the average out."
         )

@@ -38,8 +38,8 @@ class AveragingMixin(PublishingMixin):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
             raise ValueError(
-                f"EMACallback needs whole weights, and under {engine} no process holds them. Train with DDP or in one "
-                "process, or leave the average out."
+                f"EMACallback averages whole weights, and under {engine} a process holds a part of them, or of their "
+                "full precision. Train with DDP or in one process, or leave the average out."
             )
         config = self._drt_config()
         if callback.export and config.schedule is not None and not EXPORTERS[config.export].in_place:

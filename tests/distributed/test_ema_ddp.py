@@ -3,6 +3,7 @@ refused."""
 
 from pathlib import Path
 
+import forked
 import pytest
 import tiny
 import torch
@@ -11,6 +12,24 @@ from processes import final, run_worker
 from hf_drt import DRTTrainer, EMACallback
 from hf_drt.ema import read_average
 
+SHARDED = """
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from hf_drt import EMA
+
+dist.init_process_group("gloo")
+model = nn.Sequential(nn.Linear(4, 4))
+plain = EMA(nn.Linear(4, 4))
+fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+for use in (lambda: EMA(model), lambda: plain.copy_to(model)):
+    try:
+        use()
+    except ValueError as error:
+        print(error)
+dist.destroy_process_group()
+"""
 WORKER = Path(__file__).with_name("ema_worker.py")
 RUN = {
     "max_steps": 6, "gradient_accumulation_steps": 1, "drt_schedule": "factored:4@0 dense@2 adapter:4@4",
@@ -35,5 +54,11 @@ def test_engines_under_which_no_process_holds_whole_weights_are_refused_by_name(
     trainer.add_callback(EMACallback())
     setattr(trainer, f"is_{engine}_enabled", True)
     name = {"fsdp": "FSDP", "deepspeed": "DeepSpeed"}[engine]
-    with pytest.raises(ValueError, match=f"EMACallback needs whole weights, and under {name} no process holds them"):
+    with pytest.raises(ValueError, match=f"averages whole weights, and under {name} a process holds a part"):
         trainer._drt_refuse_callbacks()
+
+
+def test_a_model_in_shards_is_refused_by_the_name_of_its_engine():
+    result = forked.distributed("-c", SHARDED, processes=2)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.count("EMA averages whole weights, and under FSDP2 a process holds a part") == 4

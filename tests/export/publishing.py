@@ -157,22 +157,22 @@ def code_of(card: str) -> str:
 
 
 def test_the_average_is_published_if_asked(hub, name, tmp_path):
+    averages = {}
+
     class Kept(T.TrainerCallback):
-        averages = {}
-
         def on_step_end(self, args, state, control, **kwargs):
-            self.averages[state.global_step] = {k: v.clone() for k, v in average.ema.state_dict()["averages"].items()}
+            averages[state.global_step] = {k: v.clone() for k, v in average.ema.state_dict()["averages"].items()}
 
-    average, kept = EMACallback(EMADecay(0.7, warmup=False), export=True), Kept()
+    average = EMACallback(EMADecay(0.7, warmup=False), export=True)
     run = trainer(tmp_path, name, hub_strategy="every_save", max_steps=6)
-    for callback in (average, kept):
+    for callback in (average, Kept()):
         run.add_callback(callback)
     run.train()
     run.push_to_hub()
     during = commits(hub, name)["Training in progress, step 4"]
     for loaded, step in ((load(name, revision=during), 4), (load(name), 6)):
         state = loaded.state_dict()
-        assert all(torch.equal(state[key], value) for key, value in kept.averages[step].items())
+        assert all(torch.equal(state[key], value) for key, value in averages[step].items())
 
 
 def test_a_native_model(hub, name, tmp_path):
