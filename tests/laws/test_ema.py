@@ -5,6 +5,7 @@ The expected one is calculated in float64 from the layers' own tensors, by nothi
 
 import convolutions
 import pytest
+import test_experts
 import torch
 from forms import LAYOUTS, PAIRS, ids, trained
 from torch import nn
@@ -102,8 +103,6 @@ def test_the_average_of_a_convolution_follows(geometry, before, after):
 
 @pytest.mark.parametrize(("before", "after"), PAIRS, ids=ids)
 def test_the_average_of_fused_experts_follows(before, after):
-    import test_experts
-
     model = test_experts.put(test_experts.model("mixtral"), before)
     names = test_experts.names(model)
 
