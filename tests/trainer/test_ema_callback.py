@@ -244,9 +244,10 @@ def test_a_model_that_takes_the_trained_ones_place_is_not_evaluated_by_its_avera
 
 
 def test_a_write_that_fails_leaves_nothing(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "hf_drt.ema.file.save_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("No space left"))
-    )
+    def fail(*args, **kwargs) -> None:
+        raise OSError("No space left")
+
+    monkeypatch.setattr("hf_drt.ema.file.save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         write_average(tmp_path, run[2].ema)
     assert [*tmp_path.iterdir()] == []
