@@ -86,7 +86,8 @@ def _plain(name: str) -> str:
 def _is_frozen_by_form(module: nn.Module, leaf: str) -> bool:
     """Whether a dense W is frozen for a phase alone."""
     mark = vars(module).get(FROZEN)
-    return (mark.get(leaf) if isinstance(mark, dict) else mark if leaf == "weight" else None) is False
+    by_user = mark if isinstance(mark, dict) else {"weight": mark}  # of fused experts by parameter
+    return by_user.get(leaf) is False
 
 
 def averaged_dtype(tensor: Tensor) -> torch.dtype:

@@ -1,5 +1,6 @@
 """EMACallback: the average of a Trainer's run, evaluated, saved, resumed and delivered."""
 
+import mixed
 import pytest
 import tiny
 import torch
@@ -7,7 +8,7 @@ from equal_runs import assert_equal_runs
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from hf_drt import DRTTrainer, EMACallback, EMADecay, dense_state_dict
+from hf_drt import EMA, DRTTrainer, EMACallback, EMADecay, dense_state_dict
 from hf_drt.ema import AVERAGE_NAME, read_average, write_average
 
 DECAY = EMADecay(0.7, warmup=False)
@@ -184,6 +185,17 @@ def test_the_model_that_the_run_gives_is_the_average_if_asked(tmp_path, schedule
         key not in expected.average or not torch.allclose(value.double(), expected.average[key], atol=1e-6)
         for key, value in last.items()
     )
+
+
+def test_a_model_that_stays_in_low_rank_is_told_and_written_as_the_average_all_the_same(caplog):
+    model, callback = mixed.mixed(), EMACallback(DECAY, export=True)
+    callback.ema = EMA(model, DECAY)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    callback.deliver(model)
+    assert "the model keeps its own weights, since it is of low rank still" in caplog.text
+    with callback.written(model):
+        assert model.state_dict().keys() == tiny.llama().state_dict().keys()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_a_plain_trainer_averages_saves_and_goes_on_where_it_is_told_the_folder(tmp_path):
