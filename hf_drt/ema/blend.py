@@ -61,4 +61,4 @@ def _blend_tensors(pairs: list[Pair], keep: float) -> None:
             average.mul_(keep).add_(value.to(average.device), alpha=1 - keep)  # which casts element by element
     for group in alike.values():
         averages, values = map(list, zip(*group, strict=True))
-        torch._foreach_lerp_(averages, values, 1 - keep)
+        torch._foreach_lerp_(averages, values, 1 - keep)  # pyright: ignore[reportPrivateImportUsage]

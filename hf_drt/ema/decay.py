@@ -54,7 +54,7 @@ class EMADecay:
         _check(least, "min_decay", f"lie in [0, decay = {self.decay:g}]", self.min_decay)
         for name, lowest in (("update_after_step", 0), ("update_every", 1)):
             value = getattr(self, name)
-            whole = isinstance(value, Integral) and not isinstance(value, bool) and value >= lowest
+            whole = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= lowest
             _check(whole, name, f"be a whole number of update steps, {lowest} or more", value)
         self._refuse_idle()
 

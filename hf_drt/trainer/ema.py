@@ -120,7 +120,7 @@ class EMACallback(TrainerCallback):
         """Without dynamic-rank training, which has it written before the checkpoint is whole."""
         name, step = f"checkpoint-{state.global_step}", state.global_step
         if args.should_save and self._written != (name, step):
-            self.write(str(Path(args.output_dir, name)), step)
+            self.write(f"{args.output_dir}/{name}", step)
 
     def load(self, folder: str) -> None:
         """Go on with the average in a checkpoint folder.
