@@ -2,7 +2,7 @@
 
 With the second moments ``C = E[x x^T] (n, n)`` of the inputs, that is ``||(W - U V) S||_F^2`` for any S with
 ``S S^T = C``. Its optimum is the truncated SVD of ``W S``, undone with ``S^-1`` (reduced-rank regression, Izenman
-1975; for networks ASVD, arXiv 2312.05821, and SVD-LLM, arXiv 2403.07378). As ``(U_r diag(s) V_r^T) S^-1 = U_r U_r^T W``,
+1975; for networks ASVD, arXiv 2312.05821, and SVD-LLM, arXiv 2403.07378). As ``U_r diag(s) V_r^T S^-1 = U_r U_r^T W``,
 that inverse is never needed: W is projected on the leading directions of its outputs, and C may be of any rank.
 """
 

@@ -73,7 +73,8 @@ def test_gradients_vanish_at_it(shape):
     U, V = (parts.U * parts.S).requires_grad_(), parts.Vh.clone().requires_grad_()
     loss(W, U @ V, C).backward()
     scale = loss(W, torch.zeros_like(W), C)
-    assert U.grad is not None and V.grad is not None
+    assert U.grad is not None
+    assert V.grad is not None
     assert U.grad.norm() < 1e-8 * scale
     assert V.grad.norm() < 1e-8 * scale
 
