@@ -1,0 +1,43 @@
+"""Truncation weighed by inputs on several processes, each of which sees others of them: against one process.
+
+With FSDP and DeepSpeed: ``pytest -m slow tests/distributed/test_weighed_runs.py``.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from processes import final, launch, run_worker, torchrun
+
+SGD = {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.01, "dropout": 0.0}
+WEIGHED = {"drt_schedule": "dense@0 factored@4 dense@6 factored@8", "drt_truncation": "activation", "max_steps": 10}
+HERE = Path(__file__).parent
+
+
+def test_ddp_holds_the_same_bits_and_truncates_as_one_process_does(tmp_path):
+    two = launch(tmp_path / "2", 2, launcher=torchrun, gradient_accumulation_steps=2, **SGD, **WEIGHED)
+    launch(tmp_path / "1", 1, gradient_accumulation_steps=4, **SGD, **WEIGHED)
+    assert two["equal"] == [True] * 10
+    ours, theirs = final(tmp_path / "2", "dense.pt"), final(tmp_path / "1", "dense.pt")
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=0, atol=1e-5)
+    launch(tmp_path / "plain", 1, gradient_accumulation_steps=4, **SGD, **WEIGHED | {"drt_truncation": "weight"})
+    plain = final(tmp_path / "plain", "dense.pt")
+    assert any((plain[name] - weight).abs().max() > 1e-3 for name, weight in theirs.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("worker", "engine"),
+    [("fsdp", {"kind": "FULL_STATE_DICT"}), ("zero", {"stage": 2}), ("zero", {"stage": 3})],
+    ids=["FSDP2", "ZeRO-2", "ZeRO-3"],
+)
+def test_a_sharded_run_has_the_losses_of_one_process_and_resumes_in_the_window_bitwise(tmp_path, worker, engine):
+    if worker == "zero":
+        pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
+    file = HERE / {"fsdp": "fsdp_trainer_worker.py", "zero": "zero_worker.py"}[worker]
+    settings = {"drt_schedule": "dense@0 factored@4 dense@8", "drt_truncation": "activation"}
+    expected = run_worker(file, tmp_path / "one", 1, **settings)
+    seen = run_worker(file, tmp_path / "two", 2, resume=[2, 4], **engine, **settings)
+    assert seen["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+    assert seen["gaps"] == {"2": 0.0, "4": 0.0}
