@@ -3,5 +3,6 @@
 from hf_drt.covariance.calibration import covariances_of
 from hf_drt.covariance.gathering import Gathering
 from hf_drt.covariance.moments import add_moments, empty_moments
+from hf_drt.covariance.projection import GradientProjection
 
-__all__ = ["Gathering", "add_moments", "covariances_of", "empty_moments"]
+__all__ = ["Gathering", "GradientProjection", "add_moments", "covariances_of", "empty_moments"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from extras import Guide, profiled_ranks
+from extras import Guide, Project, profiled_ranks
 from tasks import build
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -160,7 +160,13 @@ def run(settings: Settings, cache: Path, folder: str, turns: TrainerCallback | N
     if settings.peft is not None:
         model = with_lora(model, names, settings.peft)
     metric = "eval_accuracy" if settings.kind.endswith("classifier") else "eval_loss"
-    watch = Watch(names, settings.measure["points"], metric, settings.measure.get("turn"), settings.measure.get("after_switch", False))
+    watch = Watch(
+        names,
+        settings.measure["points"],
+        metric,
+        settings.measure.get("turn"),
+        settings.measure.get("after_switch", False),
+    )
     training = {**QUIET, **used(settings.training, model)}
     matrix_rate = training.pop("matrix_rate", None)
     projected = str(training.get("optim", "")).startswith(("galore", "apollo"))
@@ -185,6 +191,8 @@ def run(settings: Settings, cache: Path, folder: str, turns: TrainerCallback | N
         callbacks=callbacks,
         **data,
     )
+    if project := settings.extras.get("project"):
+        trainer.add_callback(Project(model, names, project))
     watch.trainer = trainer
     start = mean(ranks(model, names))
     if projected:
