@@ -13,8 +13,8 @@ from hf_drt.linalg import full_precision
 
 
 class GradientProjection:
-    """A step rule: ``G <- G E E^T`` before each step, with the k leading eigenvectors ``E (in, k)`` of second moments of
-    the inputs, and ``W <- W - lr beta (lambda_1 / tr C) W e_1 e_1^T``, a decoupled descent on ``1/2 ||W e_1||^2``.
+    """A step rule: ``G <- G E E^T`` before each step, with the k leading eigenvectors ``E (in, k)`` of second moments
+    of inputs, and ``W <- W - lr beta (lambda_1 / tr C) W e_1 e_1^T``, a decoupled descent on ``1/2 ||W e_1||^2``.
 
     After spectral backpropagation (arXiv 2505.23369), with two differences. There the covariance is that of a layer's
     outputs in one place and meets a gradient ``(out, in)`` in another; here it is that of the inputs, on which a
