@@ -93,6 +93,19 @@ def test_evaluations_and_repeated_forward_passes_leave_a_run_as_it_is(tmp_path):
     assert_equal_runs(checkpointed, plain)
 
 
+def test_a_compiled_run_sees_the_inputs_too(tmp_path):
+    """Else its layers would have no input, and be truncated by their weights."""
+    errors = []
+    for name, settings in {"compiled": {"torch_compile": True, "torch_compile_backend": "eager"}, "plain": {}}.items():
+        trainer = run(tmp_path / name, model=tiny.llama(), **settings)
+        errors.append(next(row for row in trainer.state.log_history if row.get("drt_phase") == 1))
+    assert errors[0]["drt_truncation_error"] == pytest.approx(errors[1]["drt_truncation_error"], rel=1e-4)
+    by_weight = run(tmp_path / "weight", model=tiny.llama(), drt_truncation="weight")
+    other = next(row for row in by_weight.state.log_history if row.get("drt_phase") == 1)
+    assert other["drt_truncation_error"] != pytest.approx(errors[1]["drt_truncation_error"], rel=1e-2)
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_run_resumed_in_the_window_has_the_same_bits(tmp_path, step):
     whole = run(tmp_path, save_strategy="steps", save_steps=1)
