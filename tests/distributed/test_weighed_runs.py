@@ -1,6 +1,6 @@
 """Truncation weighed by inputs on several processes, each of which sees others of them: against one process.
 
-With FSDP and DeepSpeed: ``pytest -m slow tests/distributed/test_weighed_runs.py``.
+With FSDP2: ``pytest -m slow tests/distributed/test_weighed_runs.py``.
 """
 
 from pathlib import Path
@@ -11,7 +11,6 @@ from processes import final, launch, run_worker, torchrun
 
 SGD = {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.01, "dropout": 0.0}
 WEIGHED = {"drt_schedule": "dense@0 factored@4 dense@6 factored@8", "drt_truncation": "activation", "max_steps": 10}
-HERE = Path(__file__).parent
 
 
 def test_ddp_holds_the_same_bits_and_truncates_as_one_process_does(tmp_path):
@@ -27,17 +26,10 @@ def test_ddp_holds_the_same_bits_and_truncates_as_one_process_does(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("worker", "engine"),
-    [("fsdp", {"kind": "FULL_STATE_DICT"}), ("zero", {"stage": 2}), ("zero", {"stage": 3})],
-    ids=["FSDP2", "ZeRO-2", "ZeRO-3"],
-)
-def test_a_sharded_run_has_the_losses_of_one_process_and_resumes_in_the_window_bitwise(tmp_path, worker, engine):
-    if worker == "zero":
-        pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
-    file = HERE / {"fsdp": "fsdp_trainer_worker.py", "zero": "zero_worker.py"}[worker]
+def test_a_sharded_run_has_the_losses_of_one_process_and_resumes_in_the_window_bitwise(tmp_path):
     settings = {"drt_schedule": "dense@0 factored@4 dense@8", "drt_truncation": "activation"}
-    expected = run_worker(file, tmp_path / "one", 1, **settings)
-    seen = run_worker(file, tmp_path / "two", 2, resume=[2, 4], **engine, **settings)
+    worker = Path(__file__).with_name("fsdp_trainer_worker.py")
+    expected = run_worker(worker, tmp_path / "one", 1, **settings)
+    seen = run_worker(worker, tmp_path / "two", 2, resume=[2, 4], kind="FULL_STATE_DICT", **settings)
     assert seen["losses"] == pytest.approx(expected["losses"], abs=1e-5)
     assert seen["gaps"] == {"2": 0.0, "4": 0.0}
