@@ -1,13 +1,12 @@
 """Every user parameter, once, with its unit and interval. Standard library only."""
 
-import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal, TypeGuard, get_args
 
+from hf_drt.patterns import check_patterns, parse_rank_pattern
 from hf_drt.registry import EXPORTERS, PRODUCTS
 from hf_drt.schedule import PRESETS, Preset, Schedule
 
@@ -17,6 +16,7 @@ AdapterInit = Literal["zero", "principal"]
 Moments = Literal["project", "reset"]
 MatrixOptimizer = Literal["none", "muon"]
 Recompute = Literal["none", "bottleneck"]
+Truncation = Literal["weight", "activation"]
 
 
 class _Help(Mapping[str, Any]):
@@ -95,6 +95,12 @@ class DRTConfig:
             "share, is one of its output channels."
         ),
         PRODUCTS,
+    )
+    truncation: Truncation = _option(
+        "weight",
+        "What a layer that loses rank at a switch, as from dense to factored, keeps: the most of its 'weight', or of "
+        "its outputs on the inputs of the last update steps before ('activation'). Of convolutions in a decomposition "
+        "of kernels, and of fused experts, always of the weight.",
     )
     rank_multiple: int = _option(8, "Ranks given as a share are rounded to a multiple of this, at least 1.")
     include: list[str] | None = _option(
@@ -226,14 +232,14 @@ class DRTConfig:
         self._check_ranks()
         self._check_rates()
         for name in ("include", "exclude", "blocks", "ignore_source"):
-            _check_patterns(name, getattr(self, name))
+            check_patterns(name, getattr(self, name))
         self._check_groups()
-        object.__setattr__(self, "rank_pattern", _parse_rank_pattern(self.rank_pattern))
+        object.__setattr__(self, "rank_pattern", parse_rank_pattern(self.rank_pattern))
 
     def _check_groups(self) -> None:
         if isinstance(self.group_by, str):  # as one may write 'kind'
             object.__setattr__(self, "group_by", [self.group_by])
-        _check_patterns("group_by", self.group_by)
+        check_patterns("group_by", self.group_by)
         _require(self.frozen_dtype in (None, *get_args(FrozenDtype)), self, "frozen_dtype", "bfloat16, or unset")
 
     def _check_choices(self) -> None:
@@ -243,6 +249,7 @@ class DRTConfig:
             ("moments", Moments),
             ("matrix_optimizer", MatrixOptimizer),
             ("recompute", Recompute),
+            ("truncation", Truncation),
         ):
             unset = name == "matrix_optimizer" and self.matrix_optimizer is None
             allowed = get_args(choices)
@@ -451,48 +458,3 @@ def _is_number(value: Any) -> TypeGuard[float]:
 def _require(condition: Any, config: DRTConfig, name: str, allowed: str, hint: str = "") -> None:
     if not condition:
         raise ValueError(f"{name} must be {allowed}, got {getattr(config, name)!r}. {hint}".rstrip())
-
-
-def _check_patterns(name: str, patterns: Any) -> None:
-    if patterns is None:
-        return
-    if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
-        raise ValueError(f"{name} must be a list of regular expressions, got {patterns!r}.")
-    for pattern in patterns:
-        _compile(name, pattern)
-
-
-def _compile(name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"{name} holds {pattern!r}, which is not a regular expression: {error}. "
-            "Match any text with '.*', and escape special characters with a backslash."
-        ) from None
-
-
-def _parse_rank_pattern(value: Any) -> dict[str, float] | None:
-    """The pattern as a dict; a text is read as JSON, since that is how a command line carries it."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f'rank_pattern is not valid JSON ({error}): {value!r}. Write it as \'{{"attn": 0.125, "mlp": 64}}\'.'
-            ) from None
-    if not isinstance(value, dict):
-        raise ValueError(f"rank_pattern must map regular expressions to ranks, got {value!r}.")
-    for pattern, rank in value.items():
-        if not isinstance(pattern, str):
-            raise ValueError(f"rank_pattern must map regular expressions to ranks, got the key {pattern!r}.")
-        _compile("rank_pattern", pattern)
-        absolute, share = _is_int(rank) and rank >= 1, isinstance(rank, float) and 0 < rank <= 1
-        if not (absolute or share):
-            raise ValueError(
-                f"rank_pattern gives {rank!r} for {pattern!r}; allowed is a whole number of at least 1 (a rank), or a "
-                "number with a decimal point in (0, 1] (a share of min(out, in))."
-            )
-    return dict(value)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from hf_drt.checkpoint import check_plan, check_preset, check_structure, declare, lasting, stored_plan, structure
 from hf_drt.config import DRTConfig
+from hf_drt.covariance import Gathering
 from hf_drt.engines import engine_of, warn_of_lone_process, whole_size
-from hf_drt.forms import AdapterLinear, Dense, Form, form_of, layer_of, layer_ranks, weight_shape
+from hf_drt.forms import AdapterLinear, Dense, Form, form_of, layer_ranks
 from hf_drt.optim import (
     Owner,
     form_group_options,
@@ -25,9 +26,18 @@ from hf_drt.optim import (
     staged,
     unwrap,
 )
-from hf_drt.planning import PlanCost, ResolvedPlan, budget_of, check_arguments, check_resolved, mean_falls, resolved_for
+from hf_drt.planning import (
+    PlanCost,
+    ResolvedPlan,
+    budget_of,
+    check_arguments,
+    check_resolved,
+    gathered_at,
+    mean_falls,
+    resolved_for,
+)
 from hf_drt.schedule import Plan, Trigger, Turns, Windows, could_become, provisional, whole_number
-from hf_drt.targets import Swap, is_layer, replace
+from hf_drt.targets import Swap, present_layer, replace
 from hf_drt.transition import FunctionError, Transition, change_forms, empty_forms, warn_of_rounding
 
 logger = logging.getLogger(__name__)
@@ -75,6 +85,7 @@ class DynamicRank:
         windows: The trigger's checks and decisions (:class:`hf_drt.schedule.windows.Windows`); None without a trigger.
         turns: Which group had its turn, and why (:class:`hf_drt.schedule.turns.Turns`); None where the plan says.
         phase: Index of the phase the model is in; None before the first.
+        inputs: What is gathered of layers' inputs before they are truncated, with ``truncation='activation'``.
 
     Raises:
         ValueError: No target layer, a schedule that does not resolve, a setting that would have no effect, a low-rank
@@ -102,6 +113,7 @@ class DynamicRank:
         self.skipped, self.fused_note = resolved.targets.skipped, resolved.targets.fused_note
         self.seed = config.seed if config.seed is not None else seed
         self.phase: int | None = None
+        self.inputs = Gathering()
         self._step = 0
         self._installed: weakref.ref | None = None
         self._copied: tuple[int | None, ...] = ()  # in a copy, the phase in which its optimizer's original was made
@@ -186,6 +198,9 @@ class DynamicRank:
         self._step = step
         if optimizer is not None and self._is_new(optimizer):
             self.install(optimizer)
+        if self.config.truncation == "activation":
+            gathered = {name: self._layer(name) for name in gathered_at(self.resolved, step)}
+            self.inputs.follow(gathered, engine_of(self.model))
         return transition
 
     def _is_new(self, optimizer: torch.optim.Optimizer | None) -> bool:
@@ -244,7 +259,9 @@ class DynamicRank:
         forms = self.changes(index)
         function = FunctionError(probe if self.match(step) else None)
         generator = partial(self._generator, index)
-        outcome = change_forms(self.model, forms, optimizer, self.config.moments, generator, function.look)
+        inputs = self.inputs.taken()
+        outcome = change_forms(self.model, forms, optimizer, self.config.moments, generator, function.look, inputs)
+        self.inputs.drop()
         enter()
         declare(self.model)
         warn_of_rounding(step, outcome.merge_error)
@@ -405,27 +422,8 @@ class DynamicRank:
         return restore
 
     def _layer(self, name: str) -> nn.Module:
-        """The target layer as it is now.
-
-        Raises:
-            ValueError: It is gone, or something else has taken its place.
-        """
-        try:
-            module = layer_of(self.model, name)
-        except AttributeError:
-            module = None
-        if module is None or not is_layer(module) or not weight_shape(module).matches(self.targets[name]):
-            found = "nothing" if module is None else f"a {type(module).__name__}"
-            raise ValueError(
-                f"the model has {found} where the layer {name} of shape (out, in) = {self.targets[name]} was. "
-                "Build DynamicRank after all other changes to the model."
-            )
-        if any(weight is not None and whole_size(weight) == 0 for weight in module._parameters.values()):
-            raise ValueError(
-                f"{name} has lost its weights in a change of form that failed halfway. Start a new process, and resume "
-                "from the last checkpoint."
-            )
-        return module
+        """The target layer as it is now; as :func:`hf_drt.targets.present_layer`."""
+        return present_layer(self.model, name, self.targets[name])
 
     # ---- around the optimizer step
 

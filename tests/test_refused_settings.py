@@ -58,6 +58,8 @@ FIELDS = [
     ("dense_checkpointing", "yes", r"dense_checkpointing must be True or False, got 'yes'"),
     ("dense_accumulation", 0, r"dense_accumulation must be a whole number of at least 1, got 0"),
     ("dense_accumulation", True, r"dense_accumulation must be a whole number of at least 1, got True"),
+    ("truncation", "inputs", r"truncation must be one of weight, activation, got 'inputs'"),
+    ("truncation", None, r"truncation must be one of weight, activation, got None"),
     ("recompute", "all", r"recompute must be one of none, bottleneck, got 'all'"),
     ("recompute", None, r"recompute must be one of none, bottleneck, got None"),
     ("group_by", "a(", r"group_by holds 'a\(', which is not a regular expression: .*Match any text with '\.\*'"),

@@ -2,6 +2,7 @@
 
 from hf_drt.checkpoint.block import AGAIN, DeclaredLayer, read_block
 from hf_drt.checkpoint.declaration import METHOD, declare, transformers_models, undeclared
+from hf_drt.checkpoint.inputs_file import INPUTS_NAME, read_inputs, write_inputs
 from hf_drt.checkpoint.run_state import (
     MADE_IN,
     check_plan,
@@ -16,6 +17,7 @@ from hf_drt.checkpoint.state_file import STATE_NAME, CheckpointError, read_state
 
 __all__ = [
     "AGAIN",
+    "INPUTS_NAME",
     "MADE_IN",
     "METHOD",
     "STATE_NAME",
@@ -28,6 +30,7 @@ __all__ = [
     "declare",
     "lasting",
     "read_block",
+    "read_inputs",
     "read_state",
     "shapes_by_file",
     "stored_plan",
@@ -36,5 +39,6 @@ __all__ = [
     "transformers_models",
     "undeclared",
     "weight_files",
+    "write_inputs",
     "write_state",
 ]

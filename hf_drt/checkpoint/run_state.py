@@ -15,6 +15,7 @@ LASTING = (
     "rank_pattern",
     "rank_multiple",
     "decomposition",
+    "truncation",
     "adapter_alpha",
     "adapter_init",
     "moments",
@@ -33,6 +34,7 @@ LASTING = (
 # Settings that are left out at this value, which was the default when they came: states from before lack them.
 _UNSAID = {
     "decomposition": "svd",
+    "truncation": "weight",
     "left_lr_scale": 1.0,
     "right_lr_scale": 1.0,
     "matrix_optimizer": "none",

@@ -95,6 +95,7 @@ class _Load:
 # Fields of DRTConfig that change nothing of what is estimated.
 _LEFT_OUT = {
     "adapter_alpha": "a factor in the adapter's forward pass costs the same at any value",
+    "truncation": "inputs are gathered in ten update steps before a switch alone",
     "adapter_init": "the switch takes a moment longer, the steps cost the same",
     "moments": "the state of the optimizer has the same size, carried over or new",
     "rewarmup_steps": "the learning rate costs nothing",

@@ -1,7 +1,7 @@
 """A trained model's layers as factors, for a smaller and faster model: truncated where their spectrum allows it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
 from functools import partial
@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from hf_drt.checkpoint import declare
 from hf_drt.compress.allocation import Curve, allocate
 from hf_drt.config import DRTConfig
+from hf_drt.covariance import covariances_of
 from hf_drt.forms import (
     Adapter,
+    Conversion,
     Dense,
     Factored,
     FactoredLinear,
     Form,
     LayerShape,
+    decompose,
     effective_weight,
     form_of,
     parameters_of,
@@ -27,7 +30,7 @@ from hf_drt.forms import (
     stack_count,
     weight_shape,
 )
-from hf_drt.linalg import factored_singular_values, singular_values, truncation_error
+from hf_drt.linalg import factored_singular_values, input_root, singular_values, truncation_error
 from hf_drt.planning import resolve_rank
 from hf_drt.tables import plain_table
 from hf_drt.targets import find_targets
@@ -41,7 +44,9 @@ class LayerCompression:
     Attributes:
         shape: ``(out, in)``.
         form: Factored, or Dense where factors would save nothing.
-        error: Relative Frobenius error of the effective weight, ``||W_r - W||_F / ||W||_F``.
+        error: Relative Frobenius error of the effective weight, ``||W_r - W||_F / ||W||_F``; with calibration that of
+            the outputs over its inputs, ``||(W_r - W) C^(1/2)||_F / ||W C^(1/2)||_F`` with C as in
+            :func:`hf_drt.linalg.shrunk`.
         parameters: Stored weights before and after, bias aside.
     """
 
@@ -66,12 +71,14 @@ class Compression:
         layers: The target layers in the model's order.
         model_parameters: Of the whole model, before and after.
         loss: What ``evaluate`` gave before and after; None where nothing was evaluated.
+        calibrated: Whether the inputs of calibration batches weigh the errors.
     """
 
     criterion: str
     layers: tuple[LayerCompression, ...]
     model_parameters: tuple[int, int]
     loss: tuple[float, float] | None = None
+    calibrated: bool = False
 
     @property
     def parameters(self) -> tuple[int, int]:
@@ -101,8 +108,9 @@ class Compression:
     def __str__(self) -> str:
         columns = ("layer", "out x in", "rank", "error", "before", "after", "share")
         factored = sum(layer.rank is not None for layer in self.layers)
+        weighed = ", errors of outputs on the calibration" if self.calibrated else ""
         lines = [
-            f"compression by {self.criterion}: {factored} of {len(self.layers)} layers in factors",
+            f"compression by {self.criterion}: {factored} of {len(self.layers)} layers in factors{weighed}",
             plain_table(columns, [_row(layer) for layer in self.layers]),
             f"target layers: {_change(*self.parameters)}; forward FLOPs x {self.flops:.3f}",
             f"whole model: {_change(*self.model_parameters)}",
@@ -136,6 +144,7 @@ def compress(
     blocks: list[str] | None = None,
     ignore_source: list[str] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
+    calibration: Iterable[Any] | None = None,
 ) -> Compression:
     """Re-factor the linear layers of a trained model in place, by exactly one criterion.
 
@@ -160,6 +169,11 @@ def compress(
         rank_multiple: Ranks that are not given as ``rank`` are multiples of this, at least 1.
         include, exclude, blocks, ignore_source: Which layers, as in :class:`hf_drt.DRTConfig`.
         evaluate: Gives a loss; called with the model in evaluation mode before and after.
+        calibration: Batches, each a mapping for ``model(**batch)``, a tuple or list for ``model(*batch)``, or a tensor;
+            taken one by one. What is small, and what ``energy`` and ``parameters`` count, is then the error of each
+            layer's outputs on the inputs that it has in them (:func:`hf_drt.linalg.weighted_truncation`), in place of
+            the error of its weight. They pass through the model as it is before: ``n^2`` numbers are kept of a layer of
+            n inputs.
 
     Returns:
         Rank, error and parameters by layer, and the measured loss.
@@ -171,13 +185,16 @@ def compress(
     """
     if evaluate is not None and not callable(evaluate):
         raise ValueError(f"evaluate must be a function that takes the model and gives a number, got {evaluate!r}.")
-    plan = plan_compression(
-        model, rank=rank, rank_ratio=rank_ratio, energy=energy, parameters=parameters,
-        rank_multiple=rank_multiple, include=include, exclude=exclude, blocks=blocks, ignore_source=ignore_source,
+    plan, covariances = _planned(
+        model, _criterion(rank=rank, rank_ratio=rank_ratio, energy=energy, parameters=parameters), rank_multiple,
+        calibration, include=include, exclude=exclude, blocks=blocks, ignore_source=ignore_source,
     )  # fmt: skip
     before = _measured(model, evaluate)
     changing = (layer for layer in plan.layers if form_of(model.get_submodule(layer.name)) != layer.form)
-    exchange_layers(model, {layer.name: (layer.form, partial(prepare, form=layer.form)) for layer in changing})
+    exchange_layers(
+        model,
+        {layer.name: (layer.form, partial(_prepared, layer.form, covariances.get(layer.name))) for layer in changing},
+    )
     declare(model)
     return with_fields(plan, loss=(before, _measured(model, evaluate))) if before is not None else plan
 
@@ -194,30 +211,42 @@ def plan_compression(
     exclude: list[str] | None = None,
     blocks: list[str] | None = None,
     ignore_source: list[str] | None = None,
+    calibration: Iterable[Any] | None = None,
 ) -> Compression:
     """What :func:`compress` would do, from the singular values alone; the model is not touched.
 
     Arguments and errors as there.
     """
-    name, value = _criterion(rank=rank, rank_ratio=rank_ratio, energy=energy, parameters=parameters)
+    return _planned(
+        model, _criterion(rank=rank, rank_ratio=rank_ratio, energy=energy, parameters=parameters), rank_multiple,
+        calibration, include=include, exclude=exclude, blocks=blocks, ignore_source=ignore_source,
+    )[0]  # fmt: skip
+
+
+def _prepared(form: Form, covariance: Tensor | None, layer: nn.Module) -> Conversion:
+    return prepare(layer, form, parts=decompose(layer, form, covariance))
+
+
+def _planned(
+    model: nn.Module,
+    criterion: tuple[str, float],
+    rank_multiple: int,
+    calibration: Iterable[Any] | None,
+    **chosen: list[str] | None,
+) -> tuple[Compression, dict[str, Tensor]]:
+    """The plan, and the second moments of inputs that it goes by, by layer; none without calibration."""
+    name, value = criterion
     ranks: dict[str, Any] = {name: value} if name in ("rank", "rank_ratio") else {}
-    chosen: dict[str, Any] = {"include": include, "exclude": exclude, "blocks": blocks, "ignore_source": ignore_source}
-    DRTConfig(rank_multiple=rank_multiple, **chosen, **ranks)  # checks them
-    selection = find_targets(model, **chosen)
+    patterns: dict[str, Any] = chosen
+    DRTConfig(rank_multiple=rank_multiple, **patterns, **ranks)  # checks them
+    selection = find_targets(model, **patterns)
     selection.log_notes()
-    targets = selection.targets
-    layers = [_layer(name, module) for name, module in targets.items() if stack_count(module) is None]
-    if not layers:
+    targets = {name: module for name, module in selection.targets.items() if stack_count(module) is None}
+    if not targets:
         raise ValueError("all selected layers are fused experts, which are not compressed. Select linear layers too.")
-    match name:
-        case "parameters":
-            forms = _by_budget(layers, _budget(value, layers), rank_multiple)
-        case "energy":
-            forms = [layer.at(_energy_rank(layer, value, rank_multiple)) for layer in layers]
-        case "rank":
-            forms = [layer.at(int(value)) for layer in layers]
-        case _:  # rank_ratio
-            forms = [layer.at(resolve_rank(layer.shape, float(value), rank_multiple)) for layer in layers]
+    covariances = {} if calibration is None else covariances_of(model, targets, calibration)
+    layers = [_layer(name, module, covariances.get(name)) for name, module in targets.items()]
+    forms = _forms(layers, name, value, rank_multiple)
     if all(form == layer.form for form, layer in zip(forms, layers, strict=True)):
         raise ValueError(
             f"{name}={value} leaves all {len(layers)} layers as they are: factors of the ranks that it asks for would "
@@ -226,7 +255,21 @@ def plan_compression(
     results = tuple(layer.result(form) for layer, form in zip(layers, forms, strict=True))
     total = sum(p.numel() for p in model.parameters())
     saved = sum(before - after for before, after in (result.parameters for result in results))
-    return Compression(f"{name}={value}", results, (total, total - saved))
+    plan = Compression(f"{name}={value}", results, (total, total - saved), calibrated=calibration is not None)
+    return plan, covariances
+
+
+def _forms(layers: list["_Layer"], name: str, value: float, rank_multiple: int) -> list[Form]:
+    """What a criterion makes of the layers."""
+    match name:
+        case "parameters":
+            return _by_budget(layers, _budget(value, layers), rank_multiple)
+        case "energy":
+            return [layer.at(_energy_rank(layer, value, rank_multiple)) for layer in layers]
+        case "rank":
+            return [layer.at(int(value)) for layer in layers]
+        case _:  # rank_ratio
+            return [layer.at(resolve_rank(layer.shape, float(value), rank_multiple)) for layer in layers]
 
 
 @dataclass(frozen=True)
@@ -236,7 +279,8 @@ class _Layer:
     Attributes:
         form: The form that it is in.
         whole: The cheapest form without any error.
-        values: Singular values of the effective W, descending.
+        values: Singular values of the effective W, descending; with calibration those of ``W S``, with ``S S^T`` the
+            second moments of its inputs (:func:`hf_drt.linalg.input_root`).
     """
 
     name: str
@@ -263,13 +307,16 @@ class _Layer:
         return LayerCompression(self.name, self.shape, form, self.error(form), stored)
 
 
-def _layer(name: str, module: nn.Module) -> _Layer:
+def _layer(name: str, module: nn.Module, covariance: Tensor | None) -> _Layer:
     form, shape = form_of(module), weight_shape(module)
     try:
+        S = None if covariance is None else input_root(covariance)
         if isinstance(module, FactoredLinear):
-            values = factored_singular_values(*module.pair()[:2])
+            L, R, _ = module.pair()
+            values = factored_singular_values(L, R if S is None else R.detach() @ S.to(R))
         else:
-            values = singular_values(effective_weight(module))
+            W = effective_weight(module)
+            values = singular_values(W if S is None else W @ S.to(W))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     whole = form if isinstance(form, Factored) and _stored(form, shape) < _stored(Dense(), shape) else Dense()

@@ -16,10 +16,15 @@ from hf_drt.linalg import working_dtype
 
 @dataclass(frozen=True)
 class Job:
-    """One layer to be decomposed for a form."""
+    """One layer to be decomposed for a form.
+
+    Attributes:
+        covariance: Second moments of its inputs, as :func:`hf_drt.forms.decompose` takes them, alike on all processes.
+    """
 
     module: nn.Module
     form: Form
+    covariance: Tensor | None = None
 
 
 def processes() -> int:
@@ -52,14 +57,14 @@ def decompositions(engine: Engine, jobs: list[Job]) -> Iterator[Callable[[], Par
             running out of memory.
     """
     if processes() == 1 and not engine.sharded:
-        yield from (partial(decompose, job.module, job.form) for job in jobs)
+        yield from (partial(decompose, job.module, job.form, job.covariance) for job in jobs)
         return
     owners = shares([_cost(job) for job in jobs], processes())
     own: dict[int, Parts] = {}
     error: Exception | None = None
     for index, module in _in_rounds(engine, jobs, owners):
         try:
-            own[index] = decompose(module, jobs[index].form)
+            own[index] = decompose(module, jobs[index].form, jobs[index].covariance)
         except Exception as failure:
             error = failure
         del module  # before the next one is gathered

@@ -54,6 +54,7 @@ from hf_drt.forms.stack import (
 from hf_drt.forms.stack_modules import AdapterStack, FactoredStack
 from hf_drt.forms.stack_weight import StackWeight
 from hf_drt.forms.structures import factors, merged, tensor_shapes
+from hf_drt.forms.weighing import weighs_inputs
 from hf_drt.registry import PRODUCTS
 
 __all__ = [
@@ -118,5 +119,6 @@ __all__ = [
     "tensor_names",
     "tensor_shapes",
     "trainable_weights",
+    "weighs_inputs",
     "weight_shape",
 ]

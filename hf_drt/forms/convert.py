@@ -55,14 +55,19 @@ def convert(module: nn.Module, form: Form, generator: torch.Generator | None = N
     return conversion
 
 
-def decompose(module: nn.Module, form: Form) -> tuple[Tensor, ...] | None:
+def decompose(module: nn.Module, form: Form, covariance: Tensor | None = None) -> tuple[Tensor, ...] | None:
     """What a conversion to ``form`` needs of the layer's decomposition, or None: the one expensive part of
     :func:`prepare`.
 
     What it is, the product tells (:meth:`hf_drt.forms.Product.decompose`); last comes the relative Frobenius error. Of
     fused experts each is decomposed for itself, and all parts but the error get a leading dimension E.
+
+    Args:
+        covariance: Second moments ``(in, in)`` of the layer's inputs, for a change of form that
+            :func:`hf_drt.forms.weighs_inputs` tells of: the error that is small, and is given, is then that of the
+            layer's outputs. Of a change that does not weigh them they have no effect.
     """
-    return form.product.decompose(form, _source(module)) if _needs_parts(form) else None
+    return form.product.decompose(form, _source(module, covariance)) if _needs_parts(form) else None
 
 
 def decomposition_shapes(module: nn.Module, form: Form) -> tuple[tuple[int, ...], ...] | None:
@@ -74,9 +79,9 @@ def _needs_parts(form: Form) -> TypeGuard[Factored | Adapter]:
     return isinstance(form, Factored) or (isinstance(form, Adapter) and form.init == "principal")
 
 
-def _source(module: nn.Module) -> Source:
+def _source(module: nn.Module, covariance: Tensor | None = None) -> Source:
     matrix, tensors = partial(effective_weight, module), partial(working_tensors, module)
-    return Source(form_of(module), weight_shape(module), layout_of(module), matrix, tensors)
+    return Source(form_of(module), weight_shape(module), layout_of(module), matrix, tensors, covariance)
 
 
 def prepare(

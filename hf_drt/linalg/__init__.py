@@ -1,4 +1,4 @@
-"""Matrices only: the SVD and its cheap ways, spectra and ranks, polar factors, Tucker and CP."""
+"""Matrices only: the SVD and its cheap ways, weighed by inputs too, spectra and ranks, polar factors, Tucker and CP."""
 
 from hf_drt.linalg.cp import cp, cp_limit, equal_norms, khatri_rao
 from hf_drt.linalg.polar import STEPS as POLAR_STEPS
@@ -24,11 +24,13 @@ from hf_drt.linalg.truncation import (
     truncated_svd,
 )
 from hf_drt.linalg.tucker import tucker2
+from hf_drt.linalg.weighted import SHRINKAGE, input_root, shrunk, weighted_product, weighted_truncation
 
 __all__ = [
     "GRAM_UP_TO",
     "POLAR_STEPS",
     "RANDOMIZED_UP_TO",
+    "SHRINKAGE",
     "LinAlgError",
     "Truncation",
     "balanced",
@@ -39,15 +41,19 @@ __all__ = [
     "factored_singular_values",
     "full_precision",
     "gram_singular_values",
+    "input_root",
     "khatri_rao",
     "polar",
     "polar_map",
     "retained_energy",
+    "shrunk",
     "singular_values",
     "stable_rank",
     "truncated_product",
     "truncated_svd",
     "truncation_error",
     "tucker2",
+    "weighted_product",
+    "weighted_truncation",
     "working_dtype",
 ]

@@ -3,6 +3,7 @@
 from hf_drt.planning.checks import check_arguments, check_resolved
 from hf_drt.planning.cost import PlanCost
 from hf_drt.planning.description import chosen, description, facts, headline
+from hf_drt.planning.gathering import gathered_at
 from hf_drt.planning.groups import group_counts, mean_falls
 from hf_drt.planning.idle_settings import Usage, idle_settings, refuse_idle, refuse_without_schedule, usage_of
 from hf_drt.planning.layers import LayersOf, TargetLayers
@@ -42,6 +43,7 @@ __all__ = [
     "chosen",
     "description",
     "facts",
+    "gathered_at",
     "group_counts",
     "headline",
     "idle_settings",

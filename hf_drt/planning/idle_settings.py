@@ -7,10 +7,11 @@ default.
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import combinations
 from typing import Any
 
 from hf_drt.config import DRTConfig
-from hf_drt.forms import PRODUCTS
+from hf_drt.forms import PRODUCTS, product_for
 from hf_drt.planning.layers import Shapes
 from hf_drt.planning.ranks import stays_dense
 from hf_drt.planning.resolved import ResolvedPlan
@@ -199,6 +200,29 @@ def _decomposition(usage: Usage) -> str | None:
     )
 
 
+def _truncation(usage: Usage) -> str | None:
+    if reason := _needs_phase("factored")(usage):
+        return reason
+    shapes = usage.targets.values()
+    if not any(s.experts is None and product_for(usage.config.decomposition, s).weighs_inputs for s in shapes):
+        return (
+            f"none of the {len(usage.targets)} target layers is one of a single matrix in the decomposition 'svd', of "
+            "which alone it is. Include such layers."
+        )
+    if usage.grows or any(_falls(before, after) for before, after in combinations(usage.phases, 2)):
+        return None
+    return "no layer loses rank after the first phase. Write a factored phase after another, e.g. dense@0 factored@40%."
+
+
+def _falls(before: tuple[str, Rank], after: tuple[str, Rank]) -> bool:
+    """Whether a layer may lose rank between two phases, of which the first comes first."""
+    (kind, rank), (then, later) = before, after
+    if then != "factored" or before == after:
+        return False
+    alike = isinstance(rank, (int, float)) and type(rank) is type(later)
+    return kind != "factored" or not alike or rank > later
+
+
 def _budget(usage: Usage) -> str | None:
     if usage.grows or (usage.schedule is not None and usage.schedule.uses_budget):
         return None
@@ -309,6 +333,7 @@ IDLE: dict[str, Reason] = {
     "rank": _rank,
     "rank_pattern": _needs_low_rank,
     "decomposition": _decomposition,
+    "truncation": _truncation,
     "rank_multiple": _rank_multiple,
     "include": _always,  # ranks are logged, and costs counted, of the selected layers in dense phases too
     "exclude": _always,

@@ -2,6 +2,7 @@
 
 from hf_drt.targets.blocks import is_checkpointing_layer
 from hf_drt.targets.experts import copies
+from hf_drt.targets.presence import present_layer
 from hf_drt.targets.selection import Selection, find_targets, is_layer
 from hf_drt.targets.surgery import Places, Swap, replace
 
@@ -13,5 +14,6 @@ __all__ = [
     "find_targets",
     "is_checkpointing_layer",
     "is_layer",
+    "present_layer",
     "replace",
 ]

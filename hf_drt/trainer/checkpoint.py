@@ -20,10 +20,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, WEIGHTS_NAME
 
 from hf_drt.checkpoint import (
+    INPUTS_NAME,
     STATE_NAME,
     CheckpointError,
     Shapes,
     read_state,
+    shapes_by_file,
     stored_shapes,
     transformers_models,
     weight_files,
@@ -193,6 +195,8 @@ def _check_trainer_files(folder: Path, state: dict[str, Any]) -> None:
             f"{folder} mixes two checkpoints: {TRAINER_STATE_NAME} is of step {step}, {STATE_NAME} of step "
             f"{state.get('step')}. {_OTHER}"
         )
+    if state.get("inputs"):
+        shapes_by_file([folder / INPUTS_NAME], _OTHER)
     check_engine_files(folder)
     own = (SCHEDULER_NAME,) if files_of(folder) else (OPTIMIZER_NAME, SCHEDULER_NAME)
     for name in own:

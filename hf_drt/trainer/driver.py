@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_drt.activations import Activations
-from hf_drt.checkpoint import write_state
+from hf_drt.checkpoint import write_inputs, write_state
 from hf_drt.controller import DynamicRank
 from hf_drt.forms import Dense
 from hf_drt.trainer.activations import checkpointing_options
@@ -74,6 +74,7 @@ class PhaseDriver:
     def step_ends(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         """Let a trigger look, report, and ask for what is due at the end of a phase."""
         self.meter.end_step()
+        self.controller.inputs.fold()
         step = state.global_step
         row = self._observe(step)
         plan = self.controller.plan  # a trigger may have added a window to it
@@ -101,7 +102,8 @@ class PhaseDriver:
         self.leave()
 
     def leave(self) -> None:
-        """Blocks keep what they kept before the run; wherever it has ended."""
+        """Blocks keep what they kept before the run, and no inputs are gathered; wherever it has ended."""
+        self.controller.inputs.drop()
         if self._activations is not None:
             self._activations.leave()
 
@@ -112,8 +114,12 @@ class PhaseDriver:
         return phase is not None and self.controller.resolved.trains_dense(phase)
 
     def write_state(self, folder: str, step: int, args: TrainingArguments, more: dict[str, Any] | None = None) -> None:
-        """Write ``drt_state.json`` into a checkpoint folder, with what else belongs there."""
+        """Write ``drt_state.json`` into a checkpoint folder, with what else belongs there; and what is gathered of
+        layers' inputs, if anything is."""
+        inputs = self.controller.inputs.state_dict()
+        write_inputs(folder, inputs)
         state = {"step": step, "random_states": random_state_files(args), **self.controller.state_dict()}
+        state |= {"inputs": True} if inputs else {}
         write_state(folder, state | {"meter": self.meter.state_dict()} | (more or {}))
 
     # ---- rows

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from hf_drt.checkpoint import MADE_IN
+from hf_drt.checkpoint import MADE_IN, read_inputs
 from hf_drt.controller import DynamicRank
 from hf_drt.trainer.checkpoint import check_optimizer
 from hf_drt.trainer.optimizers import picks_layers
@@ -36,7 +36,7 @@ def begin(trainer: Any, controller: DynamicRank) -> Transition:
 
 
 def restore(trainer: Any, controller: DynamicRank, state: dict[str, Any], folder: str, *, compare: bool = True) -> None:
-    """The structure of a checkpoint, and an optimizer over it.
+    """The structure of a checkpoint, an optimizer over it, and what was gathered of layers' inputs.
 
     Args:
         state: The structure state in ``folder``.
@@ -47,6 +47,7 @@ def restore(trainer: Any, controller: DynamicRank, state: dict[str, Any], folder
             controller.empty_phase(min(made_in, state["phase"]), trainer.optimizer)
         trainer.create_optimizer()
         controller.load_state_dict(state, trainer.optimizer)
+        controller.inputs.load_state_dict(read_inputs(folder) if state.get("inputs") else {})
         if compare:
             check_optimizer(folder, trainer.optimizer)
     trainer._drt_made = trainer.optimizer

@@ -20,7 +20,7 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_drt.checkpoint import STATE_NAME
+from hf_drt.checkpoint import INPUTS_NAME, STATE_NAME
 from hf_drt.ema import AVERAGE_NAME
 from hf_drt.export import set_aside
 from hf_drt.trainer.write_errors import is_write_error, remedy
@@ -35,8 +35,8 @@ CHECKPOINT_FILES = (
     "model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json", "pytorch_model.*",
     "pytorch_model-?????-of-?????.bin", "pytorch_model_fsdp_*", "config.json", "generation_config.json", "optimizer.*",
     "optimizer_[0-9]*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin", STATE_NAME,
-    f".{STATE_NAME}.*", AVERAGE_NAME, f".{AVERAGE_NAME}.*", TRAINER_STATE_NAME, MARK, "global_step*", "latest",
-    "zero_to_fp32.py",
+    INPUTS_NAME, f".{STATE_NAME}.*", AVERAGE_NAME, f".{AVERAGE_NAME}.*", TRAINER_STATE_NAME, MARK, "global_step*",
+    "latest", "zero_to_fp32.py",
 )  # fmt: skip
 
 

@@ -70,6 +70,7 @@ def _of_settings(trainer: Any, config: DRTConfig) -> Iterator[str]:
     off = {
         "drt_frobenius_decay": config.frobenius_decay,
         "drt_frozen_dtype": config.frozen_dtype is not None,
+        "drt_truncation=activation": config.truncation == "activation",  # not tried there
         "drt_dense_accumulation": config.dense_accumulation > 1,
         "load_best_model_at_end": args.load_best_model_at_end,
         "torch_compile": args.torch_compile,

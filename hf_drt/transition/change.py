@@ -1,9 +1,10 @@
 """A change of form of many layers, by name: decided and checked here, made by :mod:`hf_drt.transition.exchange`."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class Transition:
         phase: Index of the phase that began, and its ``kind``.
         layers: Layers that changed form.
         seconds: Wall-clock time.
-        errors: Relative Frobenius error by truncation, by layer.
+        errors: Relative Frobenius error by truncation, by layer; of one that its inputs weigh, that of its outputs.
         merge_error: Largest share of an update that rounding has cost in a merge (:class:`hf_drt.forms.Conversion`).
         parameters: Trainable parameters of the model, before and after.
         function_error: max |difference| of the probe's output, before to after; None without a probe.
@@ -54,6 +55,7 @@ def change_forms(
     moments: str,
     generator: Callable[[str], torch.Generator],
     look: Callable[[], None] = lambda: None,
+    covariances: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Outcome:
     """Give layers of a model a new form, at the weights that are to evaluate (:func:`hf_drt.optim.at_averages`).
 
@@ -64,6 +66,8 @@ def change_forms(
         moments: 'project' or 'reset', see :func:`hf_drt.optim.carry_moments`.
         generator: Gives the random generator of a layer's new directions, by name.
         look: Called once the layers have the weights at which they change.
+        covariances: Second moments of layers' inputs, by name, by which their truncation is weighed
+            (:func:`hf_drt.forms.decompose`); alike on all processes.
 
     Raises:
         ValueError: A rank or weight is not valid, the optimizer is not supported or lacks a weight, or a layer's
@@ -76,7 +80,7 @@ def change_forms(
     engine = engine_of(model)
     with at_averages(optimizer, (layer_of(model, name) for name in forms)):
         look()
-        return exchange(engine, _changes(engine, _checked(engine, forms), generator), optimizer, moments)
+        return exchange(engine, _changes(engine, _checked(engine, forms, covariances), generator), optimizer, moments)
 
 
 def _refuse_shown(model: nn.Module) -> None:
@@ -86,9 +90,9 @@ def _refuse_shown(model: nn.Module) -> None:
         )
 
 
-def _checked(engine: Engine, forms: dict[str, Form]) -> dict[str, Job]:
+def _checked(engine: Engine, forms: dict[str, Form], covariances: Mapping[str, Tensor]) -> dict[str, Job]:
     """The layers and their new forms, if all can take them, on all processes. Collective where the engine is."""
-    jobs = {name: Job(layer_of(engine.model, name), form) for name, form in forms.items()}
+    jobs = {name: Job(layer_of(engine.model, name), form, covariances.get(name)) for name, form in forms.items()}
     engine.admit([job.module for job in jobs.values()])
     engine.agree(next(filter(None, (_fault(engine, name, job) for name, job in jobs.items())), None))
     return jobs

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from extras import Guide, profiled_ranks
+from extras import Guide, Project, profiled_ranks
 from tasks import build
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,8 +41,8 @@ class Settings:
             learning rate of the target layers' weights.
         peft: Arguments of PEFT's LoraConfig; None for no PEFT.
         seed: Of initialisation, order of the data, dropout.
-        measure: ``points``: how often the run is evaluated, and effective ranks are taken; of a pilot also ``turn``,
-            the steps of a turn.
+        measure: ``points``: how often the run is evaluated, and effective ranks are taken; ``after_switch``: whether it
+            is too after the first update step of every later phase; of a pilot also ``turn``, the steps of a turn.
         extras: What a method has beside (:mod:`extras`).
     """
 
@@ -64,8 +64,8 @@ class Watch(TrainerCallback):
     that the process has computed, which other work on the machine hardly changes.
     """
 
-    def __init__(self, names: list[str], points: int, metric: str, turn: int | None = None):
-        self.names, self.points, self.metric, self.turn = names, points, metric, turn
+    def __init__(self, names: list[str], points: int, metric: str, turn: int | None = None, after: bool = False):
+        self.names, self.points, self.metric, self.turn, self.after = names, points, metric, turn, after
         self.wall = self.cpu = self.flops = 0.0
         self.gradients = 0
         self.phases: list[dict[str, Any]] = []
@@ -85,6 +85,8 @@ class Watch(TrainerCallback):
         self._count_phase(state.global_step, wall, cpu)
         self.flops += self.phases[-1]["flops_per_step"]
         due = {round(state.max_steps * (i + 1) / self.points) for i in range(self.points)}
+        if self.after and self.trainer.drt is not None:
+            due |= {phase.start + 1 for phase in self.trainer.drt.plan.phases[1:]}
         control.should_evaluate = state.global_step in due
 
     def _count_phase(self, step: int, wall: float, cpu: float) -> None:
@@ -158,7 +160,13 @@ def run(settings: Settings, cache: Path, folder: str, turns: TrainerCallback | N
     if settings.peft is not None:
         model = with_lora(model, names, settings.peft)
     metric = "eval_accuracy" if settings.kind.endswith("classifier") else "eval_loss"
-    watch = Watch(names, settings.measure["points"], metric, settings.measure.get("turn"))
+    watch = Watch(
+        names,
+        settings.measure["points"],
+        metric,
+        settings.measure.get("turn"),
+        settings.measure.get("after_switch", False),
+    )
     training = {**QUIET, **used(settings.training, model)}
     matrix_rate = training.pop("matrix_rate", None)
     projected = str(training.get("optim", "")).startswith(("galore", "apollo"))
@@ -183,6 +191,8 @@ def run(settings: Settings, cache: Path, folder: str, turns: TrainerCallback | N
         callbacks=callbacks,
         **data,
     )
+    if project := settings.extras.get("project"):
+        trainer.add_callback(Project(model, names, project))
     watch.trainer = trainer
     start = mean(ranks(model, names))
     if projected:

@@ -6,6 +6,8 @@
 - ``profile``: ``{"steps": n, "of": "change" or "gradient"}``. A dense copy is trained for n steps; how the spectrum of
   what its weights have changed by, or of its last gradients, falls decides the rank of each layer, all ranks together
   costing what the rank of the settings would.
+- ``project``: ``{"k": k, "period": p, "sharpness": beta}``. Gradients of dense layers are projected on the k leading
+  directions of their inputs (:class:`hf_drt.covariance.GradientProjection`).
 """
 
 from collections.abc import Callable
@@ -18,6 +20,8 @@ from transformers import TrainerCallback
 
 from hf_drt import DRTTrainer, DRTTrainingArguments
 from hf_drt.compress.allocation import allocate
+from hf_drt.covariance import GradientProjection
+from hf_drt.optim import unwrap
 
 RANK_STEP = 8  # ranks that a profile gives are multiples of it
 
@@ -63,6 +67,22 @@ class Guide(TrainerCallback):
             muon.param_groups[0]["lr"] = self.rate * ratio
             muon.step()
             weight.grad = None
+
+
+class Project(TrainerCallback):
+    """A rule of projection through a run; to be added to a trainer that is made, after its own changes of form."""
+
+    def __init__(self, model: nn.Module, names: list[str], options: dict[str, Any]):
+        self.rule = GradientProjection(model, names, **options)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any, **kwargs: Any) -> None:
+        self.rule.install(unwrap(optimizer))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rule.begin_step(state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rule.leave()
 
 
 def profiled_ranks(

@@ -383,3 +383,74 @@ def test_a_compressed_model_saves_and_loads_as_any_other(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert torch.equal(tiny.logits(loaded, tiny.batch()), tiny.logits(model, tiny.batch()))
+
+
+# ---- by the inputs of calibration batches
+
+
+def calibrated_inputs(model, batches, name):
+    """``C`` of one layer in float64, by a hook of the test; with shrinkage of 0.01, and a mean diagonal of 1."""
+    seen, layer = [], model.get_submodule(name)
+    hook = layer.register_forward_pre_hook(lambda m, args: seen.append(args[0].reshape(-1, args[0].shape[-1]).double()))
+    with torch.no_grad():
+        for batch in batches:
+            model.eval()(**batch)
+    hook.remove()
+    X = torch.cat(seen)
+    C = X.mT @ X / X.square().sum() * X.shape[1]
+    return 0.99 * C + 0.01 * torch.eye(len(C))
+
+
+def calibration_batches():
+    return [tiny.batch(rows=4), tiny.batch(rows=8)]
+
+
+def test_with_calibration_a_layer_keeps_the_most_of_its_outputs():
+    model = decaying()
+    before, C = weights(model), calibrated_inputs(model, calibration_batches(), Q)
+    result = compress(model, rank=6, calibration=iter(calibration_batches()))
+    values, E = torch.linalg.eigh(before[Q] @ C @ before[Q].mT)
+    U = E[:, -6:]
+    torch.testing.assert_close(
+        effective_weight(model.get_submodule(Q)).double(), U @ U.mT @ before[Q], rtol=1e-3, atol=1e-5
+    )
+    layer = next(layer for layer in result.layers if layer.name == Q)
+    assert layer.error == pytest.approx((values[:-6].sum() / values.sum()).sqrt().item(), rel=1e-3)
+    assert result.calibrated
+    assert "layers in factors, errors of outputs on the calibration" in str(result)
+
+
+def test_ranks_by_energy_and_budget_go_by_outputs_and_the_plan_is_what_is_done():
+    model, batches = decaying(), calibration_batches()
+    by_weight = plan_compression(model, energy=0.9, rank_multiple=1)
+    plan = plan_compression(model, energy=0.9, rank_multiple=1, calibration=batches)
+    assert [layer.rank for layer in plan.layers] != [layer.rank for layer in by_weight.layers]
+    assert all(layer.error**2 <= 0.1 + 1e-5 for layer in plan.layers)
+    assert compress(model, energy=0.9, rank_multiple=1, calibration=batches) == plan
+    budget = plan_compression(decaying(), parameters=0.5, rank_multiple=1, calibration=batches)
+    assert budget.parameters[1] <= 0.5 * budget.parameters[0]
+
+
+def test_factors_are_cut_by_their_inputs_as_the_dense_weight_is():
+    model, whole = decaying(), decaying()
+    swap_in = {name: convert(layer, Factored(16)) for name, layer in find_targets(model).targets.items()}
+    replace(model, [Swap(name, model.get_submodule(name), change.module) for name, change in swap_in.items()])
+    for name, W in weights(model).items():
+        whole.get_submodule(name).weight.data = W.float()
+    for each in (model, whole):
+        compress(each, rank=4, calibration=calibration_batches())
+    for name, W in weights(whole).items():
+        torch.testing.assert_close(weights(model)[name], W, rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_no_calibration_is_refused_before_a_layer_changes():
+    model = decaying()
+    before = copy.deepcopy(model.state_dict())
+    for function in (compress, plan_compression):
+        with pytest.raises(ValueError, match=r"calibration has no batch"):
+            function(model, rank=4, calibration=[])
+        with pytest.raises(
+            TypeError, match=r"calibration must be an iterable of batches, got a BatchEncoding|got a dict"
+        ):
+            function(model, rank=4, calibration=tiny.batch())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

@@ -77,7 +77,7 @@ def made(
 def failing(rank: int | None):
     """On this process, no decomposition finds memory."""
 
-    def decompose(module, form):
+    def decompose(module, form, covariance=None):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
 
     kept = hf_drt.engines.decompose.decompose

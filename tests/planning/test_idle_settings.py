@@ -22,6 +22,12 @@ SETTINGS = {
     "rank": ({"rank": 4}, "factored@0 dense@50%", "factored:4@0 dense@50%", r"Write a phase without one, e\.g\. low"),
     "rank_pattern": ({"rank_pattern": {"attn": 4}}, "factored@0", "dense@0", r"all are dense\. Write one .* lowrank@0"),
     "decomposition": ({"decomposition": "tucker"}, None, "fixed", r"none of the 14 target layers is one with a kernel"),
+    "truncation": (
+        {"truncation": "activation"},
+        "dense@0 factored@50%",
+        "factored@0 dense@50%",
+        r"no layer loses rank after the first phase\. Write .* dense@0 factored@40%",
+    ),
     "rank_multiple": (
         {"rank_multiple": 4},
         "factored:0.25@0",

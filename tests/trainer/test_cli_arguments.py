@@ -20,6 +20,7 @@ FLAGS = {
     "rank": (["16"], 16),
     "rank_pattern": (['{"attn": 0.125, "mlp": 64}'], '{"attn": 0.125, "mlp": 64}'),
     "decomposition": (["tucker"], "tucker"),
+    "truncation": (["activation"], "activation"),
     "rank_multiple": (["4"], 4),
     "include": (["attn", r"mlp\.(up|down)"], ["attn", r"mlp\.(up|down)"]),
     "exclude": (["layers\\.0"], ["layers\\.0"]),

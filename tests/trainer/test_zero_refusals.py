@@ -79,6 +79,7 @@ def test_what_deepspeeds_configuration_cannot_have(zero, given, message):
         ({}, {"export": "adapter"}, "drt_export=adapter under DeepSpeed"),
         ({}, {"frobenius_decay": True}, "drt_frobenius_decay under DeepSpeed"),
         ({}, {"frozen_dtype": "bfloat16"}, "drt_frozen_dtype under DeepSpeed"),
+        ({}, {"truncation": "activation"}, "drt_truncation=activation under Deep"),
         ({}, {"dense_accumulation": 2}, "drt_dense_accumulation under DeepSpeed"),
         ({}, {"matrix_optimizer": "muon"}, "the matrix optimizer under DeepSpeed.* Set drt_matrix_optimizer=none"),
     ],

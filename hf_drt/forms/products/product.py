@@ -48,6 +48,8 @@ class Source:
         layout: How its dense weight is stored.
         matrix: Gives the effective ``W (out, in)``, in float32 or better.
         tensors: Gives its stored tensors by name, in float32 or better.
+        covariance: Second moments ``E[x x^T] (in, in)`` of its inputs, or any multiple of them, by which a product that
+            can (:attr:`Product.weighs_inputs`) weighs what it leaves out of W; None to weigh nothing.
     """
 
     form: Form
@@ -55,6 +57,7 @@ class Source:
     layout: Layout
     matrix: Callable[[], Tensor]
     tensors: Callable[[], Mapping[str, Tensor]]
+    covariance: Tensor | None = None
 
     def kernel(self) -> Tensor:
         """The weight as the dense layer stores it: ``(out, channels, *kernel)`` of a convolution."""
@@ -97,6 +100,7 @@ class Product(ABC):
         has_rank_in: Whether it has a second rank, that of the input channels.
         two_matrices: Whether its tensors are two matrices L and R with ``W = L R``, as of an SVD: then optimizer
             moments map by the chain rule, there is a decay of the product, and its adapter is a LoRA of PEFT.
+        weighs_inputs: Whether the decomposition for a factored form weighs by :attr:`Source.covariance`.
     """
 
     name: str
@@ -107,6 +111,7 @@ class Product(ABC):
     fits_only: str = "a linear layer or a convolution"
     has_rank_in: bool = False
     two_matrices: bool = False
+    weighs_inputs: bool = False
 
     def __deepcopy__(self, memo: Any) -> "Product":
         return self  # it has no state

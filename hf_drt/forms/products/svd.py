@@ -11,7 +11,7 @@ from hf_drt.forms.layout import LayerShape
 from hf_drt.forms.products.product import Convolution, LowRank, Shapes, Source, TwoFactors
 from hf_drt.forms.stack_math import of_each, stacked_truncation
 from hf_drt.forms.starts import spectral_factors
-from hf_drt.linalg import Truncation, truncated_product, truncated_svd
+from hf_drt.linalg import Truncation, truncated_product, truncated_svd, weighted_product, weighted_truncation
 
 
 class Svd(TwoFactors):
@@ -27,6 +27,7 @@ class Svd(TwoFactors):
     found_by = "SVD of the matrix (out, in k k)"
     roles = ("V", "U")
     two_matrices = True
+    weighs_inputs = True
 
     def refusal(self, shape: LayerShape) -> None:
         return None
@@ -48,7 +49,11 @@ class Svd(TwoFactors):
         return min(shape)
 
     def decompose(self, form: LowRank, source: Source) -> Truncation:
-        k, narrow = _kept(form, source), source.narrow
+        k, narrow, C = _kept(form, source), source.narrow, None if form.adapts else source.covariance
+        if C is not None and narrow is not None:
+            return weighted_product(*source.factors(narrow), C, k)
+        if C is not None:
+            return weighted_truncation(source.matrix(), C, k)
         if narrow is not None:
             return stacked_truncation(truncated_product, *source.factors(narrow), rank=k)
         return stacked_truncation(truncated_svd, source.matrix(), rank=k)
