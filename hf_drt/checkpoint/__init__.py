@@ -7,8 +7,8 @@ from hf_drt.checkpoint.run_state import (
     check_plan,
     check_preset,
     check_structure,
+    continued_plan,
     lasting,
-    stored_plan,
     structure,
 )
 from hf_drt.checkpoint.safetensors_files import Shapes, shapes_by_file, stored_shapes, weight_files
@@ -25,12 +25,12 @@ __all__ = [
     "check_plan",
     "check_preset",
     "check_structure",
+    "continued_plan",
     "declare",
     "lasting",
     "read_block",
     "read_state",
     "shapes_by_file",
-    "stored_plan",
     "stored_shapes",
     "structure",
     "transformers_models",

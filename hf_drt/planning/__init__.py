@@ -1,6 +1,6 @@
 """A schedule on a model: ranks, checks, cost, and what `auto` comes to."""
 
-from hf_drt.planning.checks import check_arguments, check_resolved
+from hf_drt.planning.checks import check_arguments, check_resolved, check_step, refuse_without_optimizer
 from hf_drt.planning.cost import PlanCost
 from hf_drt.planning.description import chosen, description, facts, headline
 from hf_drt.planning.groups import group_counts, mean_falls
@@ -39,6 +39,7 @@ __all__ = [
     "budget_of",
     "check_arguments",
     "check_resolved",
+    "check_step",
     "chosen",
     "description",
     "facts",
@@ -49,6 +50,7 @@ __all__ = [
     "lowrank_kind",
     "mean_falls",
     "refuse_idle",
+    "refuse_without_optimizer",
     "refuse_without_schedule",
     "resolution",
     "resolve_form",

@@ -1,6 +1,6 @@
 """A plan on a model, resolved once and handed on: phases, target layers, the form of each in every phase, and cost."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -65,6 +65,17 @@ class ResolvedPlan:
     def parts(self, phase: int) -> dict[str, Part]:
         """The layers that a phase brings into a form, all or those of its groups, by the part that they are in."""
         return _parts(provisional(self.plan).phases[phase], self.targets, self.config)
+
+    def restarts(self, phase: int, before: int | None) -> Collection[str]:
+        """Layers that a phase brings into a form anew, re-balanced factors or a merged and renewed adapter, where they
+        are in it: all of one of the same kind as the phase ``before``, those that a mixed one names; none where it
+        differs in its dtype alone."""
+        phases = self.plan.phases
+        if before is None or phase == before or self.plan.recasts(before, phase):
+            return ()
+        if not phases[phase].parts and phases[phase].kind != phases[before].kind:
+            return ()
+        return self.parts(phase)
 
     def trains_dense(self, phase: int) -> bool:
         """Whether the plan has a layer dense, and trained, in a phase. One that a setting or its rank keeps dense where

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -228,7 +228,7 @@ def _grown(plan: Plan | None, switches: tuple[SwitchData, ...], files: RunFiles)
         return plan
     later = [switch for switch in switches if switch.phase >= len(plan)]
     low = plan.phases[0]
-    phases = [Phase(s.step, "dense") if s.phase % 2 else Phase(s.step, low.kind, low.rank) for s in later]
+    phases = [Phase(s.step, "dense", dtype=low.dtype) if s.phase % 2 else replace(low, start=s.step) for s in later]
     try:
         return Plan((*plan.phases, *phases), plan.max_steps)
     except ValueError:
