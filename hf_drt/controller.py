@@ -324,6 +324,7 @@ class DynamicRank:
         forms = {name: form_of(self._layer(name)) for name in self.targets}
         state = structure(self.plan, self.phase, self._settings(), self.targets, forms, self._made_in())
         state |= {} if self.turns is None else {"turns": self.turns.state_dict()}
+        state |= self.resolved.measured
         return state if self.windows is None else state | {"windows": self.windows.state_dict()}
 
     def check_state(self, state: dict[str, Any]) -> None:
@@ -339,9 +340,9 @@ class DynamicRank:
 
     def _plan_of(self, state: dict[str, Any]) -> Plan:
         """The plan that a state must have."""
-        grows, turns, resolved = self.windows is not None, self.turns is not None, self.resolved
-        found = continued_plan(state, self.initial.plan, grows=grows, turns=turns, outline=resolved.outline)
-        return found or self.plan
+        grows, turns, now = self.windows is not None, self.turns is not None, self.resolved
+        how = {"grows": grows, "turns": turns, "outline": now.outline, "measured": now.paces is not None}
+        return continued_plan(state, self.initial.plan, **how) or self.plan
 
     def _settings(self) -> dict[str, Any]:
         settings = {"seed": self.seed} | lasting(self.config)

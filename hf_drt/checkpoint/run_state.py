@@ -82,7 +82,9 @@ def stored_plan(state: dict[str, Any]) -> Plan | None:
         return None
 
 
-def continued_plan(state: dict[str, Any], initial: Plan, *, grows: bool, turns: bool, outline: bool) -> Plan | None:
+def continued_plan(
+    state: dict[str, Any], initial: Plan, *, grows: bool, turns: bool, outline: bool, measured: bool
+) -> Plan | None:
     """The plan of a state that a run with the plan ``initial`` may go on with; None where it is another.
 
     Args:
@@ -91,6 +93,7 @@ def continued_plan(state: dict[str, Any], initial: Plan, *, grows: bool, turns: 
         grows: Whether a trigger adds windows to it: any plan that has grown out of it will do.
         turns: Whether the run decides on turns: any plan that a run has decided will do.
         outline: Whether it is an outline: any plan with its phases will do.
+        measured: Whether ranks and dtypes follow from seconds that were measured: any plan that was measured will do.
     """
     plan = stored_plan(state)
     if plan is None or plan.max_steps != initial.max_steps:
@@ -98,7 +101,8 @@ def continued_plan(state: dict[str, Any], initial: Plan, *, grows: bool, turns: 
     grown = grows and plan.phases[0] == initial.phases[0]
     alike = [replace(p, start=0) for p in plan.phases] == [replace(p, start=0) for p in initial.phases]
     decided = not turns or "turns" in state
-    return plan if grown or (outline and alike) or (decided and could_become(initial, plan)) else None
+    timed = measured and "paces" in state and [p.kind for p in plan.phases] == [p.kind for p in initial.phases]
+    return plan if grown or timed or (outline and alike) or (decided and could_become(initial, plan)) else None
 
 
 def check_preset(state: dict[str, Any], schedule: Schedule | None, lowrank: str | None) -> None:

@@ -7,6 +7,7 @@ from hf_drt.planning.groups import group_counts, mean_falls
 from hf_drt.planning.idle_settings import Usage, idle_settings, refuse_idle, refuse_without_schedule, usage_of
 from hf_drt.planning.layers import LayersOf, TargetLayers
 from hf_drt.planning.origin import lowrank_kind
+from hf_drt.planning.paces import Paces, measured_paces
 from hf_drt.planning.ranks import (
     break_even_of,
     break_even_rank,
@@ -29,6 +30,7 @@ from hf_drt.planning.update_cost import update_multiply_adds, update_tokens
 
 __all__ = [
     "LayersOf",
+    "Paces",
     "PlanCost",
     "Resolution",
     "ResolvedPlan",
@@ -49,6 +51,7 @@ __all__ = [
     "is_query_or_key",
     "lowrank_kind",
     "mean_falls",
+    "measured_paces",
     "refuse_idle",
     "refuse_without_optimizer",
     "refuse_without_schedule",

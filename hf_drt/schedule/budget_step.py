@@ -117,7 +117,7 @@ def full_rank_share(kinds: Sequence[str], run: Run) -> float:
 
 
 def _with_full_rank(cost: float, share: float, dense: float) -> float:
-    return cost * (1 - share) + share * dense
+    return cost * (1 - share) + share * dense if share else cost  # dense may take for ever
 
 
 def budget_step(index: int, starts: Sequence[int | None], forms: Sequence[Form], run: Run) -> int:

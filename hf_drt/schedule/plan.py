@@ -49,6 +49,11 @@ class Phase:
         return with_dtype(parts_text(self.parts) or form_text(self.kind, self.rank), self.dtype)
 
     @property
+    def name(self) -> str:
+        """The form without its rank, for tables that have a column of ranks: ``factored/bf16``."""
+        return self.form if self.parts else with_dtype(self.kind, self.dtype)
+
+    @property
     def whole(self) -> tuple[Part, ...]:
         """The parts of a mixed phase; of another one, the one part that it is."""
         return self.parts or (Part(self.kind, self.rank),)

@@ -261,6 +261,11 @@ def _check_dtypes(entries: tuple[Entry, ...], text: str) -> None:
             f"'{bare}' has no dtype, and the budget of '{text}' counts the seconds of every phase. Write one, e.g. "
             f"{form_text(bare.kind, bare.rank, AUTO)}@{bare.at}."
         )
+    if anchor := next((entry for entry in entries if entry.at.uses_lr), None):
+        raise ValueError(
+            f"'{anchor}' begins at a learning rate, and a resumed run that has measured other seconds could not "
+            f"compare its plan, of '{text}'. Give the boundary in % or steps, or write fp32 or bf16."
+        )
     chosen = {entry.kind for entry in entries if entry.rank == "budget" and entry.dtype == AUTO}
     if len(chosen) != 1:
         raise ValueError(
