@@ -3,7 +3,7 @@
 Accelerate sets ``model.forward`` to one that enters its autocast (``bf16=True``) and widens what comes out. Of two
 autocasts the inner one counts, so a phase's stands inside of that, around the class's own ``forward``: it is put there
 before Accelerate prepares the model, and goes wherever the model is called, ``generate`` and evaluation included.
-tests/trainer/test_phase_dtypes.py fails first where Accelerate does it in another way.
+tests/trainer/test_phase_dtypes_run.py fails first where Accelerate does it in another way.
 """
 
 import copy
