@@ -6,6 +6,7 @@
 - ``profile``: ``{"steps": n, "of": "change" or "gradient"}``. A dense copy is trained for n steps; how the spectrum of
   what its weights have changed by, or of its last gradients, falls decides the rank of each layer, all ranks together
   costing what the rank of the settings would.
+- ``widened``: true. Products in bfloat16 are those of instructions for them (:mod:`widened`); its seconds say nothing.
 """
 
 from collections.abc import Callable
