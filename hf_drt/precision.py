@@ -69,6 +69,6 @@ def slow_dtype(dtypes: Iterable[str | None], device: str) -> str | None:
         return None
     return (
         "bf16 will be slow on this CPU, which has no instructions for products in it (amx_bf16, avx512_bf16): they may "
-        "take tens of times as long as in fp32. Its results are right. Write fp32, or train where there are such "
+        "take many times as long as in fp32. Its results are right. Write fp32, or train where there are such "
         "instructions, or a GPU"
     )

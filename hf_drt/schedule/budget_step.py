@@ -160,7 +160,7 @@ def budget_step(index: int, starts: Sequence[int | None], forms: Sequence[Form],
         least, most = sorted(nearest)
         raise ValueError(
             f"no boundary between {names} meets a budget of {budget:g}: this schedule takes a share of "
-            f"dense training FLOPs from {least:.3f} to {most:.3f}. Change the budget or a rank, or train longer."
+            f"dense training {_unit(forms)} from {least:.3f} to {most:.3f}. Change the budget or a rank, or train longer."
         )
     return step
 
@@ -178,9 +178,14 @@ def check_cost(plan: Plan, forms: Sequence[Form], run: Run, full_rank: float) ->
         left = f"{full_rank:.0%}" if full_rank else "nothing"
         raise ValueError(
             f"rank 'budget' leaves {left} of the run for full rank, and '{plan}' takes "
-            f"{share:.3f} of dense training FLOPs, more than the budget of {budget:g}. Put a boundary at 'budget' too, "
+            f"{share:.3f} of dense training {_unit(forms)}, more than the budget of {budget:g}. Put a boundary at 'budget' too, "
             "e.g. 'lowrank:budget@0 dense@budget', which is the preset auto_late, or shorten the dense phases."
         )
+
+
+def _unit(forms: Sequence[Form]) -> str:
+    """What their cost is counted in."""
+    return "seconds (in fp32)" if len(forms[0]) > 2 else "FLOPs"
 
 
 def _budget_and_cost(run: Run) -> tuple[float, Callable[..., float]]:

@@ -1,7 +1,7 @@
 """Products in bfloat16 as CPUs and GPUs with instructions for them do them, on a machine that has none.
 
 Such instructions multiply numbers of 8 bits exactly, add up in float32, and round the sum once. So does a product of
-the same numbers in float32, rounded at the end; where a CPU has none, torch's own takes tens of times as long.
+the same numbers in float32, rounded at the end; where a CPU has none, torch's own takes many times as long.
 """
 
 from collections.abc import Mapping, Sequence
