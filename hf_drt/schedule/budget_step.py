@@ -159,8 +159,8 @@ def budget_step(index: int, starts: Sequence[int | None], forms: Sequence[Form],
         nearest = ((others + (x - start) * before + (end - x) * after) / run.max_steps for x in (start + 1, end - 1))
         least, most = sorted(nearest)
         raise ValueError(
-            f"no boundary between {names} meets a budget of {budget:g}: this schedule takes a share of "
-            f"dense training {_unit(forms)} from {least:.3f} to {most:.3f}. Change the budget or a rank, or train longer."
+            f"no boundary between {names} meets a budget of {budget:g}: this schedule takes a share of dense training "
+            f"{_unit(forms)} from {least:.3f} to {most:.3f}. Change the budget or a rank, or train longer."
         )
     return step
 
@@ -177,9 +177,9 @@ def check_cost(plan: Plan, forms: Sequence[Form], run: Run, full_rank: float) ->
     if (share := sum(costs) / plan.max_steps) > budget + 1e-9:
         left = f"{full_rank:.0%}" if full_rank else "nothing"
         raise ValueError(
-            f"rank 'budget' leaves {left} of the run for full rank, and '{plan}' takes "
-            f"{share:.3f} of dense training {_unit(forms)}, more than the budget of {budget:g}. Put a boundary at 'budget' too, "
-            "e.g. 'lowrank:budget@0 dense@budget', which is the preset auto_late, or shorten the dense phases."
+            f"rank 'budget' leaves {left} of the run for full rank, and '{plan}' takes {share:.3f} of dense training "
+            f"{_unit(forms)}, more than the budget of {budget:g}. Put a boundary at 'budget' too, e.g. "
+            "'lowrank:budget@0 dense@budget', which is the preset auto_late, or shorten the dense phases."
         )
 
 

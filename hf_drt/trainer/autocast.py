@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from accelerate.utils import convert_to_fp32
 from torch import nn
 
@@ -38,6 +39,7 @@ class PhaseForward:
         functools.update_wrapper(self, forward)
         self._forward, self.device, self.driver = forward, device, driver
 
+    @torch.compiler.disable(recursive=False)  # which cannot follow it to the run; the model's own forward is compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         driver = self.driver()
         if driver is None or driver.dtype is None:

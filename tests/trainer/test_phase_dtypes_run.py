@@ -86,6 +86,15 @@ def test_resume_is_bitwise_equal_from_a_checkpoint_of_every_phase(tmp_path, opti
         assert other.drt.state_dict() == expected.drt.state_dict()
 
 
+def test_a_compiled_model_computes_in_the_dtype_of_its_phase(tmp_path):
+    text = "factored/bf16@0 factored/fp32@2"
+    plain = trained(tmp_path / "a", text, max_steps=4)
+    torch._dynamo.utils.counters.clear()
+    compiled = trained(tmp_path / "b", text, max_steps=4, torch_compile=True, torch_compile_backend="eager")
+    assert_equal_runs(compiled, plain)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # one for each dtype at least
+
+
 def test_a_model_is_copied_and_pickled_with_its_plain_forward(tmp_path):
     run = trained(tmp_path, "dense/bf16@0")
     assert isinstance(vars(run.model)["forward"], PhaseForward)
