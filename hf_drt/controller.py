@@ -202,8 +202,7 @@ class DynamicRank:
         """
         warn_of_lone_process()
         check_step(step, self._step)
-        if step > self._step:
-            self._computing.step_begins(None if self.phase is None else self.plan.phases[self.phase], self._step)
+        self._computing.step_begins(step, None if self.phase is None else self.plan.phases[self.phase], self._step)
         changes, index = self.match(step), self.plan.index_at(step)
         if changes and optimizer is None and self.phase is not None and not self.recasts(index):
             refuse_without_optimizer(self.plan.phases[index], step)

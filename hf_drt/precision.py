@@ -38,19 +38,20 @@ class Computing:
             self._warned = True
         return autocast(dtype, device)
 
-    def step_begins(self, phase: Phase | None, before: int) -> None:
-        """A new step begins; ``phase`` is that of the step ``before``.
+    def step_begins(self, step: int, phase: Phase | None, before: int) -> None:
+        """A step begins, or is begun again; ``phase`` is that of the step ``before``.
 
         Raises:
             ValueError: It has a dtype, and nobody has asked for its context in that step.
         """
-        if phase is not None and phase.dtype is not None and self._asked is False:
+        if step > before and self._asked is False and phase is not None and phase.dtype is not None:
             raise ValueError(
                 f"phase '{phase}' computes in {phase.dtype}, but drt.autocast() was not asked for in update step "
                 f"{before}: the model has computed in what it does anyway. Write `with drt.autocast(): loss = "
                 "model(**batch).loss`, or leave the dtype out of the schedule."
             )
-        self._asked = False
+        if step > before or self._asked is None:
+            self._asked = False
 
     def restart(self) -> None:
         """The next step is the first that is seen."""
