@@ -86,6 +86,7 @@ def test_resume_is_bitwise_equal_from_a_checkpoint_of_every_phase(tmp_path, opti
         assert other.drt.state_dict() == expected.drt.state_dict()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_computes_in_the_dtype_of_its_phase(tmp_path):
     text = "factored/bf16@0 factored/fp32@2"
     plain = trained(tmp_path / "a", text, max_steps=4)
