@@ -49,7 +49,8 @@ def _option(default: Any, help: str | Callable[[], str], members: Mapping[str, A
 def _schedule_help() -> str:
     presets = " ".join(f"{preset.call}: {preset.help}" for preset in PRESETS.values())
     return (
-        "Phases of the run, e.g. 'factored@0 dense@40% adapter@80%', or a preset. Boundaries are shares of the run "
+        "Phases of the run, e.g. 'factored@0 dense@40% adapter@80%', or a preset. A phase may say what it computes in, "
+        "bf16 or fp32, as in factored/bf16@0. Boundaries are shares of the run "
         "(%), update steps (400), epochs (1.5ep), LR anchors (lr<0.9), or 'budget'. Unset: plain training, without any "
         f"change. Presets, with the defaults of their options: {presets}"
     )

@@ -1,21 +1,21 @@
 """DynamicRank: one plan applied to one model. Usable in any training loop."""
 
 import hashlib
-import logging
 import time
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_drt.checkpoint import check_plan, check_preset, check_structure, declare, lasting, stored_plan, structure
+from hf_drt.checkpoint import check_plan, check_preset, check_structure, continued_plan, declare, lasting, structure
 from hf_drt.config import DRTConfig
 from hf_drt.covariance import Gathering
-from hf_drt.engines import engine_of, warn_of_lone_process, whole_size
-from hf_drt.forms import AdapterLinear, Dense, Form, form_of, layer_ranks
+from hf_drt.engines import engine_of, trainable_size, warn_of_lone_process
+from hf_drt.forms import Dense, Form, form_of, layer_ranks
 from hf_drt.optim import (
     Owner,
     form_group_options,
@@ -32,15 +32,23 @@ from hf_drt.planning import (
     budget_of,
     check_arguments,
     check_resolved,
+    check_step,
     gathered_at,
     mean_falls,
+    refuse_without_optimizer,
     resolved_for,
 )
-from hf_drt.schedule import Plan, Trigger, Turns, Windows, could_become, provisional, whole_number
-from hf_drt.targets import Swap, present_layer, replace
-from hf_drt.transition import FunctionError, Transition, change_forms, empty_forms, warn_of_rounding
-
-logger = logging.getLogger(__name__)
+from hf_drt.precision import Computing
+from hf_drt.schedule import Plan, Trigger, Turns, Windows, provisional, whole_number
+from hf_drt.targets import present_layer
+from hf_drt.transition import (
+    FunctionError,
+    Transition,
+    change_forms,
+    empty_forms,
+    remembered_layers,
+    warn_of_rounding,
+)
 
 
 class DynamicRank:
@@ -113,8 +121,7 @@ class DynamicRank:
         self.skipped, self.fused_note = resolved.targets.skipped, resolved.targets.fused_note
         self.seed = config.seed if config.seed is not None else seed
         self.phase: int | None = None
-        self.inputs = Gathering()
-        self._step = 0
+        self._step, self._computing, self.inputs = 0, Computing(), Gathering()
         self._installed: weakref.ref | None = None
         self._copied: tuple[int | None, ...] = ()  # in a copy, the phase in which its optimizer's original was made
         check_resolved(resolved, in_trainer)
@@ -160,6 +167,26 @@ class DynamicRank:
             check_plan(str(self.plan), self.plan.max_steps, resolved.plan)
         self.resolved = self.initial = resolved
 
+    # ---- what it computes in
+
+    @property
+    def dtype(self) -> str | None:
+        """What the present phase computes in, 'fp32' or 'bf16'; None for what the run does, and in no phase."""
+        return None if self.phase is None else self.plan.phases[self.phase].dtype
+
+    def autocast(self, device: str | None = None) -> AbstractContextManager:
+        """The context for forward passes, and losses, of the present phase, in its dtype; around the backward pass none
+        is needed.
+
+        Args:
+            device: Type of the device, as 'cuda'; that of the model's first parameter by default.
+        """
+        return self._computing.autocast(self.dtype, device or next(self.model.parameters()).device.type)
+
+    def recasts(self, index: int) -> bool:
+        """Whether a phase differs from the present one in its dtype alone: nothing but that changes with it."""
+        return self.plan.recasts(self.phase, index)
+
     # ---- the verbs
 
     def match(self, step: int) -> bool:
@@ -177,18 +204,11 @@ class DynamicRank:
         Call it at the beginning of every update step, before the first forward pass. Arguments as in :meth:`apply`.
         """
         warn_of_lone_process()
-        if whole_number("step", step) < self._step:
-            raise ValueError(
-                f"begin_step({step}) comes after begin_step({self._step}). Count update steps over the whole run, not "
-                "from 0 in every epoch: a phase that is over would begin again."
-            )
-        changes = self.match(step)
-        if changes and optimizer is None and self.phase is not None:
-            raise ValueError(
-                f"phase '{self.plan.phases[self.plan.index_at(step)]}' begins at update step {step}, but begin_step "
-                "got no optimizer, so that the new weights would never be trained. Pass the optimizer; to change the "
-                "form of a model that is not trained, call apply(step)."
-            )
+        check_step(step, self._step)
+        self._computing.step_begins(step, None if self.phase is None else self.plan.phases[self.phase], self._step)
+        changes, index = self.match(step), self.plan.index_at(step)
+        if changes and optimizer is None and self.phase is not None and not self.recasts(index):
+            refuse_without_optimizer(self.plan.phases[index], step)
         if optimizer is None and self._installed is None and form_group_options(self.config):
             raise ValueError(
                 f"begin_step({step}) got no optimizer, so that {group_settings(self.config)} would have no effect. "
@@ -255,7 +275,7 @@ class DynamicRank:
         index = self.plan.index_at(step)
         self._decide(index)
         enter = self._staged(optimizer)
-        parameters = _trainable_parameters(self.model)
+        parameters = trainable_size(self.model)
         forms = self.changes(index)
         function = FunctionError(probe if self.match(step) else None)
         generator = partial(self._generator, index)
@@ -275,7 +295,7 @@ class DynamicRank:
             kind=self.plan.phases[index].kind,
             layers=len(forms),
             seconds=seconds,
-            parameters=(parameters, _trainable_parameters(self.model)),
+            parameters=(parameters, trainable_size(self.model)),
             errors=outcome.errors,
             merge_error=outcome.merge_error,
             function_error=function.measure(),
@@ -294,20 +314,12 @@ class DynamicRank:
 
     def changes(self, index: int) -> dict[str, Form]:
         """The layers that change, and their new forms, from what the model is in now."""
-        restarts = self._restarts(index)
+        restarts = self.resolved.restarts(index, self.phase)
         return {
             name: form
             for name, form in self.forms(index).items()
             if form_of(self._layer(name)) != form or (name in restarts and not isinstance(form, Dense))
         }
-
-    def _restarts(self, index: int) -> Collection[str]:
-        """Layers that a phase brings into a form anew, re-balanced factors or a merged and renewed adapter, where they
-        are in it: all of one of the same kind as the phase before, those that a mixed one names."""
-        phases, now = self.plan.phases, self.phase
-        if now is None or index == now or (not phases[index].parts and phases[index].kind != phases[now].kind):
-            return ()
-        return self.resolved.parts(index)
 
     def _generator(self, phase: int, name: str) -> torch.Generator:
         """A CPU generator from (seed, phase, layer): equal on all processes, and the global one is left alone."""
@@ -319,6 +331,7 @@ class DynamicRank:
         forms = {name: form_of(self._layer(name)) for name in self.targets}
         state = structure(self.plan, self.phase, self._settings(), self.targets, forms, self._made_in())
         state |= {} if self.turns is None else {"turns": self.turns.state_dict()}
+        state |= self.resolved.measured
         return state if self.windows is None else state | {"windows": self.windows.state_dict()}
 
     def check_state(self, state: dict[str, Any]) -> None:
@@ -333,16 +346,10 @@ class DynamicRank:
         check_structure(state, plan, self._settings(), self.targets, lambda index: forms[index])
 
     def _plan_of(self, state: dict[str, Any]) -> Plan:
-        """The plan that a state must have: with a trigger any that has grown out of the initial one, while that is an
-        outline any with its phases, and where a run decides on turns any that a run has decided."""
-        plan, initial = stored_plan(state), self.initial.plan
-        if plan is None or plan.max_steps != initial.max_steps:
-            return self.plan
-        grown = self.windows is not None and plan.phases[0] == initial.phases[0]
-        alike = [(p.kind, p.rank, p.parts) for p in plan.phases] == [(p.kind, p.rank, p.parts) for p in initial.phases]
-        decided = self.turns is None or "turns" in state
-        filled = (self.resolved.outline and alike) or (decided and could_become(initial, plan))
-        return plan if grown or filled else self.plan
+        """The plan that a state must have."""
+        grows, turns, now = self.windows is not None, self.turns is not None, self.resolved
+        how = {"grows": grows, "turns": turns, "outline": now.outline, "measured": now.paces is not None}
+        return continued_plan(state, self.initial.plan, **how) or self.plan
 
     def _settings(self) -> dict[str, Any]:
         settings = {"seed": self.seed} | lasting(self.config)
@@ -388,32 +395,19 @@ class DynamicRank:
             changes = {name: form for name, form in forms.items() if form_of(self._layer(name)) != form}
         empty_forms(self.model, changes, optimizer)
         declare(self.model)
-        self.phase = index
-        self._step = self.plan.phases[index].start
+        self.phase, self._step = index, self.plan.phases[index].start
+        self._computing.restart()
 
     def remembered(self) -> Callable[[], None]:
-        """The returned function brings the model back to the layers that it has now, bit for bit, and to this phase.
-
-        They live as long as it does. Of weights that a change of form writes to (W under an adapter that takes its
-        principal directions, an adapter's base where it is merged) it keeps a copy.
-        """
+        """The returned function brings the model back to the layers that it has now, bit for bit, and to this phase
+        (:func:`hf_drt.transition.remembered_layers`)."""
         phase, step, resolved = self.phase, self._step, self.resolved
         turns = None if self.turns is None else self.turns.state_dict()
-        layers = {name: self._layer(name) for name in self.targets}
-        parameters = [p for layer in layers.values() for p in layer.parameters()]
-        flags = [p.requires_grad for p in parameters]
         principal = self.config.adapter_init == "principal" and any("adapter" in p.kinds for p in self.plan.phases)
-        written = [p for m in layers.values() if principal or isinstance(m, AdapterLinear) for p in m.parameters()]
-        values = [p.detach().clone() for p in written]
+        put_back = remembered_layers(self.model, {name: self._layer(name) for name in self.targets}, principal)
 
         def restore() -> None:
-            now = {name: self._layer(name) for name in layers}
-            replace(self.model, [Swap(name, now[name], old) for name, old in layers.items() if now[name] is not old])
-            for parameter, flag in zip(parameters, flags, strict=True):
-                parameter.requires_grad_(flag)
-            with torch.no_grad():
-                for parameter, value in zip(written, values, strict=True):
-                    parameter.copy_(value)
+            put_back()
             declare(self.model)
             self.phase, self._step, self.resolved = phase, step, resolved
             if self.turns is not None and turns is not None:
@@ -465,7 +459,8 @@ class DynamicRank:
 
     def lr_factor(self) -> float:
         """Share of the scheduled LR in force at the present update step: the re-warm-up after a switch."""
-        since = self._step - self.plan.phases[self.phase].start if self.phase else None
+        start = self.plan.form_start(self.phase) if self.phase else 0
+        since = self._step - start if start else None
         return rewarmup_factor(since, self.config.rewarmup_steps, self.config.rewarmup_start)
 
     # ---- reading and leaving
@@ -491,7 +486,3 @@ class DynamicRank:
         change_forms(self.model, low_rank, optimizer, "reset", lambda name: self._generator(0, name))
         declare(self.model)
         self.phase = None
-
-
-def _trainable_parameters(model: nn.Module) -> int:
-    return sum(whole_size(p) for p in model.parameters() if p.requires_grad)

@@ -1,11 +1,12 @@
 """The structure of a model in the middle of a plan, as JSON, and its comparison with a run that wants to go on."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from hf_drt.forms import Form, LayerShape, form_from_dict, form_to_dict
 from hf_drt.messages import some
-from hf_drt.schedule import Plan, Run, Schedule
+from hf_drt.schedule import Plan, Run, Schedule, could_become
 
 # Settings that a resumed run must share with the one that wrote the checkpoint: they decide structure, parameter groups
 # and the numbers of later phases.
@@ -81,6 +82,29 @@ def stored_plan(state: dict[str, Any]) -> Plan | None:
         return Schedule.parse(state["plan"]).resolve(Run(state["max_steps"]))
     except (KeyError, TypeError, AttributeError, ValueError):
         return None
+
+
+def continued_plan(
+    state: dict[str, Any], initial: Plan, *, grows: bool, turns: bool, outline: bool, measured: bool
+) -> Plan | None:
+    """The plan of a state that a run with the plan ``initial`` may go on with; None where it is another.
+
+    Args:
+        state: Of :func:`structure`.
+        initial: As the run began.
+        grows: Whether a trigger adds windows to it: any plan that has grown out of it will do.
+        turns: Whether the run decides on turns: any plan that a run has decided will do.
+        outline: Whether it is an outline: any plan with its phases will do.
+        measured: Whether ranks and dtypes follow from seconds that were measured: any plan that was measured will do.
+    """
+    plan = stored_plan(state)
+    if plan is None or plan.max_steps != initial.max_steps:
+        return None
+    grown = grows and plan.phases[0] == initial.phases[0]
+    alike = [replace(p, start=0) for p in plan.phases] == [replace(p, start=0) for p in initial.phases]
+    decided = not turns or "turns" in state
+    timed = measured and "paces" in state and [p.kind for p in plan.phases] == [p.kind for p in initial.phases]
+    return plan if grown or timed or (outline and alike) or (decided and could_become(initial, plan)) else None
 
 
 def check_preset(state: dict[str, Any], schedule: Schedule | None, lowrank: str | None) -> None:

@@ -29,6 +29,7 @@ from hf_drt.config import DRTConfig
 from hf_drt.controller import DynamicRank
 from hf_drt.optim import maker
 from hf_drt.planning import ResolvedPlan, resolved_plan, schedule_of
+from hf_drt.precision import slow_dtype
 from hf_drt.schedule import Run, Schedule, draw_timeline
 from hf_drt.simulate import (
     BatchSpec,
@@ -304,6 +305,9 @@ def _estimated(model: nn.Module, load: _Load, resolved: ResolvedPlan, budget: fl
         estimate = estimate_run(controller, batch, **how, tick=tick)
     if resolved.trigger is not None:
         estimate = replace(estimate, warnings=(*estimate.warnings, _WINDOWS.format(resolved.budget)))
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    if slow := slow_dtype([phase.dtype for phase in resolved.plan.phases], here):
+        estimate = replace(estimate, warnings=(*estimate.warnings, slow))
     return _Found(estimate, resolved, proposal)
 
 

@@ -100,8 +100,14 @@ def check_settings(asked: Wanted, config: DRTConfig) -> None:
     """Whether the engine trains with these settings.
 
     Raises:
-        typer.BadParameter: The matrix optimizer needs whole matrices.
+        typer.BadParameter: The matrix optimizer needs whole matrices; or phases have dtypes, and the engine its own.
     """
+    if not asked.layout.whole_state and config.parsed is not None and any(config.parsed.dtypes):
+        raise _bad(
+            "--engine",
+            f"{asked.layout.name} casts by a policy of its own, and phases of '{config.schedule}' have dtypes. Take "
+            "--engine ddp, or --bf16 for the whole run.",
+        )
     if config.uses_matrix_optimizer and not asked.layout.whole_state:
         raise _bad(
             "--engine",

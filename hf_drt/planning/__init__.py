@@ -1,6 +1,6 @@
 """A schedule on a model: ranks, checks, cost, and what `auto` comes to."""
 
-from hf_drt.planning.checks import check_arguments, check_resolved
+from hf_drt.planning.checks import check_arguments, check_resolved, check_step, refuse_without_optimizer
 from hf_drt.planning.cost import PlanCost
 from hf_drt.planning.description import chosen, description, facts, headline
 from hf_drt.planning.gathering import gathered_at
@@ -8,6 +8,7 @@ from hf_drt.planning.groups import group_counts, mean_falls
 from hf_drt.planning.idle_settings import Usage, idle_settings, refuse_idle, refuse_without_schedule, usage_of
 from hf_drt.planning.layers import LayersOf, TargetLayers
 from hf_drt.planning.origin import lowrank_kind
+from hf_drt.planning.paces import Paces, measured_paces
 from hf_drt.planning.ranks import (
     break_even_of,
     break_even_rank,
@@ -30,6 +31,7 @@ from hf_drt.planning.update_cost import update_multiply_adds, update_tokens
 
 __all__ = [
     "LayersOf",
+    "Paces",
     "PlanCost",
     "Resolution",
     "ResolvedPlan",
@@ -40,6 +42,7 @@ __all__ = [
     "budget_of",
     "check_arguments",
     "check_resolved",
+    "check_step",
     "chosen",
     "description",
     "facts",
@@ -50,7 +53,9 @@ __all__ = [
     "is_query_or_key",
     "lowrank_kind",
     "mean_falls",
+    "measured_paces",
     "refuse_idle",
+    "refuse_without_optimizer",
     "refuse_without_schedule",
     "resolution",
     "resolve_form",

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -40,6 +40,27 @@ def check_arguments(model: Any, max_steps: Any, plan: Any, trigger: Any, seed: A
     plan = plan.plan if isinstance(plan, ResolvedPlan) else plan
     if plan is not None and max_steps not in (None, plan.max_steps):
         raise ValueError(f"max_steps is {max_steps}, but the plan is of {plan.max_steps} update steps. Leave it out.")
+
+
+def check_step(step: Any, before: int) -> None:
+    """The update step that a loop begins, after ``before``.
+
+    Raises:
+        ValueError: It is no whole number, or an earlier one.
+    """
+    if whole_number("step", step) < before:
+        raise ValueError(
+            f"begin_step({step}) comes after begin_step({before}). Count update steps over the whole run, not from 0 "
+            "in every epoch: a phase that is over would begin again."
+        )
+
+
+def refuse_without_optimizer(phase: Phase, step: int) -> NoReturn:
+    """A change of form in a loop, without its optimizer: ValueError."""
+    raise ValueError(
+        f"phase '{phase}' begins at update step {step}, but begin_step got no optimizer, so that the new weights would "
+        "never be trained. Pass the optimizer; to change the form of a model that is not trained, call apply(step)."
+    )
 
 
 def check_resolved(resolved: ResolvedPlan, in_trainer: bool) -> None:

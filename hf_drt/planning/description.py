@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from hf_drt.config import DRTConfig
 from hf_drt.forms import Dense
+from hf_drt.planning.dtypes import dtype_facts
 from hf_drt.planning.ranks import stays_dense
 from hf_drt.planning.resolved import ResolvedPlan
 from hf_drt.planning.update_cost import update_tokens
@@ -46,7 +47,7 @@ def headline(resolved: ResolvedPlan) -> str:
 
 def facts(resolved: ResolvedPlan) -> list[str]:
     """:func:`description` without the phases."""
-    lines = [*_groups(resolved), *_decided(resolved), *_ranks(resolved)]
+    lines = [*_groups(resolved), *_decided(resolved), *_ranks(resolved), *dtype_facts(resolved)]
     cost = resolved.cost
     lines.append(
         f"cost, of the target layers alone: {cost.flops:.3f} of their dense training FLOPs, {cost.parameters:.3f} of "

@@ -7,7 +7,7 @@ default.
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 from hf_drt.config import DRTConfig
@@ -15,7 +15,7 @@ from hf_drt.forms import PRODUCTS, product_for
 from hf_drt.planning.layers import Shapes
 from hf_drt.planning.ranks import stays_dense
 from hf_drt.planning.resolved import ResolvedPlan
-from hf_drt.schedule import LOW_RANK, Schedule, form_text
+from hf_drt.schedule import LOW_RANK, Entry, Phase, Schedule, form_text, recasts
 
 Rank = int | float | str | None
 
@@ -33,6 +33,7 @@ class Usage:
         grows: Whether a trigger adds phases during the run.
         in_trainer: Whether a Trainer drives the run, and evaluates, saves and logs in it.
         grouped: Whether a phase is of groups of layers.
+        recasts: Whether all phases after the first differ in their dtypes alone.
     """
 
     config: DRTConfig
@@ -42,6 +43,7 @@ class Usage:
     grows: bool
     in_trainer: bool
     grouped: bool = False
+    recasts: bool = False
 
     @property
     def low_rank(self) -> list[Rank]:
@@ -52,6 +54,11 @@ class Usage:
     def switches(self) -> bool:
         """Whether a change of phase may happen after the first one."""
         return self.grows or len(self.phases) > 1
+
+    @property
+    def changes_form(self) -> bool:
+        """Whether a layer may change form after the first phase has begun."""
+        return self.grows or (self.switches and not self.recasts)
 
     @property
     def asks_for_rank(self) -> bool:
@@ -70,7 +77,8 @@ def usage_of(config: DRTConfig, lowrank: str, targets: Shapes) -> Usage:
     parts = [part for entry in entries for part in entry.whole]
     phases = [(lowrank if part.kind == "lowrank" else part.kind, part.rank) for part in parts]
     grows = schedule is not None and schedule.trigger is not None
-    return Usage(config, schedule, phases, targets, grows, True, any(part.group is not None for part in parts))
+    grouped = any(part.group is not None for part in parts)
+    return Usage(config, schedule, phases, targets, grows, True, grouped, _all_recast(entries))
 
 
 def usage_of_plan(resolved: ResolvedPlan, in_trainer: bool) -> Usage:
@@ -78,7 +86,12 @@ def usage_of_plan(resolved: ResolvedPlan, in_trainer: bool) -> Usage:
     config, parts = resolved.config, [part for phase in resolved.plan.phases for part in phase.whole]
     phases, grows = [(part.kind, part.rank) for part in parts], resolved.trigger is not None
     grouped = any(part.group is not None for part in parts)
-    return Usage(config, config.parsed, phases, resolved.targets.shapes, grows, in_trainer, grouped)
+    recast = _all_recast(resolved.plan.phases)
+    return Usage(config, config.parsed, phases, resolved.targets.shapes, grows, in_trainer, grouped, recast)
+
+
+def _all_recast(phases: Sequence[Entry] | Sequence[Phase]) -> bool:
+    return all(recasts(before, after) for before, after in pairwise(phases))
 
 
 def refuse_without_schedule(config: DRTConfig) -> None:
@@ -256,6 +269,15 @@ def _needs_switch(usage: Usage) -> str | None:
     return "it is for switches, and one phase lasts to the end. Write a further phase, e.g. dense@80%."
 
 
+def _needs_change(usage: Usage) -> str | None:
+    if usage.changes_form:
+        return None
+    return _needs_switch(usage) or (
+        "it is for changes of form, and the phases differ in their dtypes alone, which leaves optimizer and learning "
+        "rate as they are. Write a phase of another form, e.g. dense@80%."
+    )
+
+
 def _needs_groups(usage: Usage) -> str | None:
     if usage.grouped:
         return None
@@ -349,8 +371,8 @@ IDLE: dict[str, Reason] = {
     "start": _start,
     "adapter_alpha": _needs_phase("adapter"),
     "adapter_init": _needs_phase("adapter"),
-    "moments": _needs_switch,
-    "rewarmup_steps": _needs_switch,
+    "moments": _needs_change,
+    "rewarmup_steps": _needs_change,
     "rewarmup_start": _rewarmup_start,
     "factored_lr_scale": _needs_phase("factored"),
     "adapter_lr_scale": _needs_phase("adapter"),

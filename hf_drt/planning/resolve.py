@@ -4,12 +4,15 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import torch
 from torch import nn
 
 from hf_drt.config import DRTConfig
 from hf_drt.planning.cost import relative_flops
+from hf_drt.planning.dtypes import check_weights
 from hf_drt.planning.layers import TargetLayers
 from hf_drt.planning.origin import decide, lowrank_kind
+from hf_drt.planning.paces import Paces, measured_paces
 from hf_drt.planning.resolved import ResolvedPlan, forms_of
 from hf_drt.schedule import Plan, Run, Schedule, Trigger
 
@@ -23,12 +26,14 @@ class Resolution:
         targets: The model's target layers.
         run: The run, with budget and costs.
         lowrank: What 'lowrank' stands for.
+        paces: Of the layers here, where the budget decides a dtype.
     """
 
     config: DRTConfig
     targets: TargetLayers
     run: Run
     lowrank: str
+    paces: Paces | None = None
 
     @property
     def schedule(self) -> Schedule:
@@ -56,6 +61,7 @@ class Resolution:
             lowrank=self.lowrank,
             budget=self.run.budget if self.schedule.uses_budget else None,
             outline=outline,
+            paces=self.paces,
         )
 
 
@@ -70,9 +76,20 @@ def resolution(
     decide(lowrank, schedule, config, model, resumed)
     budget = budget_of(config, schedule.kinds(lowrank))
     run = replace(run, budget=budget, cost=_cost_of_forms(targets, config))
+    paces = None
+    if schedule.budget_chooses_dtype:
+        paces = measured_paces(targets, config, lowrank, _device_of(model))
+        run = replace(run, seconds=_seconds_of_forms(targets, config, paces))
     if config.budget is None and config.budget_chooses_rank and lowrank == "factored":
         run = replace(run, budget=max(budget, schedule.least_budget(run, lowrank)))
-    return Resolution(config, targets, run, lowrank)
+    return Resolution(config, targets, run, lowrank, paces)
+
+
+def _device_of(model: nn.Module) -> str:
+    """The type of the device that it will train on, as far as that can be told: a model without data may be sent to
+    any."""
+    kind = next(model.parameters()).device.type
+    return kind if kind != "meta" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def settled(config: DRTConfig, model: nn.Module, resumed: bool = False) -> DRTConfig:
@@ -115,8 +132,20 @@ def resolved_for(
 
     Raises:
         ValueError: There is neither a plan nor a schedule and a length; the plan was resolved under other settings, or
-            has a trigger beside its own; and as :func:`resolved_plan`.
+            has a trigger beside its own; and as :func:`resolved_plan` and :func:`.check_weights`.
     """
+    resolved = _resolved_for(model, config, max_steps, plan, trigger)
+    check_weights(model, resolved.plan)
+    return resolved
+
+
+def _resolved_for(
+    model: nn.Module,
+    config: DRTConfig,
+    max_steps: int | None,
+    plan: Plan | ResolvedPlan | None,
+    trigger: Trigger | None,
+) -> ResolvedPlan:
     if isinstance(plan, ResolvedPlan):
         if plan.config != config.settled(plan.config.lowrank) or trigger is not None:
             other = "with a trigger of its own" if trigger is not None else "under other settings"
@@ -164,3 +193,16 @@ def _cost_of_forms(targets: TargetLayers, config: DRTConfig) -> Callable[[str, i
         return relative_flops(shapes, list(forms_of(kind, rank, targets, config).values()), counts)
 
     return cost
+
+
+def _seconds_of_forms(
+    targets: TargetLayers, config: DRTConfig, paces: Paces
+) -> Callable[[str, int | float | None, str], float]:
+    """Seconds of a step of the target layers in a phase of some kind, rank and dtype, relative to dense in fp32."""
+    shapes, counts = list(targets.shapes.values()), list(targets.copies.values())
+
+    @lru_cache(maxsize=None, typed=True)
+    def seconds(kind: str, rank: int | float | None, dtype: str) -> float:
+        return paces.seconds(list(forms_of(kind, rank, targets, config).values()), shapes, counts, dtype)
+
+    return seconds

@@ -1,6 +1,6 @@
 """A plan on a model, resolved once and handed on: phases, target layers, the form of each in every phase, and cost."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -9,6 +9,7 @@ from hf_drt.forms import Form
 from hf_drt.planning.cost import PlanCost, plan_cost
 from hf_drt.planning.groups import group_numbers
 from hf_drt.planning.layers import FrozenDict, TargetLayers
+from hf_drt.planning.paces import Paces
 from hf_drt.planning.ranks import resolve_form
 from hf_drt.schedule import LOW_RANK, Part, Phase, Plan, Trigger, provisional
 
@@ -29,6 +30,7 @@ class ResolvedPlan:
         lowrank: What 'lowrank' in the schedule stands for; None where the plan was made by hand.
         budget: Share of the dense training FLOPs of the target layers that is in force, where one decides anything.
         outline: Whether only number, kind and rank of the phases hold, until the run's learning rate is known.
+        paces: What the layers' seconds were measured to be, where the budget has decided a dtype.
     """
 
     plan: Plan
@@ -40,6 +42,7 @@ class ResolvedPlan:
     lowrank: str | None = None
     budget: float | None = None
     outline: bool = False
+    paces: Paces | None = None
 
     @classmethod
     def of(
@@ -52,6 +55,7 @@ class ResolvedPlan:
         lowrank: str | None = None,
         budget: float | None = None,
         outline: bool = False,
+        paces: Paces | None = None,
         known: Mapping[tuple, Forms] | None = None,
     ) -> "ResolvedPlan":
         """The plan on these layers; ``known`` are forms by kind and rank of a phase, where some are at hand."""
@@ -60,11 +64,27 @@ class ResolvedPlan:
         cost = plan_cost(
             plan, list(targets.shapes.values()), [list(f.values()) for f in forms], list(targets.copies.values())
         )
-        return cls(plan, targets, forms, cost, config, trigger, lowrank, budget, outline)
+        return cls(plan, targets, forms, cost, config, trigger, lowrank, budget, outline, paces)
+
+    @property
+    def measured(self) -> dict[str, dict[str, float]]:
+        """What a state keeps of measurements that have decided the plan: ``paces``, if there are any."""
+        return {} if self.paces is None else {"paces": dict(self.paces.table)}
 
     def parts(self, phase: int) -> dict[str, Part]:
         """The layers that a phase brings into a form, all or those of its groups, by the part that they are in."""
         return _parts(provisional(self.plan).phases[phase], self.targets, self.config)
+
+    def restarts(self, phase: int, before: int | None) -> Collection[str]:
+        """Layers that a phase brings into a form anew, re-balanced factors or a merged and renewed adapter, where they
+        are in it: all of one of the same kind as the phase ``before``, those that a mixed one names; none where it
+        differs in its dtype alone."""
+        phases = self.plan.phases
+        if before is None or phase == before or self.plan.recasts(before, phase):
+            return ()
+        if not phases[phase].parts and phases[phase].kind != phases[before].kind:
+            return ()
+        return self.parts(phase)
 
     def trains_dense(self, phase: int) -> bool:
         """Whether the plan has a layer dense, and trained, in a phase. One that a setting or its rank keeps dense where
@@ -90,12 +110,14 @@ class ResolvedPlan:
             lowrank=self.lowrank,
             budget=self.budget,
             outline=self.outline,
+            paces=self.paces,
             known=known,
         )
 
     def with_config(self, config: DRTConfig, plan: Plan | None = None) -> "ResolvedPlan":
         """The same layers under other settings, which select alike."""
-        return self.of(plan or self.plan, self.targets, config, lowrank=self.lowrank, budget=self.budget)
+        plan = plan or self.plan
+        return self.of(plan, self.targets, config, lowrank=self.lowrank, budget=self.budget, paces=self.paces)
 
 
 def forms_of(kind: str, rank: int | float | None, targets: TargetLayers, config: DRTConfig) -> Forms:

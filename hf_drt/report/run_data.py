@@ -3,14 +3,14 @@
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_drt.report.clock import Clock, Rows, read_clock
 from hf_drt.report.run_files import RunError, RunFiles, read_files
-from hf_drt.schedule import FormSpan, Phase, Plan, Run, Schedule, spans
+from hf_drt.schedule import FormSpan, Phase, Plan, Run, Schedule, spans, with_dtype
 
 LAYER_PREFIX = "drt_effective_rank/"
 _NO_METRIC = ("epoch", "step", "total_flos", "num_input_tokens_seen", "num_tokens", "train_")
@@ -43,6 +43,7 @@ class PhaseData:
         ranks: Lowest and highest rank of a target layer in low-rank form.
         effective_rank: Mean over the target layers, last measured.
         parts: Where groups of layers change form, which, and into what.
+        dtype: That the phase computes in, where the plan names one.
     """
 
     index: int
@@ -61,14 +62,13 @@ class PhaseData:
     ranks: tuple[int, int] | None = None
     effective_rank: float | None = None
     parts: tuple[str, ...] = ()
+    dtype: str | None = None
 
     @property
     def label(self) -> str:
-        """``factored``, ``factored:64``, ``dense[2/8]`` of groups, or ``phase 0`` where the form is unknown."""
-        if self.parts:
-            return self.parts[0]
-        form = self.kind or f"phase {self.index}"
-        return form if self.rank is None else f"{form}:{self.rank}"
+        """``factored``, ``factored:64/bf16``, ``dense[2/8]`` of groups, or ``phase 0`` where the form is unknown."""
+        form = self.parts[0] if self.parts else self.kind or f"phase {self.index}"
+        return with_dtype(form if self.parts or self.rank is None else f"{form}:{self.rank}", self.dtype)
 
     @property
     def numbered(self) -> str:
@@ -228,7 +228,7 @@ def _grown(plan: Plan | None, switches: tuple[SwitchData, ...], files: RunFiles)
         return plan
     later = [switch for switch in switches if switch.phase >= len(plan)]
     low = plan.phases[0]
-    phases = [Phase(s.step, "dense") if s.phase % 2 else Phase(s.step, low.kind, low.rank) for s in later]
+    phases = [Phase(s.step, "dense", dtype=low.dtype) if s.phase % 2 else replace(low, start=s.step) for s in later]
     try:
         return Plan((*plan.phases, *phases), plan.max_steps)
     except ValueError:
@@ -291,6 +291,7 @@ def _phases(
                 ranks=(int(own["drt_rank_min"]), int(own["drt_rank_max"])) if "drt_rank_max" in own else None,
                 effective_rank=own.get("drt_effective_rank_mean"),
                 parts=tuple(map(str, entry.parts)) if entry else (),
+                dtype=entry.dtype if entry else None,
             )
         )
     return tuple(found)

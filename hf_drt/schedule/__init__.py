@@ -2,6 +2,7 @@
 
 from hf_drt.schedule.boundary import Boundary, Run, lr_drops
 from hf_drt.schedule.counts import whole_number
+from hf_drt.schedule.dtypes import AUTO, DTYPES, recasts, with_dtype
 from hf_drt.schedule.form_text import form_text
 from hf_drt.schedule.parts import LAST, LOW_RANK, MIXED, NEXT, Group, Part
 from hf_drt.schedule.plan import Kind, Phase, Plan
@@ -13,7 +14,9 @@ from hf_drt.schedule.turns import Turns, could_become, provisional
 from hf_drt.schedule.windows import Windows
 
 __all__ = [
+    "AUTO",
     "BLOCKS",
+    "DTYPES",
     "LAST",
     "LETTERS",
     "LOW_RANK",
@@ -43,9 +46,11 @@ __all__ = [
     "lr_drops",
     "preset_rows",
     "provisional",
+    "recasts",
     "register",
     "spans",
     "timeline",
     "timelines",
     "whole_number",
+    "with_dtype",
 ]

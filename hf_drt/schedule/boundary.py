@@ -38,6 +38,8 @@ class Run:
         budget: Share of the FLOPs of dense training that the plan may take, in (0, 1], or None.
         cost: Gives the FLOPs per step of a phase of a kind ('dense', 'factored', 'adapter') and rank relative to dense,
             or None; needed if a boundary is at ``budget``.
+        seconds: Gives the seconds per step of a phase of a kind, rank and dtype ('fp32', 'bf16') relative to dense in
+            fp32, or None; takes the place of ``cost`` where the budget decides a dtype.
 
     Raises:
         ValueError: A number is none, or outside its interval. (A run without a step is refused by the schedule.)
@@ -48,6 +50,7 @@ class Run:
     lr: Callable[[], Sequence[float] | None] = lambda: None
     budget: float | None = None
     cost: Callable[[str, int | float | None], float] | None = None
+    seconds: Callable[[str, int | float | None, str], float] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_steps", whole_number("max_steps", self.max_steps))

@@ -3,15 +3,16 @@
 import re
 from decimal import Decimal
 
+from hf_drt.schedule.dtypes import with_dtype
 
-def form_text(kind: str, rank: int | float | str | None) -> str:
-    """``factored``, ``factored:64`` (absolute), ``factored:0.25`` (share) or ``factored:budget``."""
+
+def form_text(kind: str, rank: int | float | str | None, dtype: str | None = None) -> str:
+    """``factored``, ``factored:64`` (absolute), ``factored:0.25`` (share) or ``factored:budget``; with a dtype
+    ``factored:0.25/bf16``."""
     if rank is None:
-        return kind
-    if isinstance(rank, str):
-        return f"{kind}:{rank}"
-    text = f"{Decimal(repr(rank)):f}"  # never with an exponent
-    return f"{kind}:{text}"
+        return with_dtype(kind, dtype)
+    text = rank if isinstance(rank, str) else f"{Decimal(repr(rank)):f}"  # never with an exponent
+    return with_dtype(f"{kind}:{text}", dtype)
 
 
 def parse_rank(text: str, entry: str) -> int | float | str:

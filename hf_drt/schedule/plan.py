@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Literal
 
 from hf_drt.schedule.counts import whole_number
+from hf_drt.schedule.dtypes import DTYPES, recasts, with_dtype
 from hf_drt.schedule.form_text import form_text
 from hf_drt.schedule.parts import MIXED, Part, check_last, check_parts, parts_text
 
@@ -18,16 +19,19 @@ class Phase:
     that ``parts`` name, and the others in those that they had before.
 
     ``rank`` is None for the configuration's rank, a whole number for an absolute rank, a float for a share of
-    min(out, in).
+    min(out, in). ``dtype`` is what the phase computes in (autocast), one of :data:`hf_drt.schedule.DTYPES`, or None for
+    what the run computes in.
 
     Raises:
-        ValueError: A phase of parts is not mixed, or the other way round; and as :func:`check_parts`.
+        ValueError: A phase of parts is not mixed, or the other way round; there is no such dtype; and as
+            :func:`check_parts`.
     """
 
     start: int
     kind: Kind
     rank: int | float | None = None
     parts: tuple[Part, ...] = ()
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         if (self.kind == MIXED) != bool(self.parts):
@@ -35,12 +39,19 @@ class Phase:
                 f"a phase has parts if and only if its kind is '{MIXED}', got '{self.kind}' and parts "
                 f"'{parts_text(self.parts)}'."
             )
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype of a phase must be one of {', '.join(DTYPES)}, or None, got {self.dtype!r}.")
         check_parts(self.parts, str(self))
 
     @property
     def form(self) -> str:
-        """What stands before the ``@``: ``factored:0.25``, or ``dense[2/8]+frozen[1/8]``."""
-        return parts_text(self.parts) or form_text(self.kind, self.rank)
+        """What stands before the ``@``: ``factored:0.25/bf16``, or ``dense[2/8]+frozen[1/8]``."""
+        return with_dtype(parts_text(self.parts) or form_text(self.kind, self.rank), self.dtype)
+
+    @property
+    def name(self) -> str:
+        """The form without its rank, for tables that have a column of ranks: ``factored/bf16``."""
+        return self.form if self.parts else with_dtype(self.kind, self.dtype)
 
     @property
     def whole(self) -> tuple[Part, ...]:
@@ -108,6 +119,17 @@ class Plan:
     def end_of(self, index: int) -> int:
         """First update step after the phase."""
         return self.phases[index + 1].start if index + 1 < len(self.phases) else self.max_steps
+
+    def form_start(self, index: int) -> int:
+        """Update step at which the model came into the form of a phase: where the first of the phases began that differ
+        in their dtypes alone."""
+        while index and recasts(self.phases[index - 1], self.phases[index]):
+            index -= 1
+        return self.phases[index].start
+
+    def recasts(self, before: int | None, index: int) -> bool:
+        """Whether a phase differs from an earlier one in its dtype alone, and so do those between them."""
+        return before is not None and before != index and self.form_start(index) <= self.phases[before].start
 
     def __len__(self) -> int:
         return len(self.phases)

@@ -14,11 +14,13 @@ from typing import Any
 from hf_drt.registry import Registry
 from hf_drt.schedule.boundary import number_text
 from hf_drt.schedule.decay import SHAPES
+from hf_drt.schedule.dtypes import AUTO, DTYPES, with_dtype
 from hf_drt.schedule.form_text import form_text
 from hf_drt.schedule.rotation import AFTER, ORDERS, rotation
 from hf_drt.schedule.trigger import Trigger
 
 _CALL = re.compile(r"(\w+)\s*(?:\((.*)\))?")
+_OWN = "run"  # the precision that the run has anyway
 LOWRANK = "lowrank"  # what a setting may follow beside other settings
 AUTO_BUDGET = 0.2
 """Share of the dense training FLOPs that 'auto' takes in factors, where nothing else is set."""
@@ -237,12 +239,18 @@ def _rotate(groups: int, share: float, order: str, after: str, rounds: int, seed
     return rotation(groups, share, order, after, rounds, seed)
 
 
-def _auto() -> str:
-    return "lowrank:budget@0"
+def _auto(precision: str) -> str:
+    return f"{form_text('lowrank', 'budget', _dtype(precision))}@0"
 
 
-def _auto_late() -> str:
-    return "lowrank:budget@0 dense@budget"
+def _auto_late(precision: str) -> str:
+    dtype = _dtype(precision)
+    return f"{form_text('lowrank', 'budget', dtype)}@0 {with_dtype('dense', dtype)}@budget"
+
+
+def _dtype(precision: str) -> str | None:
+    _check(precision in (_OWN, AUTO, *DTYPES), "precision", f"{_OWN}, {', '.join(DTYPES)} or {AUTO}", precision)
+    return None if precision == _OWN else precision
 
 
 _PRESETS = (
@@ -286,8 +294,10 @@ _PRESETS = (
     Preset(
         "auto",
         "One knob, the budget, from which the rank follows: low rank throughout, the factors trained by an optimizer "
-        "of their own; a pretrained model as by auto_late, in adapters.",
+        "of their own; a pretrained model as by auto_late, in adapters. precision is run (the run's own), fp32, bf16, "
+        "or auto: chosen with the rank, by measured seconds.",
         _auto,
+        {"precision": _OWN},
         settings={
             "matrix_optimizer": Follows(LOWRANK, {"factored": "muon"}),
             "dense_query_key": Follows(LOWRANK, {"factored": False}),
@@ -298,8 +308,10 @@ _PRESETS = (
     ),
     Preset(
         "auto_late",
-        "One knob, the budget: low rank first, full rank for as long as the budget allows; the rank follows as well.",
+        "One knob, the budget: low rank first, full rank for as long as the budget allows; the rank follows as well. "
+        "precision as in auto.",
         _auto_late,
+        {"precision": _OWN},
     ),
     Preset(
         "adaptive",

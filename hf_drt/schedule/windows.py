@@ -1,7 +1,7 @@
 """Full-rank windows that begin while the run goes on, within a budget; what was seen is kept as a trace."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from hf_drt.schedule.plan import Phase, Plan
@@ -62,9 +62,9 @@ class Windows:
         return extended
 
     def _extended(self, plan: Plan, step: int) -> Plan:
-        phases = [*plan.phases, Phase(step, "dense")]
+        phases = [*plan.phases, Phase(step, "dense", dtype=self._low_rank.dtype)]
         if step + self._length < plan.max_steps:
-            phases.append(Phase(step + self._length, self._low_rank.kind, self._low_rank.rank))
+            phases.append(replace(self._low_rank, start=step + self._length))
         return Plan(tuple(phases), plan.max_steps)
 
     def state_dict(self) -> dict[str, Any]:

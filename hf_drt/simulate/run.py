@@ -162,7 +162,7 @@ def _phase(controller: DynamicRank, index: int, forms: dict[str, Form], step: St
     span = (min(ranks), max(ranks)) if ranks else None
     update = _update_flops(controller, forms)
     phase, end = plan.phases[index], plan.end_of(index)
-    return PhaseEstimate(phase.kind, phase.start, end, span, step, update, phase.form if phase.parts else phase.kind)
+    return PhaseEstimate(phase.kind, phase.start, end, span, step, update, phase.name)
 
 
 def _update_flops(controller: DynamicRank, forms: dict[str, Form]) -> int:

@@ -63,17 +63,19 @@ class StepCosts:
         trains_dense = saves and controller.resolved.trains_dense(phase)
         self._put(forms)
         self._activations.enter(trains_dense)
-        return self._cost(forms, trains_dense)
+        return self._cost(forms, trains_dense, controller.plan.phases[phase].dtype)
 
-    def _cost(self, forms: dict[str, Form], trains_dense: bool | None = None) -> StepCost:
-        key = (trains_dense, *forms.values())
+    def _cost(self, forms: dict[str, Form], trains_dense: bool | None = None, dtype: str | None = None) -> StepCost:
+        """``dtype`` takes the place of the run's autocast."""
+        how = self._how if dtype is None else self._how | {"autocast": torch.bfloat16 if dtype == "bf16" else None}
+        key = (trains_dense, how["autocast"], *forms.values())
         if key not in self._costs:
             self._put(forms)
             names = list(self._controller.targets)
             matrices = names if self._controller.config.uses_matrix_optimizer else ()
             pieces = self._controller.config.dense_accumulation if trains_dense else 1
             self._costs[key] = simulate_step(
-                self._controller.model, self._batch, pieces=pieces, watch=names, matrices=matrices, **self._how
+                self._controller.model, self._batch, pieces=pieces, watch=names, matrices=matrices, **how
             )
             self._tick()
         return self._costs[key]

@@ -15,6 +15,7 @@ from hf_drt.planning import LayersOf, resolved_plan, schedule_of, settled
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Run
 from hf_drt.trainer.activations import refuse_activations
+from hf_drt.trainer.autocast import compute_by, refuse_dtypes_in_callback
 from hf_drt.trainer.compiler import CompiledGraphs, refuse_regions
 from hf_drt.trainer.delivery import deliver
 from hf_drt.trainer.driver import PhaseDriver
@@ -133,6 +134,7 @@ class DRTCallback(DriverEvents):
                 "dense_accumulation divides the batches of a training step, and a callback in a plain Trainer sees "
                 "none of them. Use DRTTrainer, or gradient_accumulation_steps."
             )
+        refuse_dtypes_in_callback(args, config)
         refuse_activations(model, args, config)
         if not EXPORTERS[self.config.export].by_plain_trainer or self.config.tag_phases:
             raise ValueError(
@@ -184,7 +186,9 @@ class DRTCallback(DriverEvents):
         controller = DynamicRank(model, self.config, plan=plan, seed=args.seed, in_trainer=True)
         self._graphs = graphs = CompiledGraphs.found()
         self._loop.switched = None if graphs is None else lambda: graphs.switched(controller.plan)
-        return PhaseDriver(controller, self._loop, first=controller.apply(0, optimizer))
+        driver = PhaseDriver(controller, self._loop, first=controller.apply(0, optimizer))
+        compute_by(driver, model, config=settled(self.config, model))
+        return driver
 
     # ---- in the loop
 

@@ -12,6 +12,7 @@ from hf_drt.activations import Activations
 from hf_drt.checkpoint import write_inputs, write_state
 from hf_drt.controller import DynamicRank
 from hf_drt.forms import Dense
+from hf_drt.precision import BITS
 from hf_drt.trainer.activations import checkpointing_options
 from hf_drt.trainer.announce import announce
 from hf_drt.trainer.checkpoint import random_state_files
@@ -58,9 +59,10 @@ class PhaseDriver:
 
     def step_begins(self, args: TrainingArguments, state: TrainerState, optimizer: torch.optim.Optimizer) -> None:
         """Change the model's form where a phase begins with this update step."""
-        changes = self.controller.match(state.global_step)
+        step = state.global_step
+        changes = self.controller.match(step) and not self.controller.recasts(self.controller.plan.index_at(step))
         with self._loop.around_switch() if changes else contextlib.nullcontext():
-            transition = self.controller.begin_step(state.global_step, optimizer, self._loop.probe)
+            transition = self.controller.begin_step(step, optimizer, self._loop.probe)
         if transition is not None:
             if self._activations is not None:
                 self._activations.enter(self.trains_dense)
@@ -106,6 +108,12 @@ class PhaseDriver:
         self.controller.inputs.drop()
         if self._activations is not None:
             self._activations.leave()
+
+    @property
+    def dtype(self) -> str | None:
+        """What the model computes in: that of its phase, after training of the last one that was trained in."""
+        phase = self.controller.phase
+        return self.controller.plan.phases[self._phase if phase is None else phase].dtype
 
     @property
     def trains_dense(self) -> bool:
@@ -164,6 +172,8 @@ class PhaseDriver:
         }
         if transition.function_error is not None:
             row["drt_function_error"] = transition.function_error
+        if (dtype := self.controller.dtype) is not None:
+            row["drt_dtype_bits"] = BITS[dtype]
         ranks = [form.rank for form in self.controller.forms(transition.phase).values() if not isinstance(form, Dense)]
         return row | ({"drt_rank_min": min(ranks), "drt_rank_max": max(ranks)} if ranks else {})
 

@@ -44,6 +44,7 @@ from hf_drt.planning import LayersOf, refuse_without_schedule, resolution, settl
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Run
 from hf_drt.trainer.aside import hidden_token, upcast_bases
+from hf_drt.trainer.autocast import compute_in_phases
 from hf_drt.trainer.averaging import AveragingMixin
 from hf_drt.trainer.callback import updates_per_epoch
 from hf_drt.trainer.checkpoint import checked_state, readable_state
@@ -165,6 +166,7 @@ class DRTTrainerMixin(AveragingMixin):
         self.add_callback(TrainerEvents(self))
         self.callback_handler.callbacks.insert(0, Delivery(self))
         self._drt_settings = config
+        compute_in_phases(self, config)
         save_at_step_end(self)
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -262,6 +264,7 @@ class DRTTrainerMixin(AveragingMixin):
                 "train() calls with one optimizer. Make a new trainer."
             )
         self._drt_settings, self._drt_pieces = config, Pieces.of(self, config.dense_accumulation)
+        compute_in_phases(self, config)
         plan = self._drt_rates.first_plan(self._drt_resolution, resumed)
         drt = self.drt
         fits = drt is not None and (drt.model, drt.initial.plan, drt.config) == (self.model, plan.plan, config)

@@ -201,7 +201,8 @@ def _uneven(pair: dict[str, Any], value: Tensor, at: int) -> dict[str, Any]:
 def _tolerance(trainer: Any) -> float:
     """Of a loss, relative: what rounding may do."""
     exact = all(p.dtype in (torch.float32, torch.float64) for p in trainer.model.parameters())
-    return 1e-4 if exact and trainer.accelerator.mixed_precision == "no" else 1e-2
+    casts = trainer.accelerator.mixed_precision != "no" or (trainer.drt is not None and trainer.drt.dtype == "bf16")
+    return 1e-4 if exact and not casts else 1e-2
 
 
 # ---- what is refused

@@ -23,6 +23,7 @@ from hf_drt.planning import TargetLayers, Usage, idle_settings, lowrank_kind, re
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Schedule
 from hf_drt.trainer.activations import refuse_activations
+from hf_drt.trainer.autocast import refuse_dtypes
 from hf_drt.trainer.compiler import refuse_regions
 from hf_drt.trainer.zero import faults
 
@@ -40,6 +41,7 @@ def refuse_unsupported(trainer: Any, config: DRTConfig) -> None:
     if fault := next(faults(trainer, config), None):
         raise ValueError(f"dynamic-rank training does not support {fault}. Or unset drt_schedule.")
     _refuse_nameless(trainer.model, config)
+    refuse_dtypes(trainer, config)
     args = trainer.args
     refuse_activations(trainer.model, args, config)
     if config.tag_phases and (not args.push_to_hub or args.hub_strategy == HubStrategy.END):

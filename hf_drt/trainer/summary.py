@@ -28,7 +28,7 @@ def run_summary(controller: DynamicRank, history: list[dict[str, Any]], export: 
         phases.append(
             PhaseSummary(
                 kind=phase.kind,
-                form=phase.form if phase.parts else None,
+                form=phase.name if phase.name != phase.kind else None,
                 start=phase.start,
                 end=plan.end_of(index),
                 ranks=(min(ranks), max(ranks)) if ranks else None,

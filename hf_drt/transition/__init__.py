@@ -3,6 +3,7 @@
 from hf_drt.transition.change import Transition, change_forms, empty_forms, warn_of_rounding
 from hf_drt.transition.exchange import Change, HalfwayError, Outcome, exchange, exchange_layers
 from hf_drt.transition.function_error import FunctionError
+from hf_drt.transition.remembered import remembered_layers
 
 __all__ = [
     "Change",
@@ -14,5 +15,6 @@ __all__ = [
     "empty_forms",
     "exchange",
     "exchange_layers",
+    "remembered_layers",
     "warn_of_rounding",
 ]

@@ -1,5 +1,6 @@
 """One run of one method on one task, and its record."""
 
+import contextlib
 import platform
 import resource
 import statistics
@@ -17,6 +18,7 @@ from tasks import build
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback, set_seed
+from widened import Widened
 
 from hf_drt import DRTConfig, DRTTrainer, DRTTrainingArguments, effective_weight, find_targets
 from hf_drt.forms.modules import FactoredLinear
@@ -200,7 +202,8 @@ def run(settings: Settings, cache: Path, folder: str, turns: TrainerCallback | N
     if matrix_rate is not None:
         with_matrix_rate(trainer, names, matrix_rate)
     before = read_peak(CPU)
-    trainer.train()
+    with Widened() if settings.extras.get("widened") else contextlib.nullcontext():
+        trainer.train()
     return {
         "value": watch.curve[-1]["value"],
         "probe": task.probe(trainer.model) if task.probe is not None and settings.measure["points"] > 1 else {},

@@ -10,7 +10,7 @@ SECTIONS = {
     "model", "training", "peft", "extras", "like", "as_long_as", "in_seconds_of", "times", "timed_as", "label",
     "tuned", "trial", "pilot_steps",
 }  # fmt: skip
-EXTRAS = {"guide", "profile", "project"}  # of :mod:`extras`
+EXTRAS = {"guide", "profile", "project", "widened"}  # of :mod:`extras`
 LENGTHS = {"as_long_as", "in_seconds_of", "times", "label", "like"}
 PILOT_STEPS, TURN_STEPS = 20, 5
 REFERENCE = "dense"  # is in every pilot

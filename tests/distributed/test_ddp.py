@@ -114,6 +114,20 @@ def test_the_matrix_optimizer_does_the_same_on_all_processes_and_what_one_does(t
             assert (found[key] - p).abs().max() < tolerance, key
 
 
+@pytest.mark.slow
+def test_phases_of_another_dtype_are_the_same_on_all_processes_and_what_one_process_does(tmp_path):
+    """DDP stays as it is where the dtype alone changes."""
+    settings = SGD | {"learning_rate": 0.01, "dropout": 0.0, "max_steps": 8, "drt_rank": 4}
+    schedule = {"drt_schedule": "factored/fp32@0 factored/bf16@2 dense/bf16@4 dense/fp32@6"}
+    for processes, accumulation in ((2, 2), (1, 4)):
+        own = settings | {"gradient_accumulation_steps": accumulation}
+        seen = launch(tmp_path / str(processes), processes, **own, **schedule)
+        assert seen.get("equal", []) == [True] * (8 if processes > 1 else 0)
+        assert seen["reductions"] == [processes - 1] * 8
+    for key, p in final(tmp_path / "1", "dense.pt").items():
+        assert (final(tmp_path / "2", "dense.pt")[key] - p).abs().max() < 1e-4, key
+
+
 def test_resume_of_two_processes_is_bitwise_equal(two, tmp_path):
     folder, _ = two
     for step in (7, 14):

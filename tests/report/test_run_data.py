@@ -278,3 +278,11 @@ def test_all_runs_are_read_before_one_is_shown(tmp_path):
     (tmp_path / "cut" / "trainer_state.json").write_text("{")
     with pytest.raises(RunError, match=r"cut/trainer_state\.json is damaged"):
         read_runs([whole, tmp_path / "cut"])
+
+
+def test_the_dtype_of_a_phase_is_in_its_label(tmp_path):
+    folders.write_plan(tmp_path / "checkpoint-20", "factored:4/bf16@0 dense/fp32@10")
+    run = read(folders.write_log(tmp_path, folders.rows()))
+    assert [(phase.label, phase.numbered) for phase in run.phases] == [
+        ("factored:4/bf16", "0 factored:4/bf16"), ("dense/fp32", "1 dense/fp32"),
+    ]  # fmt: skip

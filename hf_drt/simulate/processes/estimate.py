@@ -92,7 +92,7 @@ def on_processes(
         ValueError: The machine has no speed of products in this dtype; or as :func:`hf_drt.simulate.optimizer_bytes`.
     """
     made = _Maker(layout, machine, optimizer, accumulation, dtype)
-    model, names = controller.model, [phase.form if phase.parts else phase.kind for phase in controller.plan.phases]
+    model, names = controller.model, [phase.name for phase in controller.plan.phases]
     have = inventory(model)
     reference = made.phase("dense", have, dense)
     phases, switches, state = [], [], reference.optimizer
