@@ -1,19 +1,18 @@
 """Every user parameter, once, with its unit and interval. Standard library only."""
 
-import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal, TypeGuard, get_args
 
+from hf_drt.patterns import check_patterns, parse_rank_pattern
 from hf_drt.registry import EXPORTERS, PRODUCTS
 from hf_drt.schedule import PRESETS, Preset, Schedule
 
 FrozenDtype = Literal["bfloat16"]
 Start = Literal["auto", "scratch", "pretrained"]
-AdapterInit = Literal["zero", "principal"]
+AdapterInit = Literal["zero", "principal", "split"]
 Moments = Literal["project", "reset"]
 MatrixOptimizer = Literal["none", "muon"]
 Recompute = Literal["none", "bottleneck"]
@@ -155,15 +154,19 @@ class DRTConfig:
     adapter_alpha: float | None = _option(
         None,
         "Numerator of the adapter's scaling alpha / rank, above 0. Unset: what the preset brings, as paper_conv does, "
-        "else 16.",
+        "else 16. Where adapter_init is 'split' nothing is scaled.",
     )
-    adapter_init: AdapterInit = _option(
-        "zero", "Start of the adapter: 'zero' (lora_B = 0) or 'principal' (top singular directions of W)."
+    adapter_init: AdapterInit | None = _option(
+        None,
+        "Start of the adapter: 'zero' (lora_B = 0), 'principal' (top singular directions of W), or 'split': as "
+        "'principal', and from then on a change of rank divides the adapter and its base anew, with the same function "
+        "and most of the optimizer's state. Unset: what the preset brings ('split' by 'drift'), else 'zero'.",
     )
-    moments: Moments = _option(
-        "reset",
+    moments: Moments | None = _option(
+        None,
         "Optimizer state of swapped layers: 'reset' drops it, 'project' carries the moments over by the chain rule "
-        "(docs/optimizers.md says for which optimizers; the state of others starts anew in both).",
+        "(docs/optimizers.md says for which optimizers; the state of others starts anew in both). Unset: what the "
+        "preset brings ('project' by 'drift'), else 'reset'.",
     )
     rewarmup_steps: int = _option(0, "Update steps of linear LR re-warm-up after every switch, at least 0 (off).")
     rewarmup_start: float = _option(0.1, "Share of the scheduled LR at which the re-warm-up starts, in [0, 1].")
@@ -221,22 +224,24 @@ class DRTConfig:
         if self.schedule is not None:
             _require(isinstance(self.schedule, str) and self.schedule.strip(), self, "schedule", "a non-empty text")
         self._take_from_preset(self.parsed.preset if self.parsed is not None else None)
-        if self.adapter_alpha is None:
-            object.__setattr__(self, "adapter_alpha", 16.0)
+        for name, default in (("adapter_alpha", 16.0), ("adapter_init", "zero"), ("moments", "reset")):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        self._check_literals()
         self._check_ranks()
         self._check_rates()
         for name in ("include", "exclude", "blocks", "ignore_source"):
-            _check_patterns(name, getattr(self, name))
+            check_patterns(name, getattr(self, name))
         self._check_groups()
-        object.__setattr__(self, "rank_pattern", _parse_rank_pattern(self.rank_pattern))
+        object.__setattr__(self, "rank_pattern", parse_rank_pattern(self.rank_pattern))
 
     def _check_groups(self) -> None:
         if isinstance(self.group_by, str):  # as one may write 'kind'
             object.__setattr__(self, "group_by", [self.group_by])
-        _check_patterns("group_by", self.group_by)
+        check_patterns("group_by", self.group_by)
         _require(self.frozen_dtype in (None, *get_args(FrozenDtype)), self, "frozen_dtype", "bfloat16, or unset")
 
-    def _check_choices(self) -> None:
+    def _check_literals(self) -> None:
         for name, choices in (
             ("start", Start),
             ("adapter_init", AdapterInit),
@@ -247,6 +252,19 @@ class DRTConfig:
             unset = name == "matrix_optimizer" and self.matrix_optimizer is None
             allowed = get_args(choices)
             _require(unset or getattr(self, name) in allowed, self, name, f"one of {', '.join(allowed)}")
+        svd = self.decomposition == "svd"  # which is known without a look
+        if self.adapter_init == "split" and not svd and not PRODUCTS.find(self.decomposition).two_matrices:
+            raise ValueError(
+                f"adapter_init='split'{self._by_preset('adapter_init')} divides a product U V, and decomposition="
+                f"{self.decomposition!r} is of other tensors. Use decomposition='svd', or adapter_init='principal', by "
+                "which an adapter begins anew at each change."
+            )
+
+    def _by_preset(self, name: str) -> str:
+        """Who has chosen a setting, for messages, where it was not the user."""
+        return f" (by the preset {self.preset.name})" if self.preset is not None and name in self.brought else ""
+
+    def _check_choices(self) -> None:
         for name, default, registry in (("export", "dense", EXPORTERS), ("decomposition", "svd", PRODUCTS)):
             if getattr(self, name) != default:  # which is known without a look
                 registry.find(getattr(self, name))
@@ -388,9 +406,13 @@ class DRTConfig:
         return self.rank_pattern if isinstance(self.rank_pattern, dict) else {}
 
     @property
-    def alpha(self) -> float:
-        """``adapter_alpha`` as a number: it has been filled where it was unset."""
-        return float(self.adapter_alpha or 0.0)
+    def init(self) -> AdapterInit:
+        """``adapter_init``, which has been filled where it was unset."""
+        return self.adapter_init or "zero"
+
+    def alpha_of(self, rank: int) -> float:
+        """The numerator of an adapter's scaling alpha / rank; of one that is split, whose rank changes, the rank."""
+        return float(rank if self.adapter_init == "split" else self.adapter_alpha or 0.0)
 
     @property
     def keeps_query_key(self) -> bool:
@@ -451,48 +473,3 @@ def _is_number(value: Any) -> TypeGuard[float]:
 def _require(condition: Any, config: DRTConfig, name: str, allowed: str, hint: str = "") -> None:
     if not condition:
         raise ValueError(f"{name} must be {allowed}, got {getattr(config, name)!r}. {hint}".rstrip())
-
-
-def _check_patterns(name: str, patterns: Any) -> None:
-    if patterns is None:
-        return
-    if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
-        raise ValueError(f"{name} must be a list of regular expressions, got {patterns!r}.")
-    for pattern in patterns:
-        _compile(name, pattern)
-
-
-def _compile(name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(
-            f"{name} holds {pattern!r}, which is not a regular expression: {error}. "
-            "Match any text with '.*', and escape special characters with a backslash."
-        ) from None
-
-
-def _parse_rank_pattern(value: Any) -> dict[str, float] | None:
-    """The pattern as a dict; a text is read as JSON, since that is how a command line carries it."""
-    if value is None:
-        return None
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f'rank_pattern is not valid JSON ({error}): {value!r}. Write it as \'{{"attn": 0.125, "mlp": 64}}\'.'
-            ) from None
-    if not isinstance(value, dict):
-        raise ValueError(f"rank_pattern must map regular expressions to ranks, got {value!r}.")
-    for pattern, rank in value.items():
-        if not isinstance(pattern, str):
-            raise ValueError(f"rank_pattern must map regular expressions to ranks, got the key {pattern!r}.")
-        _compile("rank_pattern", pattern)
-        absolute, share = _is_int(rank) and rank >= 1, isinstance(rank, float) and 0 < rank <= 1
-        if not (absolute or share):
-            raise ValueError(
-                f"rank_pattern gives {rank!r} for {pattern!r}; allowed is a whole number of at least 1 (a rank), or a "
-                "number with a decimal point in (0, 1] (a share of min(out, in))."
-            )
-    return dict(value)

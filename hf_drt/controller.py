@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_drt.checkpoint import check_plan, check_preset, check_structure, declare, lasting, stored_plan, structure
 from hf_drt.config import DRTConfig
 from hf_drt.engines import engine_of, warn_of_lone_process, whole_size
-from hf_drt.forms import AdapterLinear, Dense, Form, form_of, layer_of, layer_ranks, weight_shape
+from hf_drt.forms import AdapterLinear, Dense, Form, begins_anew, form_of, layer_of, layer_ranks, weight_shape
 from hf_drt.optim import (
     Owner,
     form_group_options,
@@ -281,7 +281,7 @@ class DynamicRank:
         return {
             name: form
             for name, form in self.forms(index).items()
-            if form_of(self._layer(name)) != form or (name in restarts and not isinstance(form, Dense))
+            if form_of(self._layer(name)) != form or (name in restarts and begins_anew(form))
         }
 
     def _restarts(self, index: int) -> Collection[str]:
@@ -385,7 +385,7 @@ class DynamicRank:
         layers = {name: self._layer(name) for name in self.targets}
         parameters = [p for layer in layers.values() for p in layer.parameters()]
         flags = [p.requires_grad for p in parameters]
-        principal = self.config.adapter_init == "principal" and any("adapter" in p.kinds for p in self.plan.phases)
+        principal = self.config.adapter_init != "zero" and any("adapter" in p.kinds for p in self.plan.phases)
         written = [p for m in layers.values() if principal or isinstance(m, AdapterLinear) for p in m.parameters()]
         values = [p.detach().clone() for p in written]
 

@@ -17,7 +17,8 @@ ALLOWED = {
     "after_import": set(),
     "native_format": set(),
     "tables":     set(),
-    "config":     {"registry", "schedule"},
+    "patterns":   set(),
+    "config":     {"patterns", "registry", "schedule"},
     "schedule":   {"registry"},
     "linalg":     set(),
     "forms":      {"linalg", "registry", "tables"},
@@ -45,8 +46,8 @@ ALLOWED = {
     "run":        {"config", "trainer"},
     "trl":        {"trainer"},
 }
-STDLIB_ONLY = {"after_import", "config", "lazy", "messages", "native_format", "registry", "renamed",
-               "schedule", "tables"}
+STDLIB_ONLY = {"after_import", "config", "lazy", "messages", "native_format", "patterns", "registry",
+               "renamed", "schedule", "tables"}
 KNOWS_TRANSFORMERS = {"trainer", "export", "run", "cli"}
 # fmt: on
 

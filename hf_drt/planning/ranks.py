@@ -91,4 +91,4 @@ def resolve_form(kind: str, shape: LayerShape, config: DRTConfig, name: str, pha
         return Dense()
     if kind == "factored":
         return factored
-    return Adapter(rank, config.alpha, config.adapter_init, product.name, rank_in)
+    return Adapter(rank, config.alpha_of(rank), config.init, product.name, rank_in)

@@ -62,6 +62,11 @@ class ResolvedPlan:
         )
         return cls(plan, targets, forms, cost, config, trigger, lowrank, budget, outline)
 
+    @property
+    def splits(self) -> bool:
+        """Whether adapters are split as their rank changes (``adapter_init='split'``)."""
+        return self.config.adapter_init == "split" and any("adapter" in phase.kinds for phase in self.plan.phases)
+
     def parts(self, phase: int) -> dict[str, Part]:
         """The layers that a phase brings into a form, all or those of its groups, by the part that they are in."""
         return _parts(provisional(self.plan).phases[phase], self.targets, self.config)
