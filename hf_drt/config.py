@@ -16,6 +16,8 @@ AdapterInit = Literal["zero", "principal", "split"]
 Moments = Literal["project", "reset"]
 MatrixOptimizer = Literal["none", "muon"]
 Recompute = Literal["none", "bottleneck"]
+# Settings that may be left to a preset, and what they are in settled settings where it brings none.
+_DEFINITE = {"matrix_optimizer": "none", "adapter_init": "zero", "moments": "reset"}
 
 
 class _Help(Mapping[str, Any]):
@@ -224,9 +226,8 @@ class DRTConfig:
         if self.schedule is not None:
             _require(isinstance(self.schedule, str) and self.schedule.strip(), self, "schedule", "a non-empty text")
         self._take_from_preset(self.parsed.preset if self.parsed is not None else None)
-        for name, default in (("adapter_alpha", 16.0), ("adapter_init", "zero"), ("moments", "reset")):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
+        if self.adapter_alpha is None:
+            object.__setattr__(self, "adapter_alpha", 16.0)
         self._check_literals()
         self._check_ranks()
         self._check_rates()
@@ -249,7 +250,7 @@ class DRTConfig:
             ("matrix_optimizer", MatrixOptimizer),
             ("recompute", Recompute),
         ):
-            unset = name == "matrix_optimizer" and self.matrix_optimizer is None
+            unset = name in _DEFINITE and getattr(self, name) is None
             allowed = get_args(choices)
             _require(unset or getattr(self, name) in allowed, self, name, f"one of {', '.join(allowed)}")
         svd = self.decomposition == "svd"  # which is known without a look
@@ -315,8 +316,9 @@ class DRTConfig:
         return self.parsed.preset if self.parsed is not None else None
 
     def settled(self, lowrank: str | None) -> "DRTConfig":
-        """The settings where it is known what 'lowrank' stands for: with those that the preset brings for it, and a
-        definite ``matrix_optimizer``. The schedule has the phases of that case alone.
+        """The settings where it is known what 'lowrank' stands for: with those that the preset brings for it, and
+        definite values of ``matrix_optimizer``, ``adapter_init`` and ``moments``. The schedule has the phases of that
+        case alone.
 
         Args:
             lowrank: 'factored' or 'adapter'; None where no phase is in low rank, and nothing is brought.
@@ -328,7 +330,7 @@ class DRTConfig:
             return self if self.lowrank == lowrank else self.given.settled(lowrank)
         brought = self.preset.settings_for(self, lowrank) if self.preset is not None and lowrank is not None else {}
         unset = {name: value for name, value in brought.items() if getattr(self, name) is None}
-        made = replace(self, **{"matrix_optimizer": self.matrix_optimizer or "none"} | unset)
+        made = replace(self, **{name: getattr(self, name) or value for name, value in _DEFINITE.items()} | unset)
         vars(made).update(_lowrank=lowrank, _given=self, _brought=self.brought | frozenset(unset))
         vars(made).pop("parsed", None)  # which was read without it
         return made
@@ -407,7 +409,7 @@ class DRTConfig:
 
     @property
     def init(self) -> AdapterInit:
-        """``adapter_init``, which has been filled where it was unset."""
+        """``adapter_init``, or what it stands for where it is unset."""
         return self.adapter_init or "zero"
 
     def alpha_of(self, rank: int) -> float:

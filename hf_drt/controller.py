@@ -244,7 +244,8 @@ class DynamicRank:
         forms = self.changes(index)
         function = FunctionError(probe if self.match(step) else None)
         generator = partial(self._generator, index)
-        outcome = change_forms(self.model, forms, optimizer, self.config.moments, generator, function.look)
+        moments = self.config.moments or "reset"
+        outcome = change_forms(self.model, forms, optimizer, moments, generator, function.look)
         enter()
         declare(self.model)
         warn_of_rounding(step, outcome.merge_error)
@@ -385,7 +386,7 @@ class DynamicRank:
         layers = {name: self._layer(name) for name in self.targets}
         parameters = [p for layer in layers.values() for p in layer.parameters()]
         flags = [p.requires_grad for p in parameters]
-        principal = self.config.adapter_init != "zero" and any("adapter" in p.kinds for p in self.plan.phases)
+        principal = self.config.init != "zero" and any("adapter" in p.kinds for p in self.plan.phases)
         written = [p for m in layers.values() if principal or isinstance(m, AdapterLinear) for p in m.parameters()]
         values = [p.detach().clone() for p in written]
 

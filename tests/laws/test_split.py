@@ -16,7 +16,6 @@ from hf_drt.forms import (
     convert,
     decompose,
     decomposition_shapes,
-    effective_weight,
     form_of,
     layout_of,
     trainable_weights,

@@ -1,6 +1,7 @@
-"""The preset drift: DRIFT's curves (arXiv 2502.03822), computed here by its own formulas, met by a few levels of rank."""
+"""The preset drift: DRIFT's curves (arXiv 2502.03822), computed here by its own formulas, met by levels of rank."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -74,7 +75,7 @@ def test_at_any_step_the_rank_is_the_level_next_to_the_curve(knob, first, last, 
 @pytest.mark.parametrize(
     ("text", "phases"),
     [
-        ("drift(shape=linear,levels=4)", "adapter:0.5@0 adapter:0.375@16.6667% adapter:0.25@50% adapter:0.125@83.3333%"),
+        ("drift(shape=linear,levels=3,last=0.2)", "adapter:0.5@0 adapter:0.35@25% adapter:0.2@75%"),
         ("drift(shape=linear,levels=2,until=50)", "adapter:0.5@0 adapter:0.125@25%"),
         ("drift(first=1,shape=linear,levels=3,last=0.1)", "dense@0 adapter:0.55@25% adapter:0.1@75%"),
         ("drift(first=0.1,last=1,shape=linear,levels=3)", "adapter:0.1@0 adapter:0.55@25% dense@75%"),
@@ -104,4 +105,7 @@ def test_it_brings_adapters_that_are_split_and_moments_that_follow():
     assert (config.adapter_init, config.moments, config.brought) == ("split", "project", {"adapter_init", "moments"})
     own = DRTConfig(schedule="drift", adapter_init="principal", moments="reset")
     assert (own.adapter_init, own.moments, own.brought) == ("principal", "reset", frozenset())
-    assert (DRTConfig().adapter_init, DRTConfig(schedule="decay").moments) == ("zero", "reset")
+    other = replace(DRTConfig(schedule="paper"), schedule="drift")  # nothing of the one schedule stays for the other
+    assert (other.adapter_init, other.moments) == ("split", "project")
+    plain = DRTConfig(schedule="adapter@0").settled("adapter")
+    assert (plain.adapter_init, plain.moments, plain.changed()) == ("zero", "reset", {})
