@@ -253,17 +253,6 @@ class DRTConfig:
             unset = name in _DEFINITE and getattr(self, name) is None
             allowed = get_args(choices)
             _require(unset or getattr(self, name) in allowed, self, name, f"one of {', '.join(allowed)}")
-        svd = self.decomposition == "svd"  # which is known without a look
-        if self.adapter_init == "split" and not svd and not PRODUCTS.find(self.decomposition).two_matrices:
-            raise ValueError(
-                f"adapter_init='split'{self._by_preset('adapter_init')} divides a product U V, and decomposition="
-                f"{self.decomposition!r} is of other tensors. Use decomposition='svd', or adapter_init='principal', by "
-                "which an adapter begins anew at each change."
-            )
-
-    def _by_preset(self, name: str) -> str:
-        """Who has chosen a setting, for messages, where it was not the user."""
-        return f" (by the preset {self.preset.name})" if self.preset is not None and name in self.brought else ""
 
     def _check_choices(self) -> None:
         for name, default, registry in (("export", "dense", EXPORTERS), ("decomposition", "svd", PRODUCTS)):

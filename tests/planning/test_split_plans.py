@@ -78,14 +78,14 @@ def test_full_rank_at_one_end_is_allowed_and_throughout_refused():
 @pytest.mark.parametrize("decomposition", ["tucker", "cp"])
 def test_products_of_other_tensors_cannot_be_split(decomposition):
     message = (
-        rf"adapter_init='split' \(by the preset drift\) divides a product U V, and decomposition='{decomposition}'"
+        rf"divides a product U V, and decomposition='{decomposition}' is of other tensors\. Use decomposition='svd'"
     )
     with pytest.raises(
-        ValueError, match=message + r" is of other tensors\. Use decomposition='svd', or adapter_init='p"
+        ValueError, match=rf"adapter_init='split' \(by the preset drift\) {message}, or adapter_init='pri"
     ):
-        DRTConfig(schedule="drift", decomposition=decomposition)
-    with pytest.raises(ValueError, match=r"adapter_init='split' divides a product U V"):
-        DRTConfig(schedule="adapter@0", decomposition=decomposition, adapter_init="split")
+        controller(model=tiny.resnet(), decomposition=decomposition)
+    with pytest.raises(ValueError, match=rf"adapter_init='split' {message}"):
+        controller("adapter@0 dense@50%", tiny.resnet(), decomposition=decomposition, adapter_init="split")
     rank_in = 3 if decomposition == "tucker" else None
     with pytest.raises(
         ValueError, match=r"init 'split' divides a product of two matrices, .*Use 'svd', or init 'princ"

@@ -113,7 +113,7 @@ def test_so_has_one_whose_rank_grows(tmp_path):
 
 def test_the_log_says_that_the_function_was_kept(down):
     rows = [row for row in down[1].state.log_history if "drt_function_error" in row]
-    assert [row["drt_phase"] for row in rows] == [0, 1, 2]
+    assert [row["drt_phase"] for row in rows] == [1, 2]
     assert max(row["drt_function_error"] for row in rows) <= 1e-5
     assert max(row["drt_truncation_error"] for row in rows) <= 1e-6
 
