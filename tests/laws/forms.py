@@ -14,7 +14,7 @@ OUT, IN = 24, 40
 SAMPLES = {
     Dense: [Dense(), Dense(frozen=True)],
     Factored: [Factored(12), Factored(4)],
-    Adapter: [Adapter(4, 16.0, "zero"), Adapter(6, 8.0, "principal"), Adapter(5, 5.0, "split")],
+    Adapter: [Adapter(4, 16.0, "zero"), Adapter(6, 8.0, "principal")],
 }
 FORMS = [form for cls in get_args(Form) for form in SAMPLES[cls]]
 PAIRS = list(product(FORMS, FORMS))

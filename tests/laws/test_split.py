@@ -12,10 +12,12 @@ from hf_drt.forms import (
     AdapterLinear,
     Dense,
     ExpertStack,
+    Factored,
     LowRankLinear,
     convert,
     decompose,
     decomposition_shapes,
+    effective_weight,
     form_of,
     layout_of,
     trainable_weights,
@@ -179,3 +181,17 @@ def test_an_adapter_of_another_start_is_split_too():
     new_base, new_product = closed_form(convert(layer, split(4)).module)
     assert far(new_product, top(product, 4)) <= 1e-5
     assert far(new_base + new_product, base + product) <= 1e-6
+
+
+@pytest.mark.parametrize("other", [Factored(9), Adapter(4, 8.0, "principal"), Dense()], ids=str)
+def test_other_forms_come_from_it_and_go_to_it(other):
+    """From factors the principal directions are theirs, and the base is what rounding has left."""
+    layer = trained("linear", split(9))
+    W = sum(closed_form(layer))
+    new = convert(layer, other)
+    assert far(effective_weight(new.module).double(), W) == pytest.approx(new.error, abs=1e-6)
+    W = effective_weight(new.module).double()
+    base, product = closed_form(convert(new.module, split(12)).module)
+    assert far(base + product, W) <= 1e-6
+    if isinstance(other, Factored):
+        assert base.norm() <= 1e-5 * W.norm()

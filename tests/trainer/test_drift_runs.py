@@ -23,11 +23,11 @@ def ranks(drt: DynamicRank) -> dict[str, int | None]:
 @pytest.mark.parametrize("schedule", [DOWN, UP])
 def test_in_a_loop_every_switch_keeps_the_function_and_the_model_learns(kind, schedule):
     model, data = KINDS[kind][0](), tiny.batch(KINDS[kind][1])
-    drt = DynamicRank(model, DRTConfig(schedule=schedule, rank_multiple=2), max_steps=12)
+    drt = DynamicRank(model, DRTConfig(schedule=schedule, rank_multiple=2), max_steps=8)
     drt.apply(0)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-3)
     losses, seen = [], [ranks(drt)]
-    for step in range(12):
+    for step in range(8):
         before = tiny.logits(model, data)
         if transition := drt.begin_step(step, optimizer):
             seen.append(ranks(drt))
@@ -46,7 +46,7 @@ def test_in_a_loop_every_switch_keeps_the_function_and_the_model_learns(kind, sc
         assert order if schedule == DOWN else first <= middle <= (last or 99), name
     assert losses[-1] < losses[0]
     adapters = [layer_of(model, name) for name in drt.targets]
-    assert all(optimizer.state[w]["step"] == 12 for a in adapters for w in trainable_weights(a))
+    assert all(optimizer.state[w]["step"] == 8 for a in adapters for w in trainable_weights(a))
     after = tiny.logits(model, data)
     drt.to_dense()
     assert (tiny.logits(model, data) - after).norm() <= 1e-5 * after.norm()
