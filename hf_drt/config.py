@@ -12,11 +12,13 @@ from hf_drt.schedule import PRESETS, Preset, Schedule
 
 FrozenDtype = Literal["bfloat16"]
 Start = Literal["auto", "scratch", "pretrained"]
-AdapterInit = Literal["zero", "principal"]
+AdapterInit = Literal["zero", "principal", "split"]
 Moments = Literal["project", "reset"]
 MatrixOptimizer = Literal["none", "muon"]
 Recompute = Literal["none", "bottleneck"]
 Truncation = Literal["weight", "activation"]
+# Settings that may be left to a preset, and what they are in settled settings where it brings none.
+_DEFINITE = {"matrix_optimizer": "none", "adapter_init": "zero", "moments": "reset"}
 
 
 class _Help(Mapping[str, Any]):
@@ -162,15 +164,19 @@ class DRTConfig:
     adapter_alpha: float | None = _option(
         None,
         "Numerator of the adapter's scaling alpha / rank, above 0. Unset: what the preset brings, as paper_conv does, "
-        "else 16.",
+        "else 16. Where adapter_init is 'split' nothing is scaled.",
     )
-    adapter_init: AdapterInit = _option(
-        "zero", "Start of the adapter: 'zero' (lora_B = 0) or 'principal' (top singular directions of W)."
+    adapter_init: AdapterInit | None = _option(
+        None,
+        "Start of the adapter: 'zero' (lora_B = 0), 'principal' (top singular directions of W), or 'split': as "
+        "'principal', and from then on a change of rank divides the adapter and its base anew, with the same function "
+        "and most of the optimizer's state. Unset: what the preset brings ('split' by 'drift'), else 'zero'.",
     )
-    moments: Moments = _option(
-        "reset",
+    moments: Moments | None = _option(
+        None,
         "Optimizer state of swapped layers: 'reset' drops it, 'project' carries the moments over by the chain rule "
-        "(docs/optimizers.md says for which optimizers; the state of others starts anew in both).",
+        "(docs/optimizers.md says for which optimizers; the state of others starts anew in both). Unset: what the "
+        "preset brings ('project' by 'drift'), else 'reset'.",
     )
     rewarmup_steps: int = _option(0, "Update steps of linear LR re-warm-up after every switch, at least 0 (off).")
     rewarmup_start: float = _option(0.1, "Share of the scheduled LR at which the re-warm-up starts, in [0, 1].")
@@ -230,6 +236,7 @@ class DRTConfig:
         self._take_from_preset(self.parsed.preset if self.parsed is not None else None)
         if self.adapter_alpha is None:
             object.__setattr__(self, "adapter_alpha", 16.0)
+        self._check_literals()
         self._check_ranks()
         self._check_rates()
         for name in ("include", "exclude", "blocks", "ignore_source"):
@@ -243,7 +250,7 @@ class DRTConfig:
         check_patterns("group_by", self.group_by)
         _require(self.frozen_dtype in (None, *get_args(FrozenDtype)), self, "frozen_dtype", "bfloat16, or unset")
 
-    def _check_choices(self) -> None:
+    def _check_literals(self) -> None:
         for name, choices in (
             ("start", Start),
             ("adapter_init", AdapterInit),
@@ -252,9 +259,11 @@ class DRTConfig:
             ("recompute", Recompute),
             ("truncation", Truncation),
         ):
-            unset = name == "matrix_optimizer" and self.matrix_optimizer is None
+            unset = name in _DEFINITE and getattr(self, name) is None
             allowed = get_args(choices)
             _require(unset or getattr(self, name) in allowed, self, name, f"one of {', '.join(allowed)}")
+
+    def _check_choices(self) -> None:
         for name, default, registry in (("export", "dense", EXPORTERS), ("decomposition", "svd", PRODUCTS)):
             if getattr(self, name) != default:  # which is known without a look
                 registry.find(getattr(self, name))
@@ -305,8 +314,9 @@ class DRTConfig:
         return self.parsed.preset if self.parsed is not None else None
 
     def settled(self, lowrank: str | None) -> "DRTConfig":
-        """The settings where it is known what 'lowrank' stands for: with those that the preset brings for it, and a
-        definite ``matrix_optimizer``. The schedule has the phases of that case alone.
+        """The settings where it is known what 'lowrank' stands for: with those that the preset brings for it, and
+        definite values of ``matrix_optimizer``, ``adapter_init`` and ``moments``. The schedule has the phases of that
+        case alone.
 
         Args:
             lowrank: 'factored' or 'adapter'; None where no phase is in low rank, and nothing is brought.
@@ -318,7 +328,7 @@ class DRTConfig:
             return self if self.lowrank == lowrank else self.given.settled(lowrank)
         brought = self.preset.settings_for(self, lowrank) if self.preset is not None and lowrank is not None else {}
         unset = {name: value for name, value in brought.items() if getattr(self, name) is None}
-        made = replace(self, **{"matrix_optimizer": self.matrix_optimizer or "none"} | unset)
+        made = replace(self, **{name: getattr(self, name) or value for name, value in _DEFINITE.items()} | unset)
         vars(made).update(_lowrank=lowrank, _given=self, _brought=self.brought | frozenset(unset))
         vars(made).pop("parsed", None)  # which was read without it
         return made
@@ -396,9 +406,13 @@ class DRTConfig:
         return self.rank_pattern if isinstance(self.rank_pattern, dict) else {}
 
     @property
-    def alpha(self) -> float:
-        """``adapter_alpha`` as a number: it has been filled where it was unset."""
-        return float(self.adapter_alpha or 0.0)
+    def init(self) -> AdapterInit:
+        """``adapter_init``, or what it stands for where it is unset."""
+        return self.adapter_init or "zero"
+
+    def alpha_of(self, rank: int) -> float:
+        """The numerator of an adapter's scaling alpha / rank; of one that is split, whose rank changes, the rank."""
+        return float(rank if self.adapter_init == "split" else self.adapter_alpha or 0.0)
 
     @property
     def keeps_query_key(self) -> bool:

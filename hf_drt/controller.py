@@ -15,7 +15,7 @@ from hf_drt.checkpoint import check_plan, check_preset, check_structure, continu
 from hf_drt.config import DRTConfig
 from hf_drt.covariance import Gathering
 from hf_drt.engines import engine_of, trainable_size, warn_of_lone_process
-from hf_drt.forms import Dense, Form, form_of, layer_ranks
+from hf_drt.forms import Dense, Form, begins_anew, form_of, layer_ranks
 from hf_drt.optim import (
     Owner,
     form_group_options,
@@ -279,8 +279,8 @@ class DynamicRank:
         forms = self.changes(index)
         function = FunctionError(probe if self.match(step) else None)
         generator = partial(self._generator, index)
-        inputs = self.inputs.taken()
-        outcome = change_forms(self.model, forms, optimizer, self.config.moments, generator, function.look, inputs)
+        moments, inputs = self.config.moments or "reset", self.inputs.taken()
+        outcome = change_forms(self.model, forms, optimizer, moments, generator, function.look, inputs)
         self.inputs.drop()
         enter()
         declare(self.model)
@@ -318,7 +318,7 @@ class DynamicRank:
         return {
             name: form
             for name, form in self.forms(index).items()
-            if form_of(self._layer(name)) != form or (name in restarts and not isinstance(form, Dense))
+            if form_of(self._layer(name)) != form or (name in restarts and begins_anew(form))
         }
 
     def _generator(self, phase: int, name: str) -> torch.Generator:
@@ -403,7 +403,7 @@ class DynamicRank:
         (:func:`hf_drt.transition.remembered_layers`)."""
         phase, step, resolved = self.phase, self._step, self.resolved
         turns = None if self.turns is None else self.turns.state_dict()
-        principal = self.config.adapter_init == "principal" and any("adapter" in p.kinds for p in self.plan.phases)
+        principal = self.config.init != "zero" and any("adapter" in p.kinds for p in self.plan.phases)
         put_back = remembered_layers(self.model, {name: self._layer(name) for name in self.targets}, principal)
 
         def restore() -> None:

@@ -76,7 +76,7 @@ def decomposition_shapes(module: nn.Module, form: Form) -> tuple[tuple[int, ...]
 
 
 def _needs_parts(form: Form) -> TypeGuard[Factored | Adapter]:
-    return isinstance(form, Factored) or (isinstance(form, Adapter) and form.init == "principal")
+    return isinstance(form, Factored) or (isinstance(form, Adapter) and form.init != "zero")
 
 
 def _source(module: nn.Module, covariance: Tensor | None = None) -> Source:
@@ -90,7 +90,7 @@ def prepare(
     """The conversion of a layer to ``form``; nothing changes before its ``commit()``.
 
     The same form again is a restart: Factored re-balances its factors, Adapter merges and starts a new adapter (ReLoRA,
-    Lialin et al. 2023), Dense is returned as it is, frozen or not.
+    Lialin et al. 2023) or balances the one that is only ever split, Dense is returned as it is, frozen or not.
 
     Args:
         module: ``nn.Linear``, ``Conv1D``, or one of this package's modules.
@@ -292,7 +292,7 @@ def _to_adapter(
     tensors = {"base": base} | _product_tensors(module, form, generator, parts)
     adapter = low_rank_layer(_dense_module(module), form, tensors, _bias(module))
     adapter.training = module.training
-    if parts is not None:  # the base is what the new adapter, of the principal directions, leaves of W
+    if parts is not None:  # the base is what the new adapter, of principal directions, leaves of W
         merge = Merge(base, lambda: _without(module, adapter), merge.source if merge is not None else None)
     return Conversion(adapter, 0.0, merge, [(base, False)])
 

@@ -216,6 +216,11 @@ class AdapterLinear(LowRankLinear):
 
     base: nn.Parameter
 
+    @property
+    def is_split(self) -> bool:
+        """Whether its product came out of that of the adapter before, if there was one."""
+        return isinstance(self.form, Adapter) and self.form.init == "split"
+
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.layout.matrix(self.base), self.bias)
         if not self.training:  # rounded as PEFT rounds: an adapter that was trained there gives the same bits here

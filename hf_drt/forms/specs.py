@@ -86,15 +86,18 @@ class Adapter:
     """``W = base + (alpha / rank) P`` with a frozen ``base (out, in)`` and a product P of smaller tensors that are
     trained: ``lora_B lora_A`` (Hu et al. 2021, Eq. 3), or that of another decomposition, as in :class:`Factored`.
 
-    ``init`` is 'zero' (P = 0, the function is unchanged and base = W) or 'principal' (P takes the top singular
-    directions of W, or what the decomposition finds, and base the rest; Meng et al. 2024, PiSSA).
+    ``init`` is 'zero' (P = 0, the function is unchanged and base = W), 'principal' (P takes the top singular
+    directions of W, or what the decomposition finds, and base the rest; Meng et al. 2024, PiSSA), or 'split': as
+    'principal', but from an adapter on the product itself is divided. A smaller rank keeps P's top singular directions,
+    and the base takes the others; a larger one takes the base's top directions in addition (Sun et al. 2025, DRIFT,
+    whose rank only falls).
     """
 
     adapts: ClassVar[bool] = True
 
     rank: int
     alpha: float = 16.0
-    init: Literal["zero", "principal"] = "zero"
+    init: Literal["zero", "principal", "split"] = "zero"
     decomposition: str = DEFAULT_PRODUCT
     rank_in: int | None = None
 
@@ -102,8 +105,13 @@ class Adapter:
         _check_ranks(self)
         if not self.alpha > 0:
             raise ValueError(f"alpha must be above 0, got {self.alpha!r}.")
-        if self.init not in ("zero", "principal"):
-            raise ValueError(f"init must be 'zero' or 'principal', got {self.init!r}.")
+        if self.init not in ("zero", "principal", "split"):
+            raise ValueError(f"init must be 'zero', 'principal' or 'split', got {self.init!r}.")
+        if self.init == "split" and not self.product.two_matrices:
+            raise ValueError(
+                f"init 'split' divides a product of two matrices, and decomposition '{self.decomposition}' is of other "
+                f"tensors. Use '{DEFAULT_PRODUCT}', or init 'principal'."
+            )
 
     @property
     def scaling(self) -> float:
@@ -131,6 +139,12 @@ Form = Dense | Factored | Adapter
 """What a layer can be."""
 
 
+def begins_anew(form: Form) -> bool:
+    """Whether a layer that is in the form already changes where it is asked for again: factors are re-balanced, an
+    adapter is merged and renewed. A dense layer stays as it is, and so does an adapter that is only ever split."""
+    return not isinstance(form, Dense) and not (isinstance(form, Adapter) and form.init == "split")
+
+
 def parameters_of(form: Form, shape: tuple[int, int]) -> int:
     """Trainable weights of a layer of this shape, a :class:`hf_drt.forms.LayerShape`, or ``(out, in)`` of a linear
     layer."""
@@ -142,6 +156,14 @@ def flops_of(form: Form, shape: tuple[int, int]) -> int:
     """Multiply-adds per token, or per output position of a convolution, forward and backward."""
     shape = LayerShape.of(shape)
     return form.flops(*shape, shape.kernel, shape.stride)
+
+
+def forward_of(form: Form, shape: tuple[int, int]) -> int:
+    """Multiply-adds of the forward product alone, of what :func:`flops_of` counts: out in of a dense weight and of an
+    adapter's base, and those of the low-rank product."""
+    shape = LayerShape.of(shape)
+    whole = 0 if isinstance(form, Factored) else shape.d_out * shape.d_in
+    return whole if isinstance(form, Dense) else whole + form.product.multiply_adds(form, shape)
 
 
 def product_for(decomposition: str, shape: LayerShape) -> "Product":

@@ -23,6 +23,17 @@ def stacked_truncation(truncate: Callable[..., Truncation], *tensors: Tensor, ra
     return Truncation(U, S, Vh, (lost.sum() / total).sqrt().to(error) if total > 0 else error.new_zeros(()))
 
 
+def joined(one: Truncation, other: Truncation) -> Truncation:
+    """The sum of two, as one with the directions of both, sorted by their values; the error is that of the first.
+
+    Directions of one need not be orthogonal to those of the other, so that they are no SVD of the sum.
+    """
+    S, order = torch.cat([one.S, other.S], -1).sort(-1, descending=True)
+    U, V = torch.cat([one.U, other.U], -1), torch.cat([one.Vh, other.Vh], -2)
+    columns, rows = order[..., None, :].expand_as(U), order[..., None].expand_as(V)
+    return Truncation(U.gather(-1, columns), S, V.gather(-2, rows), one.error)
+
+
 def of_each(
     factors: Callable[..., tuple[Tensor, Tensor]], parts: Truncation, rank: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ are ``dL/dL = s G R^T`` and ``dL/dR = s L^T G``, where G = dL/dW. A first moment
 follows the same linear maps. A second moment is the average of squared gradients; its image is exact for entries of G
 that are independent of each other (``v_L = s^2 v_W (R*R)^T``), which is the assumption Adam makes anyway.
 
+An adapter that is split goes by its factors alone (:mod:`hf_drt.optim.split_moments`).
+
 A kernel is the matrix that its layout makes of it. Products of more tensors than two, or others, start with moments
 anew (:attr:`hf_drt.forms.Product.two_matrices`).
 """
@@ -14,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_drt.forms import Dense, LowRankLinear, form_of, layout_of, trainable_weights
+from hf_drt.forms import AdapterLinear, Dense, LowRankLinear, form_of, layout_of, trainable_weights
 from hf_drt.linalg import LinAlgError, working_dtype
 from hf_drt.optim.rule import MomentKeys, State
+from hf_drt.optim.split_moments import first_of_split, second_of_split
 
 
 def project(old: nn.Module, new: nn.Module, states: list[State], keys: MomentKeys) -> list[State]:
@@ -58,9 +61,18 @@ def _project(old: nn.Module, new: nn.Module, states: list[State], keys: MomentKe
 def _carried(old: nn.Module, new: nn.Module, moments: list[Tensor], second: bool) -> list[Tensor]:
     """One kind of moment of the new weights; of several in one entry, as a fast and a slow average, each by itself."""
     if moments[0].ndim == trainable_weights(old)[0].ndim:
-        return _lower(new, _lift(old, moments, second), second)
+        return _split(old, new, moments, second) or _lower(new, _lift(old, moments, second), second)
     each = (_carried(old, new, list(own), second) for own in zip(*moments, strict=True))
     return [torch.stack(parts) for parts in zip(*each, strict=True)]
+
+
+def _split(old: nn.Module, new: nn.Module, moments: list[Tensor], second: bool) -> list[Tensor] | None:
+    """Moments of an adapter that came out of another one by a split; None where it did not."""
+    if not (isinstance(old, AdapterLinear) and isinstance(new, AdapterLinear) and new.is_split):
+        return None
+    (L, R, s), (new_L, new_R, new_s) = _factors(old), _factors(new)
+    image = second_of_split if second else first_of_split
+    return list(_by_factor(new, image((L, R), (new_L, new_R), new_s / s, _by_factor(old, tuple(moments)))))
 
 
 def _bound_second(image: State, keys: MomentKeys) -> None:

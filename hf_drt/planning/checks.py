@@ -74,8 +74,10 @@ def check_resolved(resolved: ResolvedPlan, in_trainer: bool) -> None:
     for note in targets.notes:
         logger.warning("%s.", note)
     refuse_idle(usage_of_plan(resolved, in_trainer))
+    ever_low = any(not isinstance(form, Dense) for forms in resolved.forms_by_phase for form in forms.values())
     for phase, forms in zip(resolved.plan.phases, resolved.forms_by_phase, strict=True):
-        check_phase(phase, forms, targets.shapes, config)
+        check_phase(phase, forms, targets.shapes, config, may_be_dense=resolved.splits and ever_low)
+    _warn_of_idle_levels(resolved)
     if resolved.trigger is not None:
         check_room_for_windows(resolved.plan, resolved.cost.flops, budget_of(config, {resolved.plan.phases[0].kind}))
     for pattern in config.patterns:
@@ -83,7 +85,20 @@ def check_resolved(resolved: ResolvedPlan, in_trainer: bool) -> None:
             logger.warning("rank_pattern: %r matches none of the %d layers.", pattern, len(targets.shapes))
 
 
-def check_phase(phase: Phase, forms: dict[str, Form], targets: Shapes, config: DRTConfig) -> None:
+def _warn_of_idle_levels(resolved: ResolvedPlan) -> None:
+    """Say so where a level of rank rounds to the one before it in every layer: a switch for nothing."""
+    idle = len(resolved.plan) - 1 - resolved.cost.switches
+    if resolved.splits and idle > 0:
+        logger.warning(
+            "%d of the %d changes of phase change no layer, since ranks are rounded to multiples of %d and stay below "
+            "break-even. Take fewer levels, a smaller rank_multiple, or other ranks.",
+            idle, len(resolved.plan) - 1, resolved.config.rank_multiple,
+        )  # fmt: skip
+
+
+def check_phase(
+    phase: Phase, forms: dict[str, Form], targets: Shapes, config: DRTConfig, may_be_dense: bool = False
+) -> None:
     """Refuse a low-rank phase in which no layer would be in low rank; say in the log which layers stay dense, and why.
 
     Args:
@@ -91,6 +106,7 @@ def check_phase(phase: Phase, forms: dict[str, Form], targets: Shapes, config: D
         forms: The form of every target layer in it, by name.
         targets: ``(out, in)`` of every target layer, by name.
         config: The settings that the forms come from.
+        may_be_dense: Whether all layers may stay dense, as at the upper end of ranks that fall.
 
     Raises:
         ValueError: All layers would stay dense, or a setting has no product of two factors to act on.
@@ -102,7 +118,7 @@ def check_phase(phase: Phase, forms: dict[str, Form], targets: Shapes, config: D
         return
     dense = [name for name, form in forms.items() if form == Dense()]
     kept = dict.fromkeys(name for name in dense if stays_dense(phase.kind, name, config))
-    if len(dense) == len(targets):
+    if len(dense) == len(targets) and not may_be_dense:
         raise ValueError(_all_dense(phase, kept, targets, config))
     if kept:
         logger.info(
@@ -111,8 +127,8 @@ def check_phase(phase: Phase, forms: dict[str, Form], targets: Shapes, config: D
         )  # fmt: skip
     if forced := [name for name in dense if name not in kept]:
         logger.warning(
-            "phase '%s': %d of %d layers stay dense, since their rank would reach break-even: %s",
-            phase, len(forced), len(targets), ", ".join(forced),
+            "phase '%s': %d of %d layers %s dense, since their rank would reach break-even: %s",
+            phase, len(forced), len(targets), "are" if may_be_dense else "stay", ", ".join(forced),
         )  # fmt: skip
 
 

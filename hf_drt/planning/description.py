@@ -53,7 +53,20 @@ def facts(resolved: ResolvedPlan) -> list[str]:
         f"cost, of the target layers alone: {cost.flops:.3f} of their dense training FLOPs, {cost.parameters:.3f} of "
         "their trainable parameters"
     )
-    return [*lines, *_update_cost(resolved)]
+    return [*lines, *_split_cost(resolved), *_update_cost(resolved)]
+
+
+def _split_cost(resolved: ResolvedPlan) -> Iterator[str]:
+    """What a plan does not save whose adapters are split, and how often it splits them."""
+    if not resolved.splits:
+        return
+    cost = resolved.cost
+    yield (
+        f"forward pass: {cost.forward:.3f} of dense, and in no phase below it, since an adapter computes its frozen "
+        "base too; what follows the rank is the gradients of weights and the optimizer's state alone"
+    )
+    ranks = {tuple(forms.values()) for forms in resolved.forms_by_phase}
+    yield f"rank levels: {len(ranks)}, by {cost.switches} switches"
 
 
 def _update_cost(resolved: ResolvedPlan) -> Iterator[str]:

@@ -317,6 +317,15 @@ def _recompute(usage: Usage) -> str | None:
     return _needs_phase("factored")(usage)
 
 
+def _adapter_alpha(usage: Usage) -> str | None:
+    if usage.config.adapter_init != "split":
+        return None
+    return (
+        "adapters of adapter_init=split are not scaled, since their rank changes. For a higher learning rate of theirs "
+        "set adapter_lr_scale."
+    )
+
+
 def _needs_matrix_optimizer(usage: Usage) -> str | None:
     if usage.config.uses_matrix_optimizer:
         return None
@@ -369,7 +378,7 @@ IDLE: dict[str, Reason] = {
     "dense_accumulation": _dense_memory,
     "recompute": _recompute,
     "start": _start,
-    "adapter_alpha": _needs_phase("adapter"),
+    "adapter_alpha": _first(_needs_phase("adapter"), _adapter_alpha),
     "adapter_init": _needs_phase("adapter"),
     "moments": _needs_change,
     "rewarmup_steps": _needs_change,

@@ -4,7 +4,7 @@ import math
 import re
 
 from hf_drt.config import DRTConfig
-from hf_drt.forms import Adapter, Dense, Factored, Form, LayerShape, parameters_of, product_for, rank_limit
+from hf_drt.forms import Adapter, Dense, Factored, Form, LayerShape, Product, parameters_of, product_for, rank_limit
 
 # Leaves such as q_proj, k_lin, query, key_proj, wq, to_k, q_a_proj; none that holds values too, as kv_proj or qkv.
 _QUERY_OR_KEY = re.compile(
@@ -77,6 +77,9 @@ def resolve_form(kind: str, shape: LayerShape, config: DRTConfig, name: str, pha
         The form; Dense where the rank would reach break-even, out in / (out + in) or that of the decomposition
         (:func:`break_even_of`), and low rank save nothing, and for query and key projections in factored phases, where
         the configuration keeps those.
+
+    Raises:
+        ValueError: Adapters are to be split, and the layer's decomposition is of other tensors than two matrices.
     """
     if kind == "frozen":
         return Dense(frozen=True, dtype=None if shape.kernel or shape.experts else config.frozen_dtype)
@@ -91,4 +94,15 @@ def resolve_form(kind: str, shape: LayerShape, config: DRTConfig, name: str, pha
         return Dense()
     if kind == "factored":
         return factored
-    return Adapter(rank, config.alpha, config.adapter_init, product.name, rank_in)
+    _check_split(product, config)
+    return Adapter(rank, config.alpha_of(rank), config.init, product.name, rank_in)
+
+
+def _check_split(product: Product, config: DRTConfig) -> None:
+    if config.init != "split" or product.two_matrices:
+        return
+    preset = f" (by the preset {config.preset.name})" if config.preset and "adapter_init" in config.brought else ""
+    raise ValueError(
+        f"adapter_init='split'{preset} divides a product U V, and decomposition='{product.name}' is of other tensors. "
+        "Use decomposition='svd', or adapter_init='principal', by which an adapter begins anew at each change."
+    )

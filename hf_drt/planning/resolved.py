@@ -71,6 +71,11 @@ class ResolvedPlan:
         """What a state keeps of measurements that have decided the plan: ``paces``, if there are any."""
         return {} if self.paces is None else {"paces": dict(self.paces.table)}
 
+    @property
+    def splits(self) -> bool:
+        """Whether adapters are split as their rank changes (``adapter_init='split'``)."""
+        return self.config.adapter_init == "split" and any("adapter" in phase.kinds for phase in self.plan.phases)
+
     def parts(self, phase: int) -> dict[str, Part]:
         """The layers that a phase brings into a form, all or those of its groups, by the part that they are in."""
         return _parts(provisional(self.plan).phases[phase], self.targets, self.config)

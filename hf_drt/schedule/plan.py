@@ -95,10 +95,12 @@ class Plan:
         check_last(self.phases, str(self))
         for before, after in pairwise(self.phases):
             if after.start <= before.start:
-                turns = ", or take fewer groups or rounds" if after.parts else ""
+                fewer = ", or take fewer groups or rounds" if after.parts else ""
+                if not after.parts and after.kind == before.kind:
+                    fewer = ", or take fewer stages or levels"
                 raise ValueError(
                     f"phase boundaries cross: '{after}' does not come after '{before}' (of {self.max_steps} update "
-                    f"steps). Move one of them, or train for more steps{turns}."
+                    f"steps). Move one of them, or train for more steps{fewer}."
                 )
         if self.phases[-1].start >= self.max_steps:
             raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any
 from hf_drt.registry import Registry
 from hf_drt.schedule.boundary import number_text
 from hf_drt.schedule.decay import SHAPES
+from hf_drt.schedule.drift import CURVES, MIDPOINT, MOST_LEVELS, STEEPNESS, drift
 from hf_drt.schedule.dtypes import AUTO, DTYPES, with_dtype
 from hf_drt.schedule.form_text import form_text
 from hf_drt.schedule.rotation import AFTER, ORDERS, rotation
@@ -229,6 +230,24 @@ def _decay(first: float, last: float, stages: int, shape: str) -> str:
     return " ".join(f"{form}@{number_text(round(100 * j / stages, 10))}%" for j, form in enumerate(shares))
 
 
+def _drift(first: float, last: float, shape: str, steepness: float, midpoint: float, until: float, levels: int) -> str:
+    given = f"{first:g} and {last:g}"
+    _check(0 < first <= 1 and 0 < last <= 1, "first and last", "shares of min(out, in) in (0, 1]", given)
+    _check(first != last, "first and last", f"different (one rank throughout is the schedule 'adapter:{first:g}@0')",
+           given)  # fmt: skip
+    _check(shape in CURVES, "shape", f"one of {', '.join(CURVES)}", shape)
+    for name, value, default in (("steepness", steepness, STEEPNESS), ("midpoint", midpoint, MIDPOINT)):
+        users = " or ".join(other for other, curve in CURVES.items() if name in curve.options)
+        reads = name in CURVES[shape].options
+        _check(reads or value == default, name, f"left out but for shape={users}", f"{value:g} with shape={shape}")
+    _check(0.01 <= steepness <= 1000, "steepness", "in [0.01, 1000]", steepness)
+    _check(0 < midpoint < 100, "midpoint", "in (0, 100), in % of until", midpoint)
+    _check(0 < until <= 100, "until", "in (0, 100], in % of the run", until)
+    allowed = f"in 2..{MOST_LEVELS}, since each but the first costs a switch"
+    _check(2 <= levels <= MOST_LEVELS, "levels", allowed, levels)
+    return drift(first, last, shape, steepness, midpoint, until, levels)
+
+
 def _rotate(groups: int, share: float, order: str, after: str, rounds: int, seed: int) -> str:
     _check(groups >= 2, "groups", "at least 2", groups)
     _check(0 < share < 100, "share", "in (0, 100), in % of the run", share)
@@ -279,9 +298,26 @@ _PRESETS = (
     ),
     Preset(
         "decay",
-        "Factored rank going down in equal stages; shape is linear, exponential or sigmoid (DRIFT, arXiv 2502.03822).",
+        "Factored rank going down in equal stages, each of which truncates; shape is linear, exponential or sigmoid.",
         _decay,
         {"first": 0.375, "last": 0.125, "stages": 4, "shape": "linear"},
+    ),
+    Preset(
+        "drift",
+        "Adapters that hold W's principal directions, in a rank that falls or grows by levels while the frozen base "
+        "takes or gives the rest, so that no change of rank changes the function (DRIFT, arXiv 2502.03822). shape is "
+        f"{', '.join(CURVES)}; first=1 is full rank.",
+        _drift,
+        {
+            "first": 0.5,
+            "last": 0.125,
+            "shape": "sigmoid",
+            "steepness": STEEPNESS,
+            "midpoint": MIDPOINT,
+            "until": 100.0,
+            "levels": 7,
+        },
+        {"adapter_init": "split", "moments": "project"},
     ),
     Preset(
         "rotate",

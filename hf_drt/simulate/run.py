@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 
 from hf_drt.controller import DynamicRank
-from hf_drt.forms import Adapter, Dense, Factored, Form, LayerShape, flops_of, parameters_of
+from hf_drt.forms import Adapter, Dense, Factored, Form, LayerShape, begins_anew, flops_of, parameters_of
 from hf_drt.optim import maker
 from hf_drt.planning import break_even_of, stays_dense, update_multiply_adds
 from hf_drt.schedule import LOW_RANK
@@ -192,9 +192,9 @@ def _copies(controller: DynamicRank, by_phase: list[dict[str, Form]]) -> int:
 
 
 def _changing(controller: DynamicRank, now: dict[str, Form], then: dict[str, Form]) -> Iterator[int]:
-    """Trainable weights of each layer that changes form; a form that stays and is not dense begins anew."""
+    """Trainable weights of each layer that changes form, or begins its form anew."""
     for name, shape in controller.targets.items():
-        if now[name] != Dense() or then[name] != Dense():
+        if now[name] != then[name] or begins_anew(then[name]):
             yield controller.copies[name][0] * parameters_of(now[name], shape)
 
 

@@ -452,3 +452,12 @@ def test_measured_phases_have_the_settings_too(hf_drt, configured):
     result = hf_drt(*words, "--measure", "--measure-steps", 2, "--json")
     assert result.code == 0, result.err
     assert [phase["seconds_per_step"] > 0 for phase in json.loads(result.out)["phases"]] == [True, True]
+
+
+def test_a_plan_of_adapters_that_are_split_says_that_the_forward_pass_is_no_cheaper(hf_drt, configured):
+    schedule = "drift(first=0.375,last=0.125,shape=linear,levels=3)"
+    result = hf_drt("plan", configured(), *SMALL, "--schedule", schedule)
+    assert result.code == 0
+    drt = DynamicRank(tiny.llama(), DRTConfig(schedule=schedule, rank_multiple=4), max_steps=1000)
+    assert f"forward pass: {drt.cost().forward:.3f} of dense, and in no phase below it" in result.out
+    assert "rank levels: 3, by 2 switches" in result.out

@@ -89,6 +89,22 @@ def test_turns_of_full_rank_are_the_same_on_all_processes_and_what_one_process_d
             assert ((found[key] - p).abs() <= close).all(), (name, key)
 
 
+@pytest.mark.slow
+def test_adapters_that_are_split_are_the_same_on_all_processes_and_what_one_process_does(tmp_path):
+    settings = SGD | {"learning_rate": 0.01, "dropout": 0.0, "max_steps": 10}
+    ends = {"down": "first=0.6,last=0.125", "up": "first=0.125,last=0.6"}
+    for processes, accumulation in ((2, 2), (1, 4)):
+        own = settings | {"gradient_accumulation_steps": accumulation}
+        cells = {name: own | {"drt_schedule": f"drift({text},levels=3)"} for name, text in ends.items()}
+        for seen in launch_all(tmp_path / str(processes), processes, cells).values():
+            assert seen.get("equal", []) == [True] * (10 if processes > 1 else 0)
+            assert [row["drt_phase"] for row in seen["history"] if "drt_switch_seconds" in row] == [0, 1, 2]
+    for name in ends:
+        found, expected = (final(tmp_path / f"{processes}/{name}", "dense.pt") for processes in (2, 1))
+        for key, p in expected.items():
+            assert torch.allclose(found[key], p, atol=1e-5, rtol=0), (name, key)
+
+
 # Newton-Schulz of dense weights is in bfloat16, where the last bit of a gradient can turn one of eight.
 MATRICES = {
     "auto": ({"drt_schedule": "auto", "drt_matrix_optimizer": None}, 1e-5),

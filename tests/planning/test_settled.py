@@ -77,7 +77,8 @@ def test_settling_again_changes_nothing_and_for_another_case_begins_anew():
     found = DRTConfig(schedule="auto", seed=3).settled("factored")
     assert found.settled("factored") is found
     other = found.settled("adapter")
-    assert other == DRTConfig(schedule="auto", seed=3, matrix_optimizer="none")
+    definite = {"matrix_optimizer": "none", "adapter_init": "zero", "moments": "reset"}
+    assert other == DRTConfig(schedule="auto", seed=3, **definite)
     assert other.settled("factored") == found
 
 

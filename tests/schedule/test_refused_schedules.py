@@ -76,6 +76,24 @@ TEXTS = [
     ("decay(last=0)", r"preset option first and last must be shares .*, got 0\.375 and 0"),
     ("decay(stages=1)", r"preset option stages must be at least 2, got 1"),
     ("decay(shape=cubic)", r"preset option shape must be linear or exponential or sigmoid, got cubic"),
+    ("drift(first=0)", r"preset option first and last must be shares of min\(out, in\) in \(0, 1\], got 0 and 0\.125"),
+    ("drift(first=nan)", r"first and last must be shares of min\(out, in\) in \(0, 1\], got nan and 0\.125"),
+    ("drift(last=1.5)", r"preset option first and last must be shares of .*, got 0\.5 and 1\.5"),
+    (
+        "drift(last=0.5)",
+        r"first and last must be different \(one .* the schedule 'adapter:0\.5@0'\), got 0\.5 and 0\.5",
+    ),
+    ("drift(shape=cubic)", r"shape must be one of linear, cosine, sigmoid, exponential, logarithmic, got cubic"),
+    ("drift(shape=linear,steepness=5)", r"steepness must be left out but for shape=sigmoid or exponential or logarit"),
+    ("drift(shape=cosine,steepness=5)", r"steepness must be left out .*, got 5 with shape=cosine"),
+    ("drift(shape=exponential,midpoint=30)", r"midpoint must be left out but for shape=sigmoid, got 30 with shape=exp"),
+    ("drift(steepness=0)", r"preset option steepness must be in \[0\.01, 1000\], got 0\.0"),
+    ("drift(steepness=inf)", r"preset option steepness must be in \[0\.01, 1000\], got inf"),
+    ("drift(midpoint=100)", r"preset option midpoint must be in \(0, 100\), in % of until, got 100\.0"),
+    ("drift(until=0)", r"preset option until must be in \(0, 100\], in % of the run, got 0\.0"),
+    ("drift(levels=1)", r"preset option levels must be in 2\.\.32, since each but the first costs a switch, got 1"),
+    ("drift(levels=33)", r"preset option levels must be in 2\.\.32, .*, got 33"),
+    ("drift(rank=3)", r"preset 'drift' has no option 'rank'; its options are: first, last, shape, steepness, midpoint"),
 ]
 
 

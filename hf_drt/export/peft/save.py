@@ -38,9 +38,9 @@ def save_peft_adapter(
     **The adapter is worth nothing without its base.** The base must hold, exactly, the frozen W of every adapter and
     all other weights of this model: biases, norms, embeddings and heads, which dynamic-rank training trains along. A
     published model is that base only if nothing but ``lora_A`` and ``lora_B`` has been trained since it was loaded;
-    after a dense or factored phase, or with ``adapter_init='principal'``, it never is, and PEFT would give wrong
-    outputs without an error. Whether it is cannot be told from here: when in doubt, write ``base_folder``, and publish
-    that.
+    after a dense or factored phase, or with another ``adapter_init`` than 'zero', it never is, and PEFT would give
+    wrong outputs without an error. Whether it is cannot be told from here: when in doubt, write ``base_folder``, and
+    publish that.
 
     Args:
         model: With one or more layers in adapter form, the others dense.
@@ -195,8 +195,8 @@ def _warn_of_the_base(model: nn.Module, adapters: dict[str, AdapterLinear], name
     lora = {id(p) for m in adapters.values() for p in (m.lora_A, m.lora_B)}
     trained = [key for key, p in model.named_parameters() if p.requires_grad and id(p) not in lora]
     signs = [f"{len(trained)} other parameters are trainable: {some(trained)}"] if trained else []
-    if any(module.form.init == "principal" for module in adapters.values()):
-        signs.append("adapter_init='principal' has moved part of W from the base into the adapter")
+    if inits := {module.form.init for module in adapters.values()} - {"zero"}:
+        signs.append(f"adapter_init='{min(inits)}' has moved part of W from the base into the adapter")
     logger.warning(
         "the adapter is right only over a base with this model's frozen weights, biases, norms, embeddings and head, "
         "bit for bit. Whether %s holds them cannot be checked; %s. If it does not, PEFT will give wrong outputs "

@@ -76,7 +76,14 @@ class Source:
             return self.form
         return None
 
-    def factors(self, form: Factored) -> tuple[Tensor, Tensor]:
+    def split_by(self, form: LowRank) -> Adapter | None:
+        """Its form, where it is an adapter of two matrices that another one splits."""
+        now = self.form
+        if isinstance(form, Adapter) and form.init == "split" and isinstance(now, Adapter) and now.product.two_matrices:
+            return now
+        return None
+
+    def factors(self, form: LowRank) -> tuple[Tensor, Tensor]:
         """``L (out, r)`` and ``R (r, in)`` with ``W = L R``, of a layer in this form."""
         return form.product.factors(form.product.ordered(form, self.tensors()))
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from hf_drt.forms.bottleneck import narrow
 from hf_drt.forms.layout import LayerShape
 from hf_drt.forms.products.product import Convolution, LowRank, Shapes, Source, TwoFactors
-from hf_drt.forms.stack_math import of_each, stacked_truncation
+from hf_drt.forms.specs import Adapter
+from hf_drt.forms.stack_math import joined, of_each, stacked_truncation
 from hf_drt.forms.starts import spectral_factors
 from hf_drt.linalg import Truncation, truncated_product, truncated_svd, weighted_product, weighted_truncation
 
@@ -19,6 +20,8 @@ class Svd(TwoFactors):
 
     Of a convolution V is a kernel to r channels, kept as the matrix that it is, and U a 1 x 1 convolution to the
     outputs. Decomposed by the SVD (:mod:`hf_drt.linalg`); where the layer is factored already, by that of its factors.
+    An adapter that is split is decomposed by its own factors too, and by its base's top directions where its rank
+    grows.
     """
 
     name = "svd"
@@ -49,6 +52,8 @@ class Svd(TwoFactors):
         return min(shape)
 
     def decompose(self, form: LowRank, source: Source) -> Truncation:
+        if (adapter := source.split_by(form)) is not None:
+            return self._split(form.rank, adapter, source)
         k, narrow, C = _kept(form, source), source.narrow, None if form.adapts else source.covariance
         if C is not None and narrow is not None:
             return weighted_product(*source.factors(narrow), C, k)
@@ -57,6 +62,18 @@ class Svd(TwoFactors):
         if narrow is not None:
             return stacked_truncation(truncated_product, *source.factors(narrow), rank=k)
         return stacked_truncation(truncated_svd, source.matrix(), rank=k)
+
+    def _split(self, rank: int, adapter: Adapter, source: Source) -> Truncation:
+        """The new product of an adapter ``base + s L R`` of rank r: the top singular directions of ``s L R``, all of
+        them and the base's top ``rank - r`` where the rank grows, in descending order. ``error`` is that of ``s L R``.
+
+        From QR of both factors and an r x r matrix; of the base, where the rank grows, from its truncated SVD."""
+        L, R = source.factors(adapter)
+        product = stacked_truncation(truncated_product, L * adapter.scaling, R, rank=min(rank, adapter.rank))
+        if rank <= adapter.rank:
+            return product
+        base = source.layout.matrix(source.tensors()["base"])
+        return joined(product, stacked_truncation(truncated_svd, base, rank=rank - adapter.rank))
 
     def parts(self, form: LowRank, source: Source) -> tuple[tuple[int, ...], ...]:
         """Of a :class:`hf_drt.linalg.Truncation`."""
