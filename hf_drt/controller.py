@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_drt.checkpoint import check_plan, check_preset, check_structure, declare, lasting, stored_plan, structure
 from hf_drt.config import DRTConfig
-from hf_drt.engines import engine_of, warn_of_lone_process, whole_size
+from hf_drt.engines import engine_of, trainable_size, warn_of_lone_process, whole_size
 from hf_drt.forms import AdapterLinear, Dense, Form, form_of, layer_of, layer_ranks, weight_shape
 from hf_drt.optim import (
     Owner,
@@ -27,7 +27,7 @@ from hf_drt.optim import (
 )
 from hf_drt.planning import PlanCost, ResolvedPlan, budget_of, check_arguments, check_resolved, mean_falls, resolved_for
 from hf_drt.schedule import Plan, Trigger, Turns, Windows, could_become, provisional, whole_number
-from hf_drt.targets import Swap, is_layer, replace
+from hf_drt.targets import Swap, is_layer, join_attention, replace, split_attention
 from hf_drt.transition import FunctionError, Transition, change_forms, empty_forms, warn_of_rounding
 
 logger = logging.getLogger(__name__)
@@ -106,6 +106,7 @@ class DynamicRank:
         self._installed: weakref.ref | None = None
         self._copied: tuple[int | None, ...] = ()  # in a copy, the phase in which its optimizer's original was made
         check_resolved(resolved, in_trainer)
+        split_attention(model, self.targets)
         self.turns = Turns() if provisional(resolved.plan) != resolved.plan else None
         self.windows: Windows | None = None
         if resolved.trigger is not None:
@@ -239,8 +240,9 @@ class DynamicRank:
         started = time.perf_counter()
         index = self.plan.index_at(step)
         self._decide(index)
+        split_attention(self.model, self.targets)  # again after to_dense()
         enter = self._staged(optimizer)
-        parameters = _trainable_parameters(self.model)
+        parameters = trainable_size(self.model)
         forms = self.changes(index)
         function = FunctionError(probe if self.match(step) else None)
         generator = partial(self._generator, index)
@@ -258,7 +260,7 @@ class DynamicRank:
             kind=self.plan.phases[index].kind,
             layers=len(forms),
             seconds=seconds,
-            parameters=(parameters, _trainable_parameters(self.model)),
+            parameters=(parameters, trainable_size(self.model)),
             errors=outcome.errors,
             merge_error=outcome.merge_error,
             function_error=function.measure(),
@@ -484,16 +486,15 @@ class DynamicRank:
         return all(form_of(self._layer(name)) == Dense() for name in self.targets)
 
     def to_dense(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Bring every target layer back to its dense form: a plain model, that loads anywhere.
+        """Bring every target layer back to its dense form: a plain model, that loads anywhere. Without an optimizer
+        split attention becomes ``nn.MultiheadAttention`` again.
 
         Args:
             optimizer: Where it is to go on with this model; the new weights take the old ones' places in it.
         """
         low_rank: dict[str, Form] = {name: Dense() for name in self.targets if form_of(self._layer(name)) != Dense()}
         change_forms(self.model, low_rank, optimizer, "reset", lambda name: self._generator(0, name))
+        if optimizer is None:
+            join_attention(self.model)
         declare(self.model)
         self.phase = None
-
-
-def _trainable_parameters(model: nn.Module) -> int:
-    return sum(whole_size(p) for p in model.parameters() if p.requires_grad)

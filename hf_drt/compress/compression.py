@@ -22,6 +22,7 @@ from hf_drt.forms import (
     LayerShape,
     effective_weight,
     form_of,
+    layer_of,
     parameters_of,
     prepare,
     stack_count,
@@ -30,7 +31,7 @@ from hf_drt.forms import (
 from hf_drt.linalg import factored_singular_values, singular_values, truncation_error
 from hf_drt.planning import resolve_rank
 from hf_drt.tables import plain_table
-from hf_drt.targets import find_targets
+from hf_drt.targets import find_targets, split_attention
 from hf_drt.transition import exchange_layers
 
 
@@ -176,7 +177,8 @@ def compress(
         rank_multiple=rank_multiple, include=include, exclude=exclude, blocks=blocks, ignore_source=ignore_source,
     )  # fmt: skip
     before = _measured(model, evaluate)
-    changing = (layer for layer in plan.layers if form_of(model.get_submodule(layer.name)) != layer.form)
+    split_attention(model, [layer.name for layer in plan.layers])
+    changing = (layer for layer in plan.layers if form_of(layer_of(model, layer.name)) != layer.form)
     exchange_layers(model, {layer.name: (layer.form, partial(prepare, form=layer.form)) for layer in changing})
     declare(model)
     return with_fields(plan, loss=(before, _measured(model, evaluate))) if before is not None else plan

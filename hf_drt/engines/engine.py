@@ -18,6 +18,11 @@ def whole_size(parameter: Tensor) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
+def trainable_size(model: nn.Module) -> int:
+    """Elements of all parameters of a model that are trained."""
+    return sum(whole_size(p) for p in model.parameters() if p.requires_grad)
+
+
 class Engine(ABC):
     """What a change of form, and whatever else looks at a model's weights, asks of the engine that trains it.
 
