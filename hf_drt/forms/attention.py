@@ -92,6 +92,14 @@ class SplitAttention(nn.MultiheadAttention):
         """Whether each of the four is an ordinary dense layer."""
         return not any(isinstance(layer, FormedLinear) for layer in (*self.projections(), self.out_proj))
 
+    def _reset_parameters(self) -> None:
+        """New random weights, as those of the packed module. Weights that transformers has loaded stay."""
+        if all(map(_is_loaded, self.projections())):
+            return
+        packed = self.joined()
+        packed._reset_parameters()
+        self.load_state_dict(packed.state_dict())
+
     # ---- forward
 
     def forward(
@@ -307,9 +315,12 @@ def _joined(layers: list[nn.Module], parts: list[Tensor], shape: tuple[int, ...]
         return torch.cat(parts)
     trainable = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
     weight = EffectiveWeight(lambda: torch.cat(parts), shape, parts[0], trainable)
-    loaded = (hasattr(layer, _MARK) or all(hasattr(p, _MARK) for p in layer.parameters()) for layer in layers)
-    weight._is_hf_initialized = all(loaded)
+    weight._is_hf_initialized = all(map(_is_loaded, layers))
     return weight
+
+
+def _is_loaded(layer: nn.Module) -> bool:
+    return hasattr(layer, _MARK) or all(hasattr(p, _MARK) for p in layer.parameters())
 
 
 # ---- inputs
