@@ -1,7 +1,6 @@
 """Attention with a layer for each projection, against ``nn.MultiheadAttention`` itself, in float64."""
 
 import copy
-import itertools
 import pickle
 
 import pytest

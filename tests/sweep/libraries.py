@@ -1,8 +1,8 @@
 """``python -m tests.sweep.libraries timm``, or ``diffusers``: one model of each family through all forms.
 
 On the meta device, where a model of any size takes no memory and no time but Python's: what is tried is whether layers
-are selected, change form, are called, and get gradients, in every form. That a form computes the right function is tried on
-models with values (``tests/targets/test_libraries_of_vision.py``).
+are selected, change form, are called, and get gradients, in every form. That a form computes the right function is
+tried on models with values (``tests/targets/test_other_libraries.py``).
 """
 
 import argparse
@@ -76,12 +76,10 @@ def _cycle(result: Result, model: nn.Module, feeds: Callable[[nn.Module], Iterat
     result.facts = {
         "targets": len(found.targets),
         "share": round(held / total, 4),
-        "dense": Counter(found.skipped.values()),
+        "dense": dict(Counter(found.skipped.values())),
     }
     feed = next((feed for feed in feeds(model) if _takes(model, feed)), None)
-    drt = DynamicRank(
-        model, DRTConfig(schedule=SCHEDULE, rank_multiple=1, rank_ratio=0.1, start="scratch"), max_steps=3
-    )
+    drt = DynamicRank(model, DRTConfig(schedule=SCHEDULE, rank_multiple=1, rank_ratio=0.1), max_steps=3)
     for phase in drt.plan.phases:
         drt.empty_phase(drt.plan.phases.index(phase))
         if feed is not None:
@@ -175,7 +173,7 @@ def timm_feeds(model: Any) -> Iterator[dict[str, Any]]:
 
 # ---- diffusers
 
-_DEPTHS = re.compile(r"^(num_layers|num_single_layers|num_dual_layers|num_refiner_layers|num_mmdit_layers|num_single_dit_layers|n_layers|depth|num_hidden_layers|num_decoder_layers)$")  # fmt: skip
+_DEPTHS = re.compile(r"num_(\w+_)?layers|n_layers|depth")
 _WIDTHS = (
     "cross_attention_dim", "joint_attention_dim", "caption_channels", "text_embed_dim", "text_dim", "cap_feat_dim",
     "encoder_hidden_size", "text_hidden_dim", "caption_channels", "hidden_size", "cross_attention_hidden_dim",
@@ -202,7 +200,9 @@ def diffusers_model(name: str) -> nn.Module:
 
     cls = getattr(diffusers, name)
     defaults = inspect.signature(cls.__init__).parameters
-    depths = {n: 2 for n, p in defaults.items() if _DEPTHS.match(n) and isinstance(p.default, int) and p.default > 2}
+    depths = {
+        n: 2 for n, p in defaults.items() if _DEPTHS.fullmatch(n) and isinstance(p.default, int) and p.default > 2
+    }
     try:
         return cls(**depths)
     except Exception:
