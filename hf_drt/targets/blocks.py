@@ -66,12 +66,13 @@ def conv_inside(model: nn.Module, blocks: dict[str, nn.Module]) -> set[int]:
     """Modules inside blocks, by id, as far as convolutions go.
 
     These are the given blocks, and the innermost children of a ``ModuleList`` or ``Sequential`` that hold two or more
-    layers, one of them a convolution; where neither exists, the children of a ``ModuleList`` that hold one. A block
-    that is not in a list itself, as a stem built from a block's class, is none.
+    layers, one of them a convolution; where neither exists, the children of a ``ModuleList`` that hold one; and where
+    there are no lists at all, as in a tree, the innermost modules of a class that repeats and holds two or more. A
+    block that is not in a list itself, as a stem built from a block's class, is none.
     """
     modules = dict(model.named_modules())
     roots = {name for name in blocks if _is_listed(name, modules)} | set(_innermost(_conv_children(modules, 2)))
-    roots = roots or set(_innermost(_conv_children(modules, 1)))
+    roots = roots or set(_innermost(_conv_children(modules, 1))) or set(_innermost(_repeated(modules)))
     return {id(module) for name in roots for module in modules[name].modules()}
 
 
@@ -164,10 +165,22 @@ def _children(modules: dict[str, nn.Module], holders: type | tuple[type, ...]) -
 
 def _conv_children(modules: dict[str, nn.Module], count: int) -> Iterator[str]:
     for name, child in _children(modules, _LISTS if count > 1 else nn.ModuleList):
-        inside = list(child.modules())
-        convolutions = sum(map(is_convolution, inside))
-        layers = convolutions + sum(isinstance(module, nn.Linear) for module in inside)
-        if convolutions and layers >= count and not is_convolution(child):
+        if _holds_convolutions(child, count) and not is_convolution(child):
+            yield name
+
+
+def _holds_convolutions(module: nn.Module, count: int) -> bool:
+    """Whether a module holds so many layers, one of them a convolution."""
+    inside = list(module.modules())
+    convolutions = sum(map(is_convolution, inside))
+    return bool(convolutions) and convolutions + sum(isinstance(each, nn.Linear) for each in inside) >= count
+
+
+def _repeated(modules: dict[str, nn.Module]) -> Iterator[str]:
+    """Modules with a convolution and two or more layers, of a class that occurs twice or more, containers aside."""
+    classes = Counter(type(module) for module in modules.values())
+    for name, module in modules.items():
+        if name and classes[type(module)] >= 2 and type(module) not in _CONTAINERS and _holds_convolutions(module, 2):
             yield name
 
 

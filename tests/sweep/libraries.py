@@ -81,10 +81,12 @@ def _cycle(result: Result, model: nn.Module, feeds: Callable[[nn.Module], Iterat
         "dense": dict(Counter(drt.skipped.values())),
     }
     feed = next((feed for feed in feeds(model) if _takes(model, feed)), None)
-    for phase in range(len(drt.plan)):
-        drt.empty_phase(phase)
-        if feed is not None:
+    for index, phase in enumerate(drt.plan.phases):
+        drt.empty_phase(index)
+        if feed is not None and phase.kind == "factored":
             result.facts["reached"] = _reached(model, feed, list(drt.targets))
+        elif feed is not None and not _takes(model, feed):
+            raise ValueError(f"its forward pass fails in {phase.kind} form, and not as it was built")
     result.outcome = UNFED if feed is None else PASSED
 
 
