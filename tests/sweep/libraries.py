@@ -179,10 +179,10 @@ def timm_feeds(model: Any) -> Iterator[dict[str, Any]]:
 # ---- diffusers
 
 _DEPTHS = re.compile(r"num_(\w+_)?layers|n_layers|depth")
-_WIDTHS = (
-    "cross_attention_dim", "joint_attention_dim", "caption_channels", "text_embed_dim", "text_dim", "cap_feat_dim",
-    "encoder_hidden_size", "text_hidden_dim", "caption_channels", "hidden_size", "cross_attention_hidden_dim",
-)  # fmt: skip
+_WIDTHS = re.compile(
+    r"(cross|joint)_attention_dim|caption_channels|\w*hidden_(size|dim)|(text|cap|context|cond|image)_\w*dim|\w*embed_dim"
+)
+_OFFERED = ("encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids", "class_labels")
 
 
 def diffusers_families() -> dict[str, str]:
@@ -216,44 +216,42 @@ def diffusers_model(name: str) -> nn.Module:
 
 def diffusers_feeds(model: Any) -> Iterator[dict[str, Any]]:
     """Inputs by the names of the arguments and the numbers of the configuration, several shapes of each."""
-    config = dict(model.config)
-    channels = config.get("in_channels") or 4
+    config, parameters = dict(model.config), inspect.signature(model.forward).parameters
+    channels = config.get("in_channels") or (3 if "Autoencoder" in type(model).__name__ else 4)
     channels = channels[0] if isinstance(channels, (list, tuple)) else channels
-    width = next((config[key] for key in _WIDTHS if isinstance(config.get(key), int)), 32)
-    pooled = next(
-        (config[k] for k in ("pooled_projection_dim", "projection_class_embeddings_input_dim") if config.get(k)), 768
-    )
-    parameters = inspect.signature(model.forward).parameters
-    needed = [
-        n for n, p in parameters.items() if p.default is inspect.Parameter.empty and p.kind == p.POSITIONAL_OR_KEYWORD
-    ]
-    offered = [
-        n for n in parameters if n in ("encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids")
-    ]
-    axes = len(config.get("axes_dims_rope") or config.get("axes_dim") or (0, 0, 0))
-    main = (
+    widths = [v for k, v in config.items() if _WIDTHS.fullmatch(k) and isinstance(v, int) and not isinstance(v, bool)]
+    needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD]
+    first = needed[0] if needed else next(iter(parameters))
+    others = list(dict.fromkeys([*needed, *(name for name in _OFFERED if name in parameters)]))
+    pictures = [
         (channels, 32, 32),
         (channels, 64, 64),
         (channels, 9, 32, 32),
         (channels, 1, 32, 32),
-        (16, channels),
-        (channels, 256),
-    )
-    others = {
-        "timestep": torch.empty(2, device="meta"),
-        "encoder_hidden_states": torch.empty(2, 8, width, device="meta"),
-        "pooled_projections": torch.empty(2, pooled, device="meta"),
-        "guidance": torch.empty(2, device="meta"),
-        "img_ids": torch.empty(16, axes, device="meta"),
-        "txt_ids": torch.empty(8, axes, device="meta"),
-        "encoder_attention_mask": torch.ones(2, 8, dtype=torch.bool, device="meta"),
-        "encoder_hidden_states_mask": torch.ones(2, 8, dtype=torch.bool, device="meta"),
-        "class_labels": torch.zeros(2, dtype=torch.long, device="meta"),
-    }
-    for shape, names in itertools.product(main, (needed, dict.fromkeys([*needed, *offered]))):
-        first = needed[0] if needed else next(iter(parameters))
-        given = {name: others[name] for name in names if name in others}
+        (9, channels, 32, 32),
+    ]
+    tokens = [(16, width) for width in dict.fromkeys([channels, *widths[:3]])]
+    for width, shape in itertools.product(
+        list(dict.fromkeys(widths))[:3] or [32], [*pictures, *tokens, (channels, 256)]
+    ):
+        given = {name: _guess(name, width, config) for name in others if name != first}
         yield {first: torch.empty(2, *shape, device="meta"), **given}
+
+
+def _guess(name: str, width: int, config: dict[str, Any]) -> Tensor:
+    """What an argument of this name mostly is, for a batch of two and a text of eight tokens."""
+    axes = len(config.get("axes_dims_rope") or config.get("axes_dim") or (0, 0, 0))
+    pooled = config.get("pooled_projection_dim") or config.get("projection_class_embeddings_input_dim") or 768
+    kinds = (
+        ("img_ids", (16, axes), torch.float), ("txt_ids", (8, axes), torch.float), ("pooled", (2, pooled), torch.float),
+        ("mask", (2, 8), torch.bool), ("time", (2,), torch.float), ("guidance", (2,), torch.float),
+        ("labels", (2,), torch.long), ("size|coords", (2, 2), torch.float), ("ids", (2, 8), torch.long),
+        ("controlnet_cond", (2, 3, 256, 256), torch.float),
+    )  # fmt: skip
+    shape, dtype = next(
+        ((shape, dtype) for kind, shape, dtype in kinds if re.search(kind, name)), ((2, 8, width), None)
+    )
+    return torch.ones(shape, dtype=dtype, device="meta")
 
 
 LIBRARIES = {
