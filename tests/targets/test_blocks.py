@@ -474,3 +474,41 @@ def test_the_setting_reaches_every_way_to_select(tmp_path):
 def test_a_trainer_refuses_an_entry_that_names_nothing_before_the_run(tmp_path):
     with pytest.raises(ValueError, match="blocks: 'Nosuch' is neither the class"):
         tiny.trainer(tmp_path, tiny.llama(), drt_schedule="factored@0", drt_rank=4, drt_blocks=["Nosuch"])
+
+
+class Tree(nn.Module):
+    """Blocks of one class in a tree, without a list."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        self.left = Tree(depth - 1) if depth else Residual()
+        self.right = Tree(depth - 1) if depth else Residual()
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+
+class Scales(nn.Module):
+    """A block with a short list of convolutions of its own beside four others."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Conv2d(8, 8, 1) for _ in range(4))
+        self.scales = nn.ModuleList([nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))])
+
+
+def test_convolutions_of_blocks_that_stand_in_no_list_are_found_by_the_class_that_repeats():
+    model = nn.ModuleDict({"stem": nn.Conv2d(3, 8, 3), "tree": Tree(1), "head": nn.Linear(8, 2)})
+    found = find_targets(model)
+    halves = [f"tree.{side}.{other}" for side in ("left", "right") for other in ("left", "right")]
+    assert sorted(found.targets) == sorted(in_each(halves, "a", "b"))
+    assert found.skipped == {"stem": "outside of the blocks", "head": "outside of the blocks"}
+
+
+def test_a_short_list_inside_a_block_of_convolutions_does_not_take_its_place():
+    model = nn.ModuleDict({"blocks": nn.Sequential(Scales(), Scales())})
+    blocks = ["blocks.0", "blocks.1"]
+    assert sorted(find_targets(model).targets) == in_each(blocks, "k", "o", "q", "scales.0.0", "scales.0.2", "v")
