@@ -93,10 +93,9 @@ def _cycle(result: Result, model: nn.Module, feeds: Callable[[nn.Module], Iterat
 def _takes(model: nn.Module, feed: dict[str, Any]) -> bool:
     try:
         with torch.no_grad(), torch.device("meta"):
-            model(**feed)
+            return any(True for _ in _tensors(model(**feed)))
     except Exception:
         return False
-    return True
 
 
 def _reached(model: nn.Module, feed: dict[str, Any], names: list[str]) -> int:
