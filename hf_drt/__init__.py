@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hf_drt.export import dense_state_dict, merge_errors
     from hf_drt.forms import Adapter, Dense, Factored, Form, convert, effective_weight, empty_like, form_of
     from hf_drt.schedule import Phase, Plan, Run, Schedule
-    from hf_drt.targets import Selection, find_targets
+    from hf_drt.targets import Selection, find_targets, join_attention, split_attention
     from hf_drt.trainer import (
         DRTCallback,
         DRTSeq2SeqTrainer,
@@ -42,7 +42,7 @@ _NAMES = {
     "export": ("dense_state_dict", "merge_errors"),
     "forms": ("Adapter", "Dense", "Factored", "Form", "convert", "effective_weight", "empty_like", "form_of"),
     "schedule": ("Phase", "Plan", "Run", "Schedule"),
-    "targets": ("Selection", "find_targets"),
+    "targets": ("Selection", "find_targets", "join_attention", "split_attention"),
     "trainer": (
         "DRTCallback",
         "DRTSeq2SeqTrainer",
@@ -91,5 +91,7 @@ __all__ = [
     "empty_like",
     "find_targets",
     "form_of",
+    "join_attention",
     "merge_errors",
+    "split_attention",
 ]

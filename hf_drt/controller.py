@@ -40,7 +40,7 @@ from hf_drt.planning import (
 )
 from hf_drt.precision import Computing
 from hf_drt.schedule import Plan, Trigger, Turns, Windows, provisional, whole_number
-from hf_drt.targets import present_layer
+from hf_drt.targets import join_attention, present_layer, split_attention
 from hf_drt.transition import (
     FunctionError,
     Transition,
@@ -125,6 +125,7 @@ class DynamicRank:
         self._installed: weakref.ref | None = None
         self._copied: tuple[int | None, ...] = ()  # in a copy, the phase in which its optimizer's original was made
         check_resolved(resolved, in_trainer)
+        split_attention(model, self.targets)
         self.turns = Turns() if provisional(resolved.plan) != resolved.plan else None
         self.windows: Windows | None = None
         if resolved.trigger is not None:
@@ -274,6 +275,7 @@ class DynamicRank:
         started = time.perf_counter()
         index = self.plan.index_at(step)
         self._decide(index)
+        split_attention(self.model, self.targets)  # again after to_dense()
         enter = self._staged(optimizer)
         parameters = trainable_size(self.model)
         forms = self.changes(index)
@@ -477,12 +479,15 @@ class DynamicRank:
         return all(form_of(self._layer(name)) == Dense() for name in self.targets)
 
     def to_dense(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Bring every target layer back to its dense form: a plain model, that loads anywhere.
+        """Bring every target layer back to its dense form: a plain model, that loads anywhere. Without an optimizer
+        split attention becomes ``nn.MultiheadAttention`` again.
 
         Args:
             optimizer: Where it is to go on with this model; the new weights take the old ones' places in it.
         """
         low_rank: dict[str, Form] = {name: Dense() for name in self.targets if form_of(self._layer(name)) != Dense()}
         change_forms(self.model, low_rank, optimizer, "reset", lambda name: self._generator(0, name))
+        if optimizer is None:
+            join_attention(self.model)
         declare(self.model)
         self.phase = None

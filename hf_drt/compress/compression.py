@@ -25,6 +25,7 @@ from hf_drt.forms import (
     decompose,
     effective_weight,
     form_of,
+    layer_of,
     parameters_of,
     prepare,
     stack_count,
@@ -33,7 +34,7 @@ from hf_drt.forms import (
 from hf_drt.linalg import factored_singular_values, input_root, singular_values, truncation_error
 from hf_drt.planning import resolve_rank
 from hf_drt.tables import plain_table
-from hf_drt.targets import find_targets
+from hf_drt.targets import find_targets, split_attention
 from hf_drt.transition import exchange_layers
 
 
@@ -190,7 +191,8 @@ def compress(
         calibration, include=include, exclude=exclude, blocks=blocks, ignore_source=ignore_source,
     )  # fmt: skip
     before = _measured(model, evaluate)
-    changing = (layer for layer in plan.layers if form_of(model.get_submodule(layer.name)) != layer.form)
+    split_attention(model, [layer.name for layer in plan.layers])
+    changing = (layer for layer in plan.layers if form_of(layer_of(model, layer.name)) != layer.form)
     exchange_layers(
         model,
         {layer.name: (layer.form, partial(_prepared, layer.form, covariances.get(layer.name))) for layer in changing},

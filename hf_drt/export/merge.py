@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_drt.checkpoint import undeclared
-from hf_drt.forms import FormedLinear, FrozenLinear, LowRankLinear, merged, rounding
+from hf_drt.forms import FormedLinear, FrozenLinear, LowRankLinear, merged, rounding, split_attentions
 from hf_drt.linalg import working_dtype
 from hf_drt.targets import Swap, replace
 
@@ -35,6 +35,8 @@ def dense_state_dict(model: nn.Module, state: dict[str, Tensor] | None = None) -
     for name, layer in _layers_of(model, FrozenLinear):
         if (weight := merged.get(f"{name}.weight")) is not None:
             merged[f"{name}.weight"] = weight.to(layer.dtype)
+    for name, attention in split_attentions(model):
+        attention.pack(merged, f"{name}." if name else "")
     return merged
 
 

@@ -1,5 +1,6 @@
 """One linear map, several parametrizations: Dense | Factored | Adapter, and what their products are."""
 
+from hf_drt.forms.attention import PROJECTIONS, SplitAttention, is_projection, packed_parameters, split_attentions
 from hf_drt.forms.bottleneck import keep_bottlenecks
 from hf_drt.forms.conversion import Conversion, rounding
 from hf_drt.forms.convert import (
@@ -63,6 +64,7 @@ __all__ = [
     "FROZEN",
     "LEAVES",
     "PRODUCTS",
+    "PROJECTIONS",
     "SHOWN",
     "Adapter",
     "AdapterLinear",
@@ -82,6 +84,7 @@ __all__ = [
     "LowRankLinear",
     "Product",
     "Source",
+    "SplitAttention",
     "StackWeight",
     "TwoFactors",
     "accept",
@@ -102,6 +105,7 @@ __all__ = [
     "form_to_dict",
     "forward_of",
     "frozen_by_user",
+    "is_projection",
     "is_transposed",
     "keep_bottlenecks",
     "layer_of",
@@ -111,6 +115,7 @@ __all__ = [
     "merged",
     "odd_tensors",
     "own_behaviour",
+    "packed_parameters",
     "parameters_of",
     "place_of",
     "prepare",
@@ -118,6 +123,7 @@ __all__ = [
     "product_table",
     "rank_limit",
     "rounding",
+    "split_attentions",
     "stack_count",
     "stored_transposed",
     "tensor_names",

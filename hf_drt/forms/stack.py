@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_drt.forms.attention import PROJECTIONS, projection
 from hf_drt.forms.layout import Layout
 from hf_drt.forms.marks import FROZEN
 
@@ -54,12 +55,15 @@ def stored_transposed(owner: nn.Module) -> bool | None:
 
 
 def layer_of(model: nn.Module, name: str) -> nn.Module:
-    """The layer of that name: a module, or the :class:`ExpertStack` of a parameter of fused experts.
+    """The layer of that name: a module, the :class:`ExpertStack` of a parameter of fused experts, or a view of the part
+    of an ``nn.MultiheadAttention``'s parameters that is one of its projections.
 
     Raises:
         AttributeError: There is none.
     """
     owner, leaf = place_of(model, name)
+    if leaf in PROJECTIONS and type(owner) is nn.MultiheadAttention:
+        return projection(owner, leaf)
     weight = owner._parameters.get(leaf)
     if weight is None:
         return _submodule(owner, leaf)

@@ -8,6 +8,7 @@ from torch import nn
 from hf_drt.config import DRTConfig
 from hf_drt.engines import engine_of
 from hf_drt.forms import frozen_by_user, layer_of, layout_of, weight_shape
+from hf_drt.optim.attention import follow_split
 from hf_drt.optim.counts import OwnCounts
 from hf_drt.optim.groups import add_form_groups
 from hf_drt.optim.index import GroupIndex
@@ -28,11 +29,12 @@ def staged(
         ValueError: The optimizer is not supported, or not for a layer's weights; lacks a weight, has no room for the
             rules, or shares a group with another model that a rule must not touch. Nothing has changed then.
     """
+    if (model := owner.model()) is not None:
+        follow_split(optimizer, model)
     OwnCounts.settle(optimizer)
     # Gradients of what the matrix optimizer trains are not seen by the optimizer's own step.
     if rule_of(optimizer).matrices_alone and not config.uses_matrix_optimizer:
         _check_matrices(type(optimizer).__name__, owner)
-    model = owner.model()
     if model is not None and engine_of(model).sharded:
         refuse_sharded(config)
     check_own(optimizer, config)

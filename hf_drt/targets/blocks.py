@@ -66,12 +66,14 @@ def conv_inside(model: nn.Module, blocks: dict[str, nn.Module]) -> set[int]:
     """Modules inside blocks, by id, as far as convolutions go.
 
     These are the given blocks, and the innermost children of a ``ModuleList`` or ``Sequential`` that hold two or more
-    layers, one of them a convolution; where neither exists, the children of a ``ModuleList`` that hold one. A block
-    that is not in a list itself, as a stem built from a block's class, is none.
+    layers, one of them a convolution (a child gives way to those in it where they hold half of its layers); where
+    neither exists, the children of a ``ModuleList`` that hold one; and where there are no lists at all, as in a tree,
+    the innermost modules of a class that repeats and holds two or more. A block that is not in a list itself, as a stem
+    built from a block's class, is none.
     """
     modules = dict(model.named_modules())
-    roots = {name for name in blocks if _is_listed(name, modules)} | set(_innermost(_conv_children(modules, 2)))
-    roots = roots or set(_innermost(_conv_children(modules, 1)))
+    roots = {name for name in blocks if _is_listed(name, modules)} | _innermost(_conv_children(modules, 2), modules)
+    roots = roots or _innermost(_conv_children(modules, 1), modules) or _innermost(_repeated(modules), modules)
     return {id(module) for name in roots for module in modules[name].modules()}
 
 
@@ -164,10 +166,22 @@ def _children(modules: dict[str, nn.Module], holders: type | tuple[type, ...]) -
 
 def _conv_children(modules: dict[str, nn.Module], count: int) -> Iterator[str]:
     for name, child in _children(modules, _LISTS if count > 1 else nn.ModuleList):
-        inside = list(child.modules())
-        convolutions = sum(map(is_convolution, inside))
-        layers = convolutions + sum(isinstance(module, nn.Linear) for module in inside)
-        if convolutions and layers >= count and not is_convolution(child):
+        if _holds_convolutions(child, count) and not is_convolution(child):
+            yield name
+
+
+def _holds_convolutions(module: nn.Module, count: int) -> bool:
+    """Whether a module holds so many layers, one of them a convolution."""
+    inside = list(module.modules())
+    convolutions = sum(map(is_convolution, inside))
+    return bool(convolutions) and convolutions + sum(isinstance(each, nn.Linear) for each in inside) >= count
+
+
+def _repeated(modules: dict[str, nn.Module]) -> Iterator[str]:
+    """Modules with a convolution and two or more layers, of a class that occurs twice or more, containers aside."""
+    classes = Counter(type(module) for module in modules.values())
+    for name, module in modules.items():
+        if name and classes[type(module)] >= 2 and type(module) not in _CONTAINERS and _holds_convolutions(module, 2):
             yield name
 
 
@@ -190,9 +204,14 @@ def _holders(name: str) -> Iterator[str]:
     return (".".join(parts[:depth]) for depth in range(len(parts)))
 
 
-def _innermost(names: Iterator[str]) -> list[str]:
-    found = set(names)
-    return list(found.difference(holder for name in found for holder in _holders(name)))
+def _innermost(names: Iterator[str], modules: dict[str, nn.Module]) -> set[str]:
+    """Those of the found that hold more layers beside the found ones in them than inside these."""
+    layers = {name: {id(m) for m in modules[name].modules() if _is_layer(m)} for name in names}
+    inside: dict[str, set[int]] = {name: set() for name in layers}
+    for name, held in layers.items():
+        for holder in _holders(name):
+            inside.get(holder, set()).update(held)
+    return {name for name, held in layers.items() if 2 * len(inside[name]) < len(held)}
 
 
 def _is_listed(name: str, modules: dict[str, nn.Module]) -> bool:

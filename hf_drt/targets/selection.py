@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_drt.engines import engine_of
 from hf_drt.forms import Dense, FormedLinear, LowRankLinear, form_of, odd_tensors, own_behaviour
+from hf_drt.targets.attention import attention_split
 from hf_drt.targets.blocks import block_roots, conv_inside, is_linear, linear_inside
 from hf_drt.targets.convolutions import conv_unfit, has_conv_form, is_convolution
 from hf_drt.targets.experts import FUSED, as_layer, fused_weights, unfit_experts
@@ -76,6 +77,8 @@ def find_targets(
 ) -> Selection:
     """The linear layers, convolutions and fused experts inside blocks, narrowed by patterns on their names.
 
+    An ``nn.MultiheadAttention`` counts as the layers that :func:`hf_drt.split_attention` makes of it.
+
     Blocks are found as :func:`hf_drt.targets.blocks.block_roots` says, those of convolutions by
     :func:`hf_drt.targets.blocks.conv_inside`. Where there is neither, as in a plain MLP, all linear layers but the last
     count.
@@ -93,7 +96,7 @@ def find_targets(
         ValueError: PEFT has changed layers of the model; no layer is left (the message counts what was found, by
             reason); an entry of ``blocks`` names nothing, or one of ``ignore_source`` changes nothing.
     """
-    with engine_of(model).readable():
+    with engine_of(model).readable(), attention_split(model):
         return _found(model, include, exclude, blocks, ignore_source)
 
 

@@ -17,6 +17,8 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
+from hf_drt.forms import SplitAttention
+
 # What may be read of `self.<leaf>.weight` without the layer being used as anything else than a linear map.
 _HARMLESS_READS = {"dtype", "device", "shape", "size", "ndim"}
 _ENTRIES = ("forward", "__call__")
@@ -73,6 +75,8 @@ class _Piece:
 
 @cache
 def _of_class(cls: type, helpers: tuple[tuple[str, type], ...], called: frozenset[str]) -> Reading:
+    if cls is SplitAttention:  # reads weights for others alone, as the packed parameters that they ask for
+        return Reading()
     found, seen, own = Reading(), set(), _Methods.of(cls)
     waiting = own.entries(called)
     while waiting:

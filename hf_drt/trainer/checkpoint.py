@@ -32,7 +32,16 @@ from hf_drt.checkpoint import (
 )
 from hf_drt.controller import DynamicRank
 from hf_drt.engines import engine_of
-from hf_drt.forms import dense_key, form_from_dict, layer_of, layout_of, tensor_shapes
+from hf_drt.forms import (
+    Dense,
+    SplitAttention,
+    dense_key,
+    form_from_dict,
+    layer_of,
+    layout_of,
+    split_attentions,
+    tensor_shapes,
+)
 from hf_drt.optim import rule_of, unwrap
 from hf_drt.trainer.engine_files import FSDP, PLAIN, check_engine, check_engine_files, files_of
 
@@ -233,7 +242,9 @@ def _check_random_states(folder: Path, state: dict[str, Any]) -> None:
 def _check_weights(folder: Path, controller: DynamicRank, state: dict[str, Any]) -> None:
     stored, expected = _stored_shapes(folder), _expected_shapes(controller.model, state["layers"])
     layer = next(iter(state["layers"]))
-    prefix = _container_prefix(next(name for name in expected if name.startswith(layer)), stored)
+    own_names = [name for name in expected if name.startswith(layer)]
+    near = own_names or [name for name in expected if name.startswith(layer.rpartition(".")[0])]  # packed attention
+    prefix = _container_prefix(near[0], stored)
     if prefix is None and transformers_models(controller.model) != [controller.model]:
         logger.info("%s: the weights lie in a library's own layout; they are looked at once they are loaded.", folder)
         return
@@ -251,6 +262,7 @@ def _check_weights(folder: Path, controller: DynamicRank, state: dict[str, Any])
                 f"edited, or are of another model. {_OTHER}"
             )
     sentinels = {dense_key(controller.model, name) for name in state["layers"]}
+    sentinels |= {attention.mark(f"{name}.") for name, attention in split_attentions(controller.model)}
     for name in sorted(set(stored) - set(expected)):
         if name in sentinels and 0 in stored[name]:
             continue
@@ -272,7 +284,26 @@ def _expected_shapes(model: nn.Module, layers: dict[str, dict[str, Any]]) -> Sha
         shapes |= {
             dense_key(model, name) if key == "weight" else f"{name}.{key}": value for key, value in tensors.items()
         }
+    for name, attention in split_attentions(model):
+        _name_attention(f"{name}.", attention, shapes, layers)
     return shapes
+
+
+def _name_attention(prefix: str, attention: SplitAttention, shapes: Shapes, layers: dict[str, dict[str, Any]]) -> None:
+    """The names that split attention has in a checkpoint: the packed ones while all of its layers are dense."""
+    packed, split = attention.packed_shapes(prefix), attention.split_shapes(prefix)
+    forms = [form_from_dict({k: v for k, v in entry.items() if k != "shape"}) for name, entry in layers.items()
+             if name.rpartition(".")[0] == prefix[:-1]]  # fmt: skip
+    if all(isinstance(form, Dense) and form.dtype is None for form in forms):
+        stale, now = {*split, attention.mark(prefix)}, packed
+    else:
+        stale = {*packed, attention.mark(prefix)}
+        now = {
+            key: shape for key, shape in split.items() if key.endswith(".bias") or key.rpartition(".")[0] not in layers
+        }
+    for key in stale:
+        shapes.pop(key, None)
+    shapes.update(now)
 
 
 def _pointers(state: dict[str, torch.Tensor], stored: Shapes) -> set[int]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_drt import DRTConfig, DynamicRank, Factored, convert, dense_state_dict, find_targets
+from hf_drt import DRTConfig, DynamicRank, Factored, convert, dense_state_dict, find_targets, split_attention
 from hf_drt.compress import compress, plan_compression
 from hf_drt.targets.blocks import block_roots
 from hf_drt.targets.surgery import Swap, replace
@@ -232,6 +232,10 @@ def in_each(blocks: list[str], *leaves: str) -> list[str]:
     return [f"{block}.{leaf}" for block in blocks for leaf in leaves]
 
 
+def attention(name: str) -> list[str]:
+    return in_each([name], "q_proj", "k_proj", "v_proj", "out_proj")
+
+
 BLOCK = ("attn", "mlp.fc1", "mlp.fc2")
 RES = ("conv1", "conv2", "time")
 # Model, shape of an input, its blocks and its targets.
@@ -295,19 +299,20 @@ MODELS = {
         encoder,
         (2, 5, D),
         blocks := ["layers.0", "layers.1"],
-        in_each(blocks, "linear1", "linear2"),
+        in_each(blocks, *attention("self_attn"), "linear1", "linear2"),
     ),
     "torch's encoder and decoder": (
         lambda: nn.Transformer(D, 2, 1, 1, 2 * D, dropout=0.0, batch_first=True),
         None,
         blocks := ["encoder.layers.0", "decoder.layers.0"],
-        in_each(blocks, "linear1", "linear2"),
+        in_each(blocks, *attention("self_attn"), "linear1", "linear2")
+        + in_each(["decoder.layers.0"], *attention("multihead_attn")),
     ),
     "one layer of torch's": (
         lambda: nn.TransformerDecoderLayer(D, 2, 2 * D),
         None,
         [""],
-        ["linear1", "linear2"],
+        ["linear1", "linear2", *attention("self_attn"), *attention("multihead_attn")],
     ),
 }
 models = pytest.mark.parametrize(("make", "shape", "blocks", "targets"), MODELS.values(), ids=MODELS.keys())
@@ -332,11 +337,20 @@ def test_blocks_and_targets(make, shape, blocks, targets):
 @pytest.mark.parametrize("every", [1, 2], ids=["all layers", "every second layer"])
 def test_blocks_and_targets_are_the_same_when_layers_have_changed_form(make, shape, blocks, targets, every):
     model = make()
+    split_attention(model)
     before = find_targets(model)
     changed = list(before.targets.items())[::every]
     replace(model, [Swap(name, m, convert(m, Factored(1)).module) for name, m in changed])
     after = find_targets(model)
     assert (list(after.targets), after.skipped) == (list(before.targets), before.skipped)
+
+
+def gradient_of(dense: dict[str, nn.Parameter], layer: str) -> torch.Tensor:
+    """That of a layer's weight, or of its part of packed attention's."""
+    owner, _, leaf = layer.rpartition(".")
+    if f"{layer}.weight" in dense:
+        return dense[f"{layer}.weight"].grad
+    return dense[f"{owner}.in_proj_weight"].grad.chunk(3)[("q_proj", "k_proj", "v_proj").index(leaf)]
 
 
 @runs
@@ -359,7 +373,7 @@ def test_all_forms_compute_what_the_dense_model_with_their_weights_computes(make
                 torch.testing.assert_close(p.grad, dense[name].grad, rtol=1e-3, atol=1e-4)
             elif name.endswith(".U"):  # dL/dU = dL/dW V^T
                 layer = name.removesuffix(".U")
-                expected_grad = dense[f"{layer}.weight"].grad @ model.get_submodule(layer).V.T
+                expected_grad = gradient_of(dense, layer) @ model.get_submodule(layer).V.T
                 torch.testing.assert_close(p.grad, expected_grad, rtol=1e-3, atol=1e-4)
 
 
@@ -460,3 +474,41 @@ def test_the_setting_reaches_every_way_to_select(tmp_path):
 def test_a_trainer_refuses_an_entry_that_names_nothing_before_the_run(tmp_path):
     with pytest.raises(ValueError, match="blocks: 'Nosuch' is neither the class"):
         tiny.trainer(tmp_path, tiny.llama(), drt_schedule="factored@0", drt_rank=4, drt_blocks=["Nosuch"])
+
+
+class Tree(nn.Module):
+    """Blocks of one class in a tree, without a list."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        self.left = Tree(depth - 1) if depth else Residual()
+        self.right = Tree(depth - 1) if depth else Residual()
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+
+class Scales(nn.Module):
+    """A block with a short list of convolutions of its own beside four others."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Conv2d(8, 8, 1) for _ in range(4))
+        self.scales = nn.ModuleList([nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))])
+
+
+def test_convolutions_of_blocks_that_stand_in_no_list_are_found_by_the_class_that_repeats():
+    model = nn.ModuleDict({"stem": nn.Conv2d(3, 8, 3), "tree": Tree(1), "head": nn.Linear(8, 2)})
+    found = find_targets(model)
+    halves = [f"tree.{side}.{other}" for side in ("left", "right") for other in ("left", "right")]
+    assert sorted(found.targets) == sorted(in_each(halves, "a", "b"))
+    assert found.skipped == {"stem": "outside of the blocks", "head": "outside of the blocks"}
+
+
+def test_a_short_list_inside_a_block_of_convolutions_does_not_take_its_place():
+    model = nn.ModuleDict({"blocks": nn.Sequential(Scales(), Scales())})
+    blocks = ["blocks.0", "blocks.1"]
+    assert sorted(find_targets(model).targets) == in_each(blocks, "k", "o", "q", "scales.0.0", "scales.0.2", "v")

@@ -17,9 +17,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_drt.checkpoint import AGAIN, METHOD, CheckpointError, DeclaredLayer, declare, read_block
 from hf_drt.export.native.names import candidates, matched
 from hf_drt.export.native.weights import check_weights
-from hf_drt.forms import AdapterLinear, LowRankLinear, empty_like, layer_of
+from hf_drt.forms import AdapterLinear, LowRankLinear, empty_like, layer_of, split_attentions
 from hf_drt.messages import some
-from hf_drt.targets import Swap, replace
+from hf_drt.targets import Swap, replace, split_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,6 +66,7 @@ class NativeQuantizer(HfQuantizer):
                 "distributed_config."
             )
         declared = self.quantization_config.read()
+        split_attention(model, [n for layer in declared for n in candidates(layer.name, model.base_model_prefix)])
         layers = [(name, layer, layer_of(model, name)) for name, layer in matched(model, declared).items()]
         if checkpoint_files and all(str(path).endswith(".safetensors") for path in checkpoint_files):
             check_weights(checkpoint_files, [(layer, module) for _, layer, module in layers], model.base_model_prefix)
@@ -81,6 +82,7 @@ class NativeQuantizer(HfQuantizer):
         passes over them: the model has no use for them, and they are not reported as unexpected."""
         modules = model.named_modules(remove_duplicate=False)
         own = {module.dense_key(name) for name, module in modules if isinstance(module, LowRankLinear)}
+        own |= {attention.mark(f"{name}.") for name, attention in split_attentions(model)}
         names = {name for layer in declared for name in candidates(layer, model.base_model_prefix)}
         stored = {key for name in names for key in (name, f"{name}.weight")}  # the first, of fused experts
 

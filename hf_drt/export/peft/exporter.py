@@ -13,7 +13,7 @@ from hf_drt.export.merge import dense_state_dict, presented
 from hf_drt.export.peft.files import CONFIG_NAME, WEIGHTS_NAME
 from hf_drt.export.peft.save import base_state_dict, check_adapters, write_adapter
 from hf_drt.export.written import Written
-from hf_drt.forms import AdapterLinear, stack_count
+from hf_drt.forms import AdapterLinear, is_projection, stack_count
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Phase
 
@@ -53,6 +53,12 @@ model = PeftModel.from_pretrained(base, "{repository}")"""
             raise ValueError(
                 "export=adapter saves a LoRA of PEFT, which lays out adapters of fused experts in another way, and "
                 f"{name} is selected. Keep the experts dense: drt_exclude=['experts']; or use export=dense or native."
+            )
+
+        if name := next((name for name, layer in targets.items() if is_projection(layer)), None):
+            raise ValueError(
+                "export=adapter saves a LoRA of PEFT, for which nn.MultiheadAttention has no such layer as "
+                f"{name}. Leave attention out: drt_exclude=['attn']; or use export=dense or native."
             )
 
     def instead(self, model: nn.Module) -> str | None:

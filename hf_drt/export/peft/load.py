@@ -18,7 +18,7 @@ from hf_drt.export.peft.patterns import broken_by_sorting, layer_alpha, layer_ra
 from hf_drt.export.peft.variants import MERGE, VARIANTS, check_variants, without_unused
 from hf_drt.forms import Adapter, Conversion, LowRankLinear, form_of, layout_of, prepare, weight_shape
 from hf_drt.messages import some
-from hf_drt.targets import find_targets
+from hf_drt.targets import find_targets, split_attention
 from hf_drt.transition import exchange_layers
 
 logger = logging.getLogger(__name__)
@@ -74,11 +74,10 @@ def load_peft_adapter(
     _check_parameters(folder / CONFIG_NAME, config, model, pairs)
     layers = _layers(model, pairs, blocks=blocks, ignore_source=ignore_source)
     forms = _forms(folder / CONFIG_NAME, layers, pairs, config)
+    split_attention(model, forms)
     exchange_layers(model, {name: (form, partial(_conversion, form, *pairs[name])) for name, form in forms.items()})
     declare(model)
-    state = model.state_dict()
-    for name, value in others.items():
-        state[name].copy_(value)
+    model.load_state_dict(others, strict=False)  # which knows of attention that has been split
     return forms
 
 
