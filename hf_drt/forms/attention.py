@@ -9,6 +9,7 @@ import copy
 import math
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,10 @@ class SplitAttention(nn.MultiheadAttention):
         packed: Gives its settings, ``out_proj``, ``bias_k`` and ``bias_v``, the very objects.
         copied: Whether the projections get memory of their own; else they are views of the packed parameters.
     """
+
+    q_proj: Any  # nn.Linear, or a low-rank layer in its place
+    k_proj: Any
+    v_proj: Any
 
     def __init__(self, packed: nn.MultiheadAttention, copied: bool = True):
         nn.Module.__init__(self)
@@ -83,7 +88,7 @@ class SplitAttention(nn.MultiheadAttention):
         """W of values."""
         return None if self._qkv_same_embed_dim else self.v_proj.weight
 
-    def projections(self) -> list[nn.Module]:
+    def projections(self) -> list[Any]:
         """Those of queries, keys and values."""
         return [getattr(self, name) for name in PROJECTIONS]
 
@@ -137,13 +142,13 @@ class SplitAttention(nn.MultiheadAttention):
         is_causal = is_causal and key_padding_mask is None and not need_weights
         sizes = (query.shape[0], self.num_heads, query.shape[1], key.shape[1])
         mask = None if is_causal else _merged_mask(attn_mask, key_padding_mask, sizes, k.shape[1], query.dtype)
-        heads = [x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v)]
+        q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
         dropout = self.dropout if self.training else 0.0
         if need_weights:
-            y, weights = _weighted(*heads, mask, dropout)
+            y, weights = _weighted(q, k, v, mask, dropout)
             weights = weights.mean(1) if average_attn_weights else weights
         else:
-            y, weights = F.scaled_dot_product_attention(*heads, mask, dropout, is_causal), None
+            y, weights = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal), None
         y = self.out_proj(y.transpose(1, 2).flatten(2))
         if not whole:
             return y.squeeze(0), None if weights is None else weights.squeeze(0)
@@ -173,7 +178,7 @@ class SplitAttention(nn.MultiheadAttention):
 
     # ---- the state dict of the packed module
 
-    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         if self.all_dense and all(type(layer.weight) is nn.Parameter for layer in self.projections()):
             self.pack(state, prefix)
@@ -239,7 +244,8 @@ class SplitAttention(nn.MultiheadAttention):
         for leaf, sources in _sources(self._qkv_same_embed_dim):
             parts = [self.get_submodule(s.partition(".")[0])._parameters[s.partition(".")[2]] for s in sources]
             if parts[0] is not None:
-                packed._parameters[leaf] = _parameter(torch.cat([p.detach() for p in parts]), parts[0])
+                whole = torch.cat([p.detach() for p in parts if p is not None])
+                packed._parameters[leaf] = _parameter(whole, parts[0])
         for leaf in ("bias_k", "bias_v"):
             if leaf in self._parameters:
                 packed._parameters[leaf] = self._parameters[leaf]

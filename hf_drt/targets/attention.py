@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Collection, Iterator
+from typing import TypeGuard
 
 from torch import nn
 
@@ -76,7 +77,7 @@ def splittable(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
     }
 
 
-def _is_packed(module: nn.Module) -> bool:
+def _is_packed(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
     return type(module) is nn.MultiheadAttention
 
 

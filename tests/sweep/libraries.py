@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import re
+import signal
 import sys
 import time
 import warnings
@@ -26,8 +27,9 @@ from torch import Tensor, nn
 
 from hf_drt import DRTConfig, DynamicRank
 
-PASSED, NOTHING, UNBUILT, UNFED, FAILED = "passed", "nothing to select", "not built", "no input known", "failed"
-OUTCOMES = (PASSED, UNFED, NOTHING, UNBUILT, FAILED)
+PASSED, NOTHING, UNBUILT, FAILED = "passed", "nothing to select", "not built", "failed"
+UNFED, LATE = "no input known", "no result in time"
+OUTCOMES = (PASSED, UNFED, NOTHING, UNBUILT, LATE, FAILED)
 SCHEDULE = "factored@0 dense@1 adapter@2"
 
 
@@ -50,6 +52,14 @@ class Result:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+class _TooLate(BaseException):
+    """Not an Exception, which a model's own code may catch."""
+
+
+def _stop(*args: Any) -> None:
+    raise _TooLate
+
+
 def attempt(family: str, name: str, make: Callable[[str], nn.Module], feeds: Callable[[nn.Module], Iterator]) -> Result:
     """Try one family."""
     result, started = Result(family, name, UNBUILT), time.perf_counter()
@@ -57,6 +67,8 @@ def attempt(family: str, name: str, make: Callable[[str], nn.Module], feeds: Cal
         with torch.device("meta"):
             model = make(name).eval()
         _cycle(result, model, feeds)
+    except _TooLate:
+        result.outcome = LATE
     except Exception as error:
         result.cause = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
     result.seconds = round(time.perf_counter() - started, 1)
@@ -266,7 +278,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", metavar="REGEX", default="", help="families in which it is found")
     parser.add_argument("--output", type=Path, help="one JSON line a family; by default sweep_LIBRARY.jsonl")
     parser.add_argument("--resume", action="store_true", help="keep what --output says of families, try the rest")
+    parser.add_argument("--timeout", type=int, default=120, help="seconds for one family")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGALRM, _stop)
     families, make, feeds = LIBRARIES[options.library]
     names = {family: name for family, name in families().items() if re.search(options.only, family)}
     if not names:
@@ -278,7 +292,9 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         for family in [family for family in names if family not in done]:
+            signal.alarm(options.timeout)
             done[family] = result = attempt(family, names[family], make, feeds)
+            signal.alarm(0)
             file.write(json.dumps(asdict(result)) + "\n")
             file.flush()
         logging.disable(logging.NOTSET)
