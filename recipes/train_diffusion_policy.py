@@ -109,9 +109,8 @@ class Training:
         self.share = self._share_of_targets()
         self.drt = None
         if settings.schedule is not None:
-            self.drt = DynamicRank(
-                self.policy, DRTConfig(schedule=settings.schedule, seed=settings.seed), settings.updates
-            )
+            config = DRTConfig(schedule=settings.schedule, seed=settings.seed, start=_start(settings.schedule))
+            self.drt = DynamicRank(self.policy, config, settings.updates)
             self.drt.apply(0)
         self.optimizer = torch.optim.AdamW(self._trained(), lr=settings.learning_rate, weight_decay=1e-6)
         if self.drt is not None:
@@ -154,6 +153,11 @@ class Training:
             return (step + 1) / warmup
         done = (step - warmup) / max(1, self.settings.updates - warmup)
         return 0.5 * (1 + torch.cos(torch.tensor(torch.pi * min(1.0, done))).item())
+
+
+def _start(schedule: str) -> str:
+    """That the policy is new, where the schedule asks for it."""
+    return "scratch" if Schedule.parse(schedule).writes_lowrank else "auto"
 
 
 # ---- a run

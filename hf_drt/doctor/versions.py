@@ -17,7 +17,7 @@ NEWEST = {
     "grokadamw": "0.1.2", "lomo-optim": "0.1.1", "schedulefree": "1.4.1", "torch-optimi": "0.3.3", "torchao": "0.18.0",
     "deepspeed": "0.19.8",
 }  # fmt: skip
-NOT_USED = ("test", "docs", "recipes", "libraries")
+NOT_USED = ("test", "docs", "recipes", "libraries", "policy")
 """Extras that nothing in hf_drt itself imports."""
 
 _REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)\s*(?P<bounds>[^;]*)(;.*extra == ['\"](?P<extra>[\w-]+)['\"])?")

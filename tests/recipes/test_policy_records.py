@@ -10,8 +10,8 @@ from policy_records import HEAD, Records, table, wilson
 def test_the_interval_is_where_the_test_of_a_share_rejects(successes, trials):
     """Wilson's bounds are the shares q that lie z deviations of themselves from what was seen."""
     for bound in wilson(successes, trials):
-        distance = abs(successes / trials - bound)
-        assert distance == pytest.approx(1.959964 * (bound * (1 - bound) / trials) ** 0.5, abs=1e-9)
+        distance = (successes / trials - bound) ** 2
+        assert distance == pytest.approx(1.959964**2 * bound * (1 - bound) / trials, abs=1e-12)
     low, high = wilson(successes, trials)
     assert low - 1e-12 <= successes / trials <= high + 1e-12
     assert low < high
