@@ -34,6 +34,7 @@ class Shape:
         horizon: Actions that it predicts, the first of which belongs to the state before the last.
         chunk: Actions that are carried out before it is asked again.
         denoising: DDIM steps of a prediction.
+        predicts: What the U-Net gives: the actions ("sample"), or the noise in them ("epsilon").
     """
 
     widths: tuple[int, ...] = (128, 256)
@@ -41,6 +42,7 @@ class Shape:
     horizon: int = 8
     chunk: int = 4
     denoising: int = 10
+    predicts: str = "sample"
 
 
 def diffusion_policy_module() -> ModuleType:
@@ -97,7 +99,8 @@ def new_policy(shape: Shape) -> nn.Module:
         },
         output_features={"action": feature(types.FeatureType.ACTION, (ACTIONS,))},
         n_obs_steps=SEEN, horizon=shape.horizon, n_action_steps=shape.chunk, down_dims=shape.widths,
-        kernel_size=shape.kernel, noise_scheduler_type="DDIM", num_inference_steps=shape.denoising, device="cpu",
+        kernel_size=shape.kernel, noise_scheduler_type="DDIM", num_inference_steps=shape.denoising,
+        prediction_type=shape.predicts, device="cpu",
     )  # fmt: skip
     return module.DiffusionPolicy(config)
 

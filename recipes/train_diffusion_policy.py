@@ -10,6 +10,7 @@ well (DRIFT-DAgger, arXiv 2502.03822).
     python recipes/train_diffusion_policy.py run --methods dense drift --seeds 0 --dagger
     python recipes/train_diffusion_policy.py run --methods "factored:0.125@0 dense@60%"
     python recipes/train_diffusion_policy.py table
+    python recipes/train_diffusion_policy.py speed
 
 What it shows: success over roll-outs with an interval, seconds per update, parameters trained, loss. When low rank does
 not help: layers this small gain little time, and adapters (`drift`) none, since the frozen base is computed as well.
@@ -31,6 +32,7 @@ from policy_records import Records, share, table
 from torch import nn
 
 from hf_drt import DRTConfig, DynamicRank, Schedule, find_targets
+from hf_drt.tables import markdown_table
 
 METHODS = {
     "dense": None,
@@ -41,6 +43,7 @@ METHODS = {
 """Schedules by name; of None hf_drt takes no part."""
 HELD_OUT = Demonstrations(count=20, first_seed=50_000)
 ROLLOUT_SEED, DAGGER_SEED = 100_000, 200_000
+SPEED_DEMONSTRATIONS, SPEED_TURNS = 20, 11
 DAGGER_BEGINS_WITH = 20
 """Demonstrations."""
 
@@ -290,7 +293,30 @@ def print_table(given: argparse.Namespace) -> None:
     print(table(records))
 
 
-COMMANDS = {"run": run, "expert": look_at_expert, "table": print_table}
+def speed(given: argparse.Namespace) -> None:
+    """CPU time of an update and of a prediction by method, at the beginning of a run. Methods take turns, so that what
+    else the machine does meets all; the first two turns warm up."""
+    trainings = []
+    for method in given.methods:
+        settings = settings_of(given, method, given.seeds[0])
+        episodes = replace(settings.demonstrations, count=SPEED_DEMONSTRATIONS).load(given.cache_dir)
+        trainings.append(Training(settings, Windows(episodes, settings.shape.horizon, Scale.of(episodes))))
+    for _ in range(SPEED_TURNS + 2):
+        for training in trainings:
+            training.run(1)
+    rows = []
+    for method, training in zip(given.methods, trainings, strict=True):
+        update = 1000 * statistics.median(training.meter.cpu[2:])
+        rows.append((method, update, chunk_ms(training), training.trained[-1]))
+    first = rows[0]
+    print(markdown_table(
+        ("method", "CPU ms/update", f"of {first[0]}", "CPU ms/chunk", f"of {first[0]}", "trained"),
+        [(method, f"{update:.0f}", f"{update / first[1]:.2f}", f"{chunk:.0f}", f"{chunk / first[2]:.2f}", f"{count:,}")
+         for method, update, chunk, count in rows],
+    ))  # fmt: skip
+
+
+COMMANDS = {"run": run, "expert": look_at_expert, "speed": speed, "table": print_table}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -298,7 +324,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     default = Settings("", None, 0)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("command", nargs="?", default="run", choices=COMMANDS, help="Train, look at the expert, or print the table.")
+    add(
+        "command",
+        nargs="?",
+        default="run",
+        choices=COMMANDS,
+        help="Train, look at the expert, time updates, or print the table.",
+    )
     add("--methods", nargs="+", default=list(METHODS), help=f"Of {', '.join(METHODS)}; or the text of a schedule.")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--updates", type=int, default=default.updates, help="Update steps.")
@@ -323,7 +355,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if given.demonstrations is not None and given.dagger:
         parser.error("--demonstrations has no effect with --dagger, which begins with --dagger_demonstrations.")
     _check_widths(parser, given.widths)
-    if given.command == "run":
+    if given.command in ("run", "speed"):
         _check_methods(parser, given.methods)
     return given
 

@@ -1,13 +1,12 @@
-"""Tables of results, from the records of the benchmarks and of the policy recipe."""
+"""The README's table of results, from the records of the benchmarks."""
 
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
-sys.path += [str(BENCHMARKS), str(BENCHMARKS.parent)]
+sys.path.append(str(BENCHMARKS))
 
-from policy_records import Records, table  # noqa: E402
 from tuned_tables import SUMMARY, summary_rows  # noqa: E402
 
 TASKS = {
@@ -23,8 +22,3 @@ def result_rows() -> Iterator[tuple[str, ...]]:
     """One row per task: the default beside dense AdamW and dense Muon."""
     for cells in summary_rows(TASKS, BENCHMARKS / "results", SEEDS):
         yield tuple(cell.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}") for cell in cells)
-
-
-def policy_table() -> str:
-    """What ``train_diffusion_policy.py table`` prints of the records that are kept."""
-    return table(Records(BENCHMARKS / "results" / "diffusion_policy.jsonl").all) + "\n"

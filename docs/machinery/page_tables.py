@@ -18,7 +18,7 @@ from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 
-from benchmark_results import BENCHMARKS, HEAD, policy_table, result_rows
+from benchmark_results import BENCHMARKS, HEAD, result_rows
 
 from hf_drt.cli.app import COMMANDS
 from hf_drt.config import DRTConfig
@@ -150,7 +150,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "decompositions": decompositions,
     "commands": commands,
     "results": results,
-    "diffusion policy": policy_table,
 }
 
 

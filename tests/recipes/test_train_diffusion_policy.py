@@ -87,6 +87,19 @@ def test_a_run_is_recorded_and_not_run_again(toys, capsys, monkeypatch):
     assert [row.split("|")[1].strip() for row in rows] == ["dense", "lowrank:8@0"]
 
 
+def test_speed_is_measured_by_turns(toys, capsys, monkeypatch):
+    order = []
+    update = Training._update
+    monkeypatch.setattr(Training, "_update", lambda self: order.append(self.settings.method) or update(self))
+    recipe.main(["speed", *toys[1:], "--methods", "dense", "lowrank:8@0"])
+    assert order == ["dense", "lowrank:8@0"] * (recipe.SPEED_TURNS + 2)
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["dense", "lowrank:8@0"]
+    assert rows[0][2] == rows[0][4] == "1.00"
+    whole, kernels = sum(p.numel() for p in ToyPolicy(Shape(widths=(16,))).parameters()), 4 * 16 * 16 * 3
+    assert [row[5] for row in rows] == [f"{whole:,}", f"{whole - kernels + 4 * 8 * (16 * 3 + 16):,}"]
+
+
 def test_dagger_learns_what_the_expert_does_when_it_takes_over(toys):
     words = [word for word in toys if word not in ("--demonstrations", "2")]
     recipe.main([*words, "--methods", "dense", "--dagger", "--dagger_demonstrations", "2"])
