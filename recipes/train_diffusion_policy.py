@@ -72,8 +72,8 @@ class Settings:
     method: str
     schedule: str | None
     seed: int
-    updates: int = 500
-    batch_size: int = 64
+    updates: int = 600
+    batch_size: int = 32
     learning_rate: float = 1e-3
     rollouts: int = 50
     shape: Shape = Shape()
