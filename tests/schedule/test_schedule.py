@@ -259,6 +259,7 @@ OPTIONS = [
     "cyclic(windows=7, share=10)", "cyclic(share=99)", "decay", "decay(stages=9)", "decay(shape=exponential)",
     "decay(shape=sigmoid, first=1.0, last=0.01)", "auto", "auto_late", "adaptive", "adaptive(signal=rank, drop=0.5)",
     "rotate", "rotate(groups=3, share=12.5, order=random, after=adapter, rounds=2, seed=5)", "rotate(order=need)",
+    "drift", "drift(first=0.125, last=0.5, shape=linear)", "drift(shape=sigmoid, steepness=5, midpoint=30, levels=3)",
 ]  # fmt: skip
 
 
