@@ -34,9 +34,11 @@ ENGINES = {
     "fsdp2_full": (cpu_fsdp.allow, {"fsdp": True, "fsdp_config": _FSDP | {"state_dict_type": "FULL_STATE_DICT"}}),
     "zero2": (lambda: None, {"deepspeed": cpu_zero.deepspeed(2)}),
 }
-# 16 rows an update on two processes, four updates an epoch; phases end within epochs and at their ends.
+# 16 rows an update on two processes, four updates an epoch; phases end within epochs and at their ends. With momentum,
+# since torch 2.13 cannot load the FULL_STATE_DICT of an optimizer without any tensor.
 RUN = {
-    "use_cpu": True, "ddp_backend": "gloo", "optim": "sgd", "learning_rate": 0.1, "per_device_train_batch_size": 4,
+    "use_cpu": True, "ddp_backend": "gloo", "optim": "sgd", "optim_args": "momentum=0.5", "learning_rate": 0.1,
+    "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2, "max_steps": 12, "logging_steps": 1, "save_strategy": "steps", "save_steps": 1,
     "drt_schedule": "factored@0 dense@4 adapter@9",
 }  # fmt: skip
