@@ -34,7 +34,7 @@ from hf_drt.forms import (
 from hf_drt.linalg import factored_singular_values, input_root, singular_values, truncation_error
 from hf_drt.planning import resolve_rank
 from hf_drt.tables import plain_table
-from hf_drt.targets import find_targets, split_attention
+from hf_drt.targets import attention_split, find_targets, split_attention
 from hf_drt.transition import exchange_layers
 
 
@@ -246,7 +246,7 @@ def _planned(
     targets = {name: module for name, module in selection.targets.items() if stack_count(module) is None}
     if not targets:
         raise ValueError("all selected layers are fused experts, which are not compressed. Select linear layers too.")
-    covariances = {} if calibration is None else covariances_of(model, targets, calibration)
+    covariances = {} if calibration is None else _inputs(model, targets, calibration)
     layers = [_layer(name, module, covariances.get(name)) for name, module in targets.items()]
     forms = _forms(layers, name, value, rank_multiple)
     if all(form == layer.form for form, layer in zip(forms, layers, strict=True)):
@@ -259,6 +259,12 @@ def _planned(
     saved = sum(before - after for before, after in (result.parameters for result in results))
     plan = Compression(f"{name}={value}", results, (total, total - saved), calibrated=calibration is not None)
     return plan, covariances
+
+
+def _inputs(model: nn.Module, names: Iterable[str], calibration: Iterable[Any]) -> dict[str, Tensor]:
+    """Packed attention does not call its projections as layers, and does so for as long as it is split."""
+    with attention_split(model):
+        return covariances_of(model, {name: layer_of(model, name) for name in names}, calibration)
 
 
 def _forms(layers: list["_Layer"], name: str, value: float, rank_multiple: int) -> list[Form]:

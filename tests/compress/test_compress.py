@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_drt import Adapter, Dense, Factored, convert, dense_state_dict, effective_weight, find_targets, form_of
 from hf_drt.compress import compress, plan_compression
+from hf_drt.linalg import shrunk
 from hf_drt.targets.surgery import Swap, replace
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -454,3 +455,18 @@ def test_what_is_no_calibration_is_refused_before_a_layer_changes():
         ):
             function(model, rank=4, calibration=tiny.batch())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_projections_of_packed_attention_have_the_inputs_of_the_attention():
+    """Which calls them within one function, and has them as layers while calibration runs alone."""
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, dropout=0.0)
+    model, batches = nn.TransformerEncoder(block, 2), [torch.randn(4, 6, 32) for _ in range(2)]
+    names = list(model.state_dict())
+    plan = plan_compression(model, rank=6, calibration=batches)
+    assert list(model.state_dict()) == names
+    first = next(layer for layer in plan.layers if layer.name == "layers.0.self_attn.q_proj")
+    x = torch.cat(batches).flatten(0, 1).double()
+    root = torch.linalg.cholesky(shrunk(x.T @ x / len(x)))
+    values = torch.linalg.svdvals(model.layers[0].self_attn.in_proj_weight[:32].double() @ root)
+    assert first.error == pytest.approx((values[6:].norm() / values.norm()).item(), rel=1e-3)

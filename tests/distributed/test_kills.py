@@ -11,8 +11,8 @@ from kills import WORKER, Start, job
 
 EVERY = 2  # update steps between two saves
 LONG = {
-    "max_steps": 60, "save_steps": EVERY, "save_total_limit": 2, "dropout": 0.1, "optim": "adamw_torch", "optim_args": None,
-    "learning_rate": 3e-3, "drt_schedule": "factored@0 dense@4 adapter@9 factored@15 dense@22",
+    "max_steps": 60, "save_steps": EVERY, "save_total_limit": 2, "dropout": 0.1, "optim": "adamw_torch",
+    "optim_args": None, "learning_rate": 3e-3, "drt_schedule": "factored@0 dense@4 adapter@9 factored@15 dense@22",
 }  # fmt: skip
 
 
