@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_drt import DRTConfig, DynamicRank
-from hf_drt.planning import Paces, description
+from hf_drt.planning import Paces, TargetLayers, description, measured_paces
 from hf_drt.planning.layers import FrozenDict
 from hf_drt.precision import autocast, has_bf16_products, slow_dtype
 
@@ -155,6 +155,15 @@ def paced(monkeypatch, **table):
     names = {"dense": "dense/fp32", "half": "dense/bf16", "low": "factored/fp32", "low_half": "factored/bf16"}
     paces = Paces(FrozenDict({names[key]: value for key, value in table.items()}))
     monkeypatch.setattr("hf_drt.planning.resolve.measured_paces", lambda *args: paces)
+
+
+@pytest.mark.parametrize("kinds", [["factored"], ["dense", "adapter"], ["adapter", "factored"]])
+def test_the_forms_of_a_schedule_are_measured(kinds):
+    config = DRTConfig(schedule="fixed")
+    table = measured_paces(TargetLayers.of(tiny.llama(), config), config, kinds, "cpu").table
+    assert {name.partition("/")[0] for name in table} == {"dense", *kinds}
+    assert table["dense/fp32"] == 1.0
+    assert all(0 < pace < float("inf") for pace in table.values())
 
 
 QUICK = {"dense": 1.0, "half": 0.5, "low": 1.0, "low_half": 0.5}

@@ -13,5 +13,6 @@ def weighs_inputs(before: Form, after: Form, shape: LayerShape) -> bool:
     """
     if not isinstance(after, Factored) or not after.product.weighs_inputs or shape.experts is not None:
         return False
-    narrow = isinstance(before, Factored) and isinstance(before.product, TwoFactors)
-    return after.rank < (before.rank if narrow else min(shape))
+    if isinstance(before, Factored) and isinstance(before.product, TwoFactors):
+        return after.rank < before.rank
+    return after.rank < min(shape)

@@ -232,8 +232,9 @@ def _falls(before: tuple[str, Rank], after: tuple[str, Rank]) -> bool:
     (kind, rank), (then, later) = before, after
     if then != "factored" or before == after:
         return False
-    alike = isinstance(rank, (int, float)) and type(rank) is type(later)
-    return kind != "factored" or not alike or rank > later
+    if kind != "factored" or isinstance(rank, str) or isinstance(later, str) or rank is None or later is None:
+        return True
+    return type(rank) is not type(later) or rank > later
 
 
 def _budget(usage: Usage) -> str | None:

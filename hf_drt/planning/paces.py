@@ -6,8 +6,8 @@ theirs alone, as FLOPs of a budget are: attention, normalisation and the optimiz
 """
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,9 +57,13 @@ def _kind(form: Form) -> str:
     return {Dense: "dense", Factored: "factored", Adapter: "adapter"}[type(form)]
 
 
-def measured_paces(targets: TargetLayers, config: DRTConfig, kind: str, device: str) -> Paces:
-    """Those of dense layers and of layers in one low-rank form, of rank :data:`RANK`. What is known to be slow
-    (:func:`hf_drt.precision.slow_dtype`) is not measured, and never chosen. On several processes those of the first.
+def measured_paces(targets: TargetLayers, config: DRTConfig, kinds: Iterable[str], device: str) -> Paces:
+    """Those of dense layers and of layers in the low-rank forms of a schedule, of rank :data:`RANK`. What is known to
+    be slow (:func:`hf_drt.precision.slow_dtype`) is not measured, and never chosen. On several processes those of the
+    first.
+
+    Args:
+        kinds: Of the schedule's phases.
 
     Raises:
         ValueError: No target layer is linear: others may be quick at what linear layers are slow at.
@@ -73,7 +77,7 @@ def measured_paces(targets: TargetLayers, config: DRTConfig, kind: str, device: 
             "layers is one. Write fp32 or bf16."
         )
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    table = _table(shapes, config, kind, device) if not several or dist.get_rank() == 0 else {}
+    table = _table(shapes, config, kinds, device) if not several or dist.get_rank() == 0 else {}
     if several:
         shared = [table]
         dist.broadcast_object_list(shared, src=0)
@@ -81,12 +85,13 @@ def measured_paces(targets: TargetLayers, config: DRTConfig, kind: str, device: 
     return Paces(FrozenDict(table))
 
 
-def _table(shapes: Counter[tuple[int, int]], config: DRTConfig, kind: str, device: str) -> dict[str, float]:
+def _table(shapes: Counter[tuple[int, int]], config: DRTConfig, kinds: Iterable[str], device: str) -> dict[str, float]:
     dtypes = [dtype for dtype in DTYPES if slow_dtype([dtype], device) is None]
-    seconds: Counter[str] = Counter()
-    work: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
+    work: defaultdict[str, float] = defaultdict(float)
+    low_rank = sorted({"factored", "adapter"} & set(kinds))
     for (d_out, d_in), count in shapes.items():
-        for form in (Dense(), _low_rank(kind, min(d_out, d_in), config)):
+        for form in (Dense(), *(_low_rank(kind, min(d_out, d_in), config) for kind in low_rank)):
             layer = _layer(form, d_out, d_in, device)
             for dtype in dtypes:
                 name = f"{_kind(form)}/{dtype}"
@@ -98,7 +103,7 @@ def _table(shapes: Counter[tuple[int, int]], config: DRTConfig, kind: str, devic
 
 def _low_rank(kind: str, width: int, config: DRTConfig) -> Form:
     rank = max(1, round(RANK * width))
-    return Factored(rank) if kind == "factored" else Adapter(rank, config.alpha, "zero")
+    return Factored(rank) if kind == "factored" else Adapter(rank, config.alpha_of(rank), "zero")
 
 
 def _layer(form: Form, d_out: int, d_in: int, device: str) -> nn.Module:

@@ -78,7 +78,7 @@ def resolution(
     run = replace(run, budget=budget, cost=_cost_of_forms(targets, config))
     paces = None
     if schedule.budget_chooses_dtype:
-        paces = measured_paces(targets, config, lowrank, _device_of(model))
+        paces = measured_paces(targets, config, schedule.kinds(lowrank), _device_of(model))
         run = replace(run, seconds=_seconds_of_forms(targets, config, paces))
     if config.budget is None and config.budget_chooses_rank and lowrank == "factored":
         run = replace(run, budget=max(budget, schedule.least_budget(run, lowrank)))

@@ -140,7 +140,7 @@ def budget_step(index: int, starts: Sequence[int | None], forms: Sequence[Form],
     budget, cost = _budget_and_cost(run)
     costs = [cost(*form) for form in forms]
     before, after = costs[index - 1], costs[index]
-    names = f"'{form_text(*forms[index - 1])}' and '{form_text(*forms[index])}'"
+    names = f"'{_text(forms[index - 1])}' and '{_text(forms[index])}'"
     if before == after:
         raise ValueError(f"{names} cost the same, so that no boundary between them is decided by a budget.")
     given = [0 if start is None else start for start in starts]  # in place of the one that is sought, and not read
@@ -181,6 +181,10 @@ def check_cost(plan: Plan, forms: Sequence[Form], run: Run, full_rank: float) ->
             f"{_unit(forms)}, more than the budget of {budget:g}. Put a boundary at 'budget' too, e.g. "
             "'lowrank:budget@0 dense@budget', which is the preset auto_late, or shorten the dense phases."
         )
+
+
+def _text(form: Form) -> str:
+    return form_text(*form) if len(form) == 3 else form_text(form[0], form[1])
 
 
 def _unit(forms: Sequence[Form]) -> str:
