@@ -148,7 +148,10 @@ class Gathering:
     # ---- in a checkpoint
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The sums of all updates that have ended; empty where nothing is gathered."""
+        """The sums of all updates that have ended; empty where nothing is gathered. Where several processes share them
+        the last update is in them after :meth:`fold`, which all have to call."""
+        if not self._shares:
+            self.fold()
         sums = {_SUM + name: tensor for name, tensor in self._sums.items()}
         return sums | {_COUNT + name: torch.tensor(count) for name, count in self._counts.items()}
 

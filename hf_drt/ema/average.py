@@ -205,7 +205,13 @@ class EMA:
         """
         present = {key: weight for key, weight in weights.items() if key in self._averages}
         if fault := _difference(self._averages, present, "the average", "the model"):
-            raise ValueError(f"the average is of another model: {fault} Build EMA anew on the model that is trained.")
+            split = any(key.endswith(".q_proj.weight") and key not in present for key in self._averages)
+            again = (
+                " If it has packed attention again since, call hf_drt.split_attention(model) first." if split else ""
+            )
+            raise ValueError(
+                f"the average is of another model: {fault} Build EMA anew on the model that is trained.{again}"
+            )
 
     def _refuse_shown(self, call: str) -> None:
         if self._shown:

@@ -87,7 +87,8 @@ def check_resolved(resolved: ResolvedPlan, in_trainer: bool) -> None:
 
 def _warn_of_idle_levels(resolved: ResolvedPlan) -> None:
     """Say so where a level of rank rounds to the one before it in every layer: a switch for nothing."""
-    idle = len(resolved.plan) - 1 - resolved.cost.switches
+    recasts = sum(resolved.plan.recasts(index - 1, index) for index in range(1, len(resolved.plan)))
+    idle = len(resolved.plan) - 1 - recasts - resolved.cost.switches
     if resolved.splits and idle > 0:
         logger.warning(
             "%d of the %d changes of phase change no layer, since ranks are rounded to multiples of %d and stay below "

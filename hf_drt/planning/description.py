@@ -61,10 +61,14 @@ def _split_cost(resolved: ResolvedPlan) -> Iterator[str]:
     if not resolved.splits:
         return
     cost = resolved.cost
-    yield (
-        f"forward pass: {cost.forward:.3f} of dense, and in no phase below it, since an adapter computes its frozen "
-        "base too; what follows the rank is the gradients of weights and the optimizer's state alone"
-    )
+    forward = f"forward pass: {cost.forward:.3f} of dense"
+    if any(phase.forward < 1 for phase in cost.phases):
+        yield forward
+    else:
+        yield (
+            f"{forward}, and in no phase below it, since an adapter computes its frozen base too; what follows the "
+            "rank is the gradients of weights and the optimizer's state alone"
+        )
     ranks = {tuple(forms.values()) for forms in resolved.forms_by_phase}
     yield f"rank levels: {len(ranks)}, by {cost.switches} switches"
 

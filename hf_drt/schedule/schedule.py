@@ -275,6 +275,11 @@ def _check_dtypes(entries: tuple[Entry, ...], text: str) -> None:
 
 
 def _not_a_schedule(text: str) -> NoReturn:
+    if text.rpartition("/")[2] in DTYPES and "@" not in text:
+        raise ValueError(
+            f"'{text}' has a dtype and no boundary. A dtype belongs to a phase, e.g. factored/bf16@0; of a preset "
+            "write the phases by hand, as its plan is printed, or set bf16=True for the whole run."
+        )
     raise ValueError(
         f"'{text}' is not a schedule; write phases as kind@boundary, e.g. 'factored@0 dense@40% adapter@80%', or a "
         "preset."

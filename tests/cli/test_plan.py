@@ -69,7 +69,7 @@ def test_the_model_is_looked_through_once(hf_drt, configured, monkeypatch, sched
     monkeypatch.setattr(selection._Surroundings, "of", classmethod(of))
     if schedule == "adaptive":
         budget = ("--budget", 0.95)
-    if schedule in ("paper_conv", "rotate") and budget:
+    if schedule in ("paper_conv", "rotate", "drift") and budget:
         budget = ()  # the ranks of the one are its own, of the other's groups, and nothing can be proposed
     wanted = ("plan", configured(), "--batch-size", 2, "--seq-length", 8, "--rank-multiple", 1, "--schedule", schedule)
     result = hf_drt(*wanted, *budget)

@@ -76,6 +76,16 @@ def test_evaluation_between_adds_nothing():
     assert_close(gathering.taken(), expected(model, batches()))
 
 
+def test_the_state_has_the_last_update_too():
+    """A loop saves before its next update begins, which is where an update's end is seen."""
+    model, gathering, again = net(), Gathering(), Gathering()
+    trained(model, gathering, batches()[:1])
+    again.load_state_dict(gathering.state_dict())
+    gathering.drop()
+    trained(model, again, batches()[1:])
+    assert_close(again.taken(), expected(model, batches()))
+
+
 def test_no_hook_is_left_and_nothing_counts_after():
     model, gathering = net(), Gathering()
     trained(model, gathering, batches())

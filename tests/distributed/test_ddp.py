@@ -109,7 +109,7 @@ def test_adapters_that_are_split_are_the_same_on_all_processes_and_what_one_proc
 MATRICES = {
     "auto": ({"drt_schedule": "auto", "drt_matrix_optimizer": None}, 1e-5),
     "pairs": ({"drt_schedule": "factored@0 adapter@3 factored@6"}, 1e-5),
-    "dense": ({"drt_schedule": "dense@0 factored@6 dense@8"}, 0.005 * 10 * 2**-7),
+    "dense": ({"drt_schedule": "dense@0 factored@6 dense@8"}, 0.005 * 10 * 2**-6),  # CPUs differ in bf16 products
 }
 
 

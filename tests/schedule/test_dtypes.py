@@ -51,6 +51,7 @@ def test_a_plan_with_dtypes_is_read_again_from_its_text():
         ("dense@0 dense/bf16[1/2]@9", r"'dense/bf16\[1/2\]@9' has a '/' before its end.*dense\[2/8\]\+frozen\[1/8\]/b"),
         ("dense@0 dense[1/2]/bf16+frozen[2/2]@9", r"has a '/' before its end\. A phase has one dtype, for all its lay"),
         ("dense/bf16@0 dense/bf16@9", r"'dense/bf16@0 dense/bf16@9' is one dense phase; drop the second"),
+        ("drift/bf16", r"'drift/bf16' has a dtype and no boundary\. .*e\.g\. factored/bf16@0; of a preset write"),
         ("factored:0.25/auto@0", r"dtype 'auto' is chosen together with a rank, .*e\.g\. lowrank:budget/auto@0, or wr"),
         ("lowrank:budget/auto@0 dense@50%", r"'dense@50%' has no dtype, and the budget of .* Write one, e\.g\. dense/"),
         ("lowrank:budget/auto@0 dense/auto@lr<0.5", r"'dense/auto@lr<0\.5' begins at a learning rate, and a resumed r"),
