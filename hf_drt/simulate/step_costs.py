@@ -1,6 +1,7 @@
 """StepCosts: an update step in each phase of a plan, simulated when it is asked for, and once."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -67,7 +68,9 @@ class StepCosts:
 
     def _cost(self, forms: dict[str, Form], trains_dense: bool | None = None, dtype: str | None = None) -> StepCost:
         """``dtype`` takes the place of the run's autocast."""
-        how = self._how if dtype is None else self._how | {"autocast": torch.bfloat16 if dtype == "bf16" else None}
+        how: dict[str, Any] = (
+            self._how if dtype is None else self._how | {"autocast": torch.bfloat16 if dtype == "bf16" else None}
+        )
         key = (trains_dense, how["autocast"], *forms.values())
         if key not in self._costs:
             self._put(forms)

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,7 @@ def _whole(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-def _most_frequent(values: dict[str, float]) -> float:
+def _most_frequent(values: Mapping[str, float]) -> float:
     return Counter(values.values()).most_common(1)[0][0]
 
 
