@@ -37,6 +37,7 @@ RUN = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_all_processes_have_the_same_average_and_one_writes_it(tmp_path):
     seen = run_worker(WORKER, tmp_path, 2, **RUN)
     assert seen["equal"] == [True] * 6

@@ -1,6 +1,6 @@
 """Truncation weighed by inputs on several processes, each of which sees others of them: against one process.
 
-With FSDP2: ``pytest -m slow tests/distributed/test_weighed_runs.py``.
+``pytest -m slow tests/distributed/test_weighed_runs.py``.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ SGD = {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.01, "dro
 WEIGHED = {"drt_schedule": "dense@0 factored@4 dense@6 factored@8", "drt_truncation": "activation", "max_steps": 10}
 
 
+@pytest.mark.slow
 def test_ddp_holds_the_same_bits_and_truncates_as_one_process_does(tmp_path):
     two = launch(tmp_path / "2", 2, launcher=torchrun, gradient_accumulation_steps=2, **SGD, **WEIGHED)
     one = launch(tmp_path / "1", 1, gradient_accumulation_steps=4, **SGD, **WEIGHED)
