@@ -1,6 +1,6 @@
 """DRTTrainer under DeepSpeed: gloo processes with ZeRO-1, 2 and 3, against one process without it.
 
-All but one: ``pytest -m slow tests/distributed/test_zero.py``.
+``pytest -m slow tests/distributed/test_zero.py``. DeepSpeed compiles an extension in the first of them.
 """
 
 import functools
@@ -49,6 +49,7 @@ def check_against(alone, folder: Path, seen: dict) -> None:
     T.AutoModelForCausalLM.from_pretrained(folder / "final")
 
 
+@pytest.mark.slow
 def test_zero_3_equals_one_process_and_saves_a_dense_model(alone, tmp_path):
     check_against(alone, tmp_path, run(tmp_path, 2, stage=3, save_strategy="no"))
 
