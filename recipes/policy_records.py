@@ -1,16 +1,13 @@
-"""Records of trained policies, as JSON lines, and their table."""
+"""Records of trained policies, and their table."""
 
-import hashlib
-import json
 import math
 import statistics
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+
+from json_lines import JsonLines, Record, digest
 
 from hf_drt.tables import markdown_table
 
-Record = dict[str, Any]
 _Z = 1.959964  # of a normal distribution: 95 % lie within
 HEAD = (
     "method", "success", "95 %", "by seed", "CPU s/update", "of dense", "wall s/update", "ms/chunk", "trained",
@@ -39,28 +36,8 @@ def share(successes: int, trials: int) -> str:
     return f"{successes / trials:.2f} ({low:.2f} to {high:.2f})"
 
 
-def digest(settings: Record) -> str:
-    """Identity of a run: equal settings, equal digest."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-
-
-class Records:
-    """The records of a file, one a line; the last line of a run that was killed while it wrote is passed over.
-
-    Raises:
-        ValueError: Another line is no JSON.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.all: list[Record] = []
-        lines = path.read_text().splitlines() if path.is_file() else []
-        for number, line in enumerate(lines, start=1):
-            try:
-                self.all.append(json.loads(line))
-            except json.JSONDecodeError:
-                if number < len(lines):
-                    raise ValueError(f"line {number} of {path} is no JSON. Delete it, and run again.") from None
+class Records(JsonLines):
+    """Those of trained policies, by their settings."""
 
     def find(self, settings: Record) -> Record | None:
         """The record of a run with these settings, or None."""
@@ -68,26 +45,7 @@ class Records:
 
     def add(self, settings: Record, results: Record) -> Record:
         """Append the record of a run."""
-        record = {"digest": digest(settings), "settings": settings, **_rounded(results)}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = self.path.read_text() if self.path.is_file() else ""
-        with self.path.open("a") as file:
-            file.write("" if text.endswith("\n") or not text else "\n")
-            file.write(json.dumps(record) + "\n")
-        self.all.append(record)
-        return record
-
-
-def _rounded(value: Any) -> Any:
-    """Six digits: more would be noise."""
-    match value:
-        case float():
-            return float(f"{value:.6g}")
-        case dict():
-            return {key: _rounded(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_rounded(item) for item in value]
-    return value
+        return self.append({"digest": digest(settings), "settings": settings, **results})
 
 
 # ---- the table

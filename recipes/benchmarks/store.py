@@ -1,12 +1,14 @@
-"""Records of runs, as JSON lines: what makes a benchmark resumable, and its tables reproducible."""
+"""The tasks of the benchmarks, and the records of their runs."""
 
-import hashlib
 import json
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))  # the form of records that recipes have too
+
 from grids import grid_methods
+from json_lines import JsonLines, Record, digest
 from tuning import tuned_methods
 
 HERE = Path(__file__).parent
@@ -36,11 +38,6 @@ def task_file(name: str) -> dict[str, Any]:
     return task | {"methods": task["methods"] | made}
 
 
-def digest(settings: dict[str, Any]) -> str:
-    """Identity of a run: equal settings, equal digest."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-
-
 class Store:
     """The records of one task, in ``<folder>/<task>.jsonl``, by method and seed.
 
@@ -49,18 +46,16 @@ class Store:
     """
 
     def __init__(self, folder: Path, task: str):
-        self.path = folder / f"{task}.jsonl"
-        self.records = list(self._read())
+        self._lines = JsonLines(folder / f"{task}.jsonl")
 
-    def _read(self) -> Iterator[dict[str, Any]]:
-        lines = self.path.read_text().splitlines() if self.path.is_file() else []
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                if number < len(lines):
-                    raise ValueError(f"line {number} of {self.path} is no JSON. Delete it, and run again.") from None
-                # The last line of a run that was killed while it wrote.
+    @property
+    def path(self) -> Path:
+        return self._lines.path
+
+    @property
+    def records(self) -> list[Record]:
+        """All of the file, the oldest first."""
+        return self._lines.all
 
     def find(self, method: str, settings: dict[str, Any]) -> dict[str, Any] | None:
         """The record of a run, or None."""
@@ -74,22 +69,4 @@ class Store:
 
     def add(self, method: str, record: dict[str, Any]) -> None:
         """Append a record."""
-        record = {"method": method, "digest": digest(record["settings"]), **_rounded(record)}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = self.path.read_text() if self.path.is_file() else ""
-        with self.path.open("a") as file:
-            file.write("" if text.endswith("\n") or not text else "\n")
-            file.write(json.dumps(record) + "\n")
-        self.records.append(record)
-
-
-def _rounded(value: Any) -> Any:
-    """Six digits: more would be noise, and three times the file."""
-    match value:
-        case float():
-            return float(f"{value:.6g}")
-        case dict():
-            return {key: value[key] if key == "settings" else _rounded(value[key]) for key in value}
-        case list() | tuple():
-            return [_rounded(item) for item in value]
-    return value
+        self._lines.append({"method": method, "digest": digest(record["settings"]), **record})
