@@ -410,6 +410,7 @@ class DynamicRank:
 
         def restore() -> None:
             put_back()
+            self.inputs.drop()
             declare(self.model)
             self.phase, self._step, self.resolved = phase, step, resolved
             if self.turns is not None and turns is not None:

@@ -205,12 +205,10 @@ class EMA:
         """
         present = {key: weight for key, weight in weights.items() if key in self._averages}
         if fault := _difference(self._averages, present, "the average", "the model"):
-            split = any(key.endswith(".q_proj.weight") and key not in present for key in self._averages)
-            again = (
-                " If it has packed attention again since, call hf_drt.split_attention(model) first." if split else ""
-            )
+            packed = any(type(module) is nn.MultiheadAttention for module in self.model.modules())
+            split = " If its attention was split then, call hf_drt.split_attention(model) first." if packed else ""
             raise ValueError(
-                f"the average is of another model: {fault} Build EMA anew on the model that is trained.{again}"
+                f"the average is of another model: {fault} Build EMA anew on the model that is trained.{split}"
             )
 
     def _refuse_shown(self, call: str) -> None:

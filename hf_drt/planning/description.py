@@ -70,7 +70,7 @@ def _split_cost(resolved: ResolvedPlan) -> Iterator[str]:
             "rank is the gradients of weights and the optimizer's state alone"
         )
     ranks = {tuple(forms.values()) for forms in resolved.forms_by_phase}
-    yield f"rank levels: {len(ranks)}, by {cost.switches} switches"
+    yield f"rank levels: {len(ranks)}, by {cost.switches} switch{'es' if cost.switches != 1 else ''}"
 
 
 def _update_cost(resolved: ResolvedPlan) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """From a schedule to a resolved plan: what 'lowrank' and the budget stand for on a model."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -10,7 +10,7 @@ from torch import nn
 from hf_drt.config import DRTConfig
 from hf_drt.planning.cost import relative_flops
 from hf_drt.planning.dtypes import check_weights
-from hf_drt.planning.layers import TargetLayers
+from hf_drt.planning.layers import FrozenDict, TargetLayers
 from hf_drt.planning.origin import decide, lowrank_kind
 from hf_drt.planning.paces import Paces, measured_paces
 from hf_drt.planning.resolved import ResolvedPlan, forms_of
@@ -66,9 +66,19 @@ class Resolution:
 
 
 def resolution(
-    config: DRTConfig, run: Run, model: nn.Module, targets: TargetLayers | None = None, resumed: bool = False
+    config: DRTConfig,
+    run: Run,
+    model: nn.Module,
+    targets: TargetLayers | None = None,
+    resumed: bool = False,
+    known: Callable[[], Mapping[str, float] | None] = lambda: None,
 ) -> Resolution:
-    """All of :func:`resolved_plan` that does not depend on the learning rate: the model may change form afterwards."""
+    """All of :func:`resolved_plan` that does not depend on the learning rate: the model may change form afterwards.
+
+    Args:
+        known: Gives the paces that the run has measured before (:class:`.Paces`), if it has; asked where a budget of
+            seconds needs them.
+    """
     targets = targets if targets is not None else TargetLayers.of(model, config)
     lowrank = lowrank_kind(schedule_of(config), config, model, resumed)
     config = config.settled(lowrank)
@@ -78,7 +88,10 @@ def resolution(
     run = replace(run, budget=budget, cost=_cost_of_forms(targets, config))
     paces = None
     if schedule.budget_chooses_dtype:
-        paces = measured_paces(targets, config, schedule.kinds(lowrank), _device_of(model))
+        if (before := known()) is not None:
+            paces = Paces(FrozenDict(before))
+        else:
+            paces = measured_paces(targets, config, schedule.kinds(lowrank), _device_of(model))
         run = replace(run, seconds=_seconds_of_forms(targets, config, paces))
     if config.budget is None and config.budget_chooses_rank and lowrank == "factored":
         run = replace(run, budget=max(budget, schedule.least_budget(run, lowrank)))

@@ -40,13 +40,11 @@ from hf_drt.controller import DynamicRank
 from hf_drt.engines import engine_of
 from hf_drt.export import check_export
 from hf_drt.optim import GROUP_SETTINGS, form_group_options
-from hf_drt.planning import LayersOf, refuse_without_schedule, resolution, settled
+from hf_drt.planning import LayersOf, refuse_without_schedule, settled
 from hf_drt.registry import EXPORTERS
-from hf_drt.schedule import Run
 from hf_drt.trainer.aside import hidden_token, upcast_bases
 from hf_drt.trainer.autocast import compute_in_phases
 from hf_drt.trainer.averaging import AveragingMixin
-from hf_drt.trainer.callback import updates_per_epoch
 from hf_drt.trainer.checkpoint import checked_state, readable_state
 from hf_drt.trainer.compiler import CompiledGraphs
 from hf_drt.trainer.delivery import Delivery, deliver
@@ -65,6 +63,7 @@ from hf_drt.trainer.push import Publisher
 from hf_drt.trainer.random_states import random_states
 from hf_drt.trainer.rates import RunRates
 from hf_drt.trainer.refusals import refuse_layers, refuse_own_rate_of, refuse_unsupported, refuse_unused
+from hf_drt.trainer.resolving import resolution_of
 from hf_drt.trainer.restore import begin, optimizer_made, restore
 from hf_drt.trainer.resume import AUTO, asked_for, checkpoint_for, last_finished, refuse_low_rank
 from hf_drt.trainer.saving import written_whole
@@ -221,7 +220,7 @@ class DRTTrainerMixin(AveragingMixin):
         refuse_second_run(self)
         self._drt_loop.restart()
         self._drt_starting = False
-        controller = self._drt_controller(max_steps, train_dataloader, resume_from_checkpoint is not None)
+        controller = self._drt_controller(max_steps, train_dataloader, resume_from_checkpoint)
         fresh = resume_from_checkpoint is None
         with as_it_was_on_failure(self, controller) if fresh else contextlib.nullcontext():
             self._drt_begin(controller, resume_from_checkpoint)
@@ -251,13 +250,13 @@ class DRTTrainerMixin(AveragingMixin):
             restore(self, controller, state, folder, compare=False)
         self._drt_go_on(controller, state)
 
-    def _drt_controller(self, max_steps: int, train_dataloader: Any, resumed: bool) -> DynamicRank:
+    def _drt_controller(self, max_steps: int, train_dataloader: Any, folder: str | None) -> DynamicRank:
         """The controller of this model and run: the present one if it fits, else a new one."""
-        before, epoch = self._drt_settings, updates_per_epoch(train_dataloader, self.args.gradient_accumulation_steps)
+        before, resumed = self._drt_settings, folder is not None
         config = settled(self._drt_config(), self.model, resumed)
         self._drt_refuse_optimizer(config)
         layers = self._drt_layers(self.model, config)  # of another model after model_init or a search's trial
-        self._drt_resolution = resolution(config, Run(max_steps, epoch), self.model, layers, resumed)
+        self._drt_resolution = resolution_of(self, config, layers, max_steps, train_dataloader, folder)
         if self.optimizer is not None and form_group_options(config) != form_group_options(before or config):
             raise ValueError(
                 f"{GROUP_SETTINGS} decide the optimizer's groups, and cannot change between two "

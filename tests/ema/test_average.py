@@ -11,6 +11,7 @@ from torch import nn
 from hf_drt import EMA, Adapter, DynamicRank, EMADecay, Factored, convert, dense_state_dict, effective_weight
 from hf_drt.ema import read_average, write_average
 from hf_drt.forms import LowRankLinear
+from hf_drt.targets import join_attention, split_attention
 
 CONSTANT = EMADecay(0.8, warmup=False)
 
@@ -326,6 +327,17 @@ def test_a_compiled_model_is_averaged_and_shown_without_a_compilation():
 
 
 # ---- refused
+
+
+def test_of_attention_that_is_packed_again_the_way_out_is_told():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
+    split_attention(model)
+    ema = EMA(model)
+    join_attention(model)
+    with pytest.raises(ValueError, match=r"q_proj.*If its attention was split then, call hf_drt\.split_attention"):
+        ema.update()
+    split_attention(model)
+    ema.update()
 
 
 def test_a_model_that_has_become_another_is_named():

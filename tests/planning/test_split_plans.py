@@ -52,6 +52,13 @@ def test_the_plan_says_what_it_does_not_save_and_how_often_it_switches():
     assert not any(line.startswith(("forward pass", "rank levels")) for line in other)
 
 
+def test_a_factored_phase_beside_is_below_dense_and_the_plan_does_not_deny_it():
+    drt = controller("adapter:8@0 factored:4@50% adapter:4@80%", adapter_init="split", rank_multiple=8)
+    assert min(phase.forward for phase in drt.cost().phases) < 1
+    (line,) = (line for line in description(drt.resolved) if line.startswith("forward pass"))
+    assert line == f"forward pass: {drt.cost().forward:.3f} of dense"
+
+
 def test_the_products_are_not_scaled_whatever_the_rank():
     for index in range(3):
         assert {form.scaling for form in controller().forms(index).values()} == {1.0}
@@ -64,7 +71,12 @@ def test_levels_that_round_to_the_same_ranks_are_told(caplog):
     drt = controller("drift(first=0.375,last=0.25,shape=linear,levels=5)")
     assert drt.cost().switches == 1
     assert "3 of the 4 changes of phase change no layer, since ranks are rounded to multiples of 4" in caplog.text
-    assert description(drt.resolved)[-1] == "rank levels: 2, by 1 switches"
+    assert description(drt.resolved)[-1] == "rank levels: 2, by 1 switch"
+
+
+def test_a_change_of_dtype_alone_is_no_level_that_rounds_away(caplog):
+    controller("adapter:8/bf16@0 adapter:8/fp32@50% dense/fp32@80%", adapter_init="split", rank_multiple=8)
+    assert "change no layer" not in caplog.text
 
 
 def test_full_rank_at_one_end_is_allowed_and_throughout_refused():

@@ -14,6 +14,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_drt import DRTCallback, DRTConfig
 from hf_drt.export.card import method_section
+from hf_drt.planning import Paces
+from hf_drt.planning.layers import FrozenDict
 from hf_drt.trainer.autocast import PhaseForward
 from hf_drt.trainer.summary import run_summary
 
@@ -116,6 +118,21 @@ def test_a_model_is_copied_and_pickled_with_its_plain_forward(tmp_path):
 
         gc.collect()
         assert torch.equal(model(**batch).logits, loaded(**batch).logits)  # whose trainer is gone
+
+
+def test_a_resumed_run_does_not_measure_again(tmp_path, monkeypatch):
+    """Nor does it resolve its budget by what this machine would take now."""
+    budget = {"drt_schedule": "lowrank:budget/auto@0 dense/fp32@75%", "drt_budget": 0.9, "drt_rank_multiple": 1}
+    settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "use_cpu": True, "drt_start": "scratch"}
+    paces = Paces(FrozenDict({"dense/fp32": 1.0, "factored/fp32": 1.0}))
+    monkeypatch.setattr("hf_drt.planning.resolve.measured_paces", lambda *args: paces)
+    first = tiny.trainer(tmp_path / "first", **settings, **budget)
+    first.train()
+    monkeypatch.setattr("hf_drt.planning.resolve.measured_paces", lambda *args: pytest.fail("measured again"))
+    again = tiny.trainer(tmp_path / "again", **settings, **budget)
+    again.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-4"))
+    assert again.drt.plan == first.drt.plan
+    assert_equal_runs(again, first)
 
 
 def test_a_callback_in_a_plain_trainer_does_the_same(tmp_path):

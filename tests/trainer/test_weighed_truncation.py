@@ -9,7 +9,7 @@ from equal_runs import assert_equal_runs
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from hf_drt import CheckpointError, DRTTrainer, effective_weight
+from hf_drt import CheckpointError, DRTConfig, DRTTrainer, DynamicRank, effective_weight
 from hf_drt.checkpoint import INPUTS_NAME
 from hf_drt.forms import layer_of
 from hf_drt.linalg import shrunk
@@ -151,3 +151,17 @@ def test_fused_experts_are_truncated_by_their_weights_and_other_layers_by_inputs
     }
     assert {name for name in differs if "experts" in name} == {name for name, other in differs.items() if not other}
     assert any("experts" in name for name in differs)
+
+
+def test_what_was_gathered_goes_with_a_model_that_is_put_back():
+    """As where memory runs out, and the run begins again with smaller batches."""
+    model = tiny.llama()
+    drt = DynamicRank(model, DRTConfig(schedule=SCHEDULE, truncation="activation"), max_steps=8)
+    drt.apply(0)
+    back, optimizer = drt.remembered(), torch.optim.SGD(model.parameters())
+    drt.begin_step(0, optimizer)
+    model(**tiny.batch()).loss.backward()
+    assert drt.inputs.state_dict()
+    back()
+    assert drt.inputs.state_dict() == {}
+    assert not any(layer._forward_pre_hooks for layer in model.modules())
