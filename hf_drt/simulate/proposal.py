@@ -80,8 +80,10 @@ def propose(budget: float, plan: Plan, layers: Sequence[Layer], step_flops: floa
         shorter = _shortened(plan, kept / 100)
         if (reached := share(shorter, RATIOS[0])) <= budget:
             return Proposal(shorter, RATIOS[0], reached)
+    written = all(phase.rank is not None for phase in plan.phases if phase.kind != "dense")
+    ranks = "the ranks that the schedule gives" if written else f"rank ratio {RATIOS[0]:g}"
     raise ValueError(
-        f"a budget of {budget:g} cannot be reached: with rank ratio {RATIOS[0]:g} and dense windows of one step "
+        f"a budget of {budget:g} cannot be reached: with {ranks} and dense windows of one step "
         f"the run still takes {share(_shortened(plan, 0), RATIOS[0]):.3f} of the dense FLOPs. Raise the budget, or "
         "end in factored form: an adapter never takes less than 2/3 of its layer."
     )

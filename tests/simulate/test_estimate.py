@@ -359,6 +359,10 @@ def test_budgets_that_cannot_be_met():
         proposed(1.5, "factored@0")
     with pytest.raises(ValueError, match=r"a budget of 0.1 cannot be reached: .* the run still takes 0\.\d+ of"):
         proposed(0.1, "factored@0 dense@30% adapter@60%")
+    with pytest.raises(
+        ValueError, match=r"a budget of 0.1 cannot be reached: with the ranks that the schedule gives and"
+    ):
+        proposed(0.1, "factored:0.125@0 dense@30% adapter:0.125@60%")
     plan = Schedule.parse("dense@0").resolve(Run(10))
     with pytest.raises(ValueError, match="the plan is dense throughout: there is no rank to choose"):
         propose(0.5, plan, [], 1.0, DRTConfig())
