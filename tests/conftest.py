@@ -35,6 +35,22 @@ def _quiet() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` leaves out what is slow
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A grid of long runs under ``@pytest.mark.sampled(n)``: n of its cases, evenly spaced from the first on, are for
+    every change; the others carry the slow marker."""
+    grids: dict[tuple[Path, str], list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            grids.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
+    for cases in grids.values():
+        (count,) = cases[0].get_closest_marker("sampled").args
+        kept = {index * len(cases) // count for index in range(count)}
+        for index, item in enumerate(cases):
+            if index not in kept:
+                item.add_marker(pytest.mark.slow)
+
+
 def pytest_collection_finish() -> None:
     """Every training ends in a ``gc.collect()``, and a third of a tiny one's time was to look through what the imports
     have made."""

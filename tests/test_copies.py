@@ -40,6 +40,7 @@ def go_on(drt: DynamicRank, optimizer: torch.optim.Optimizer, start: int, end: i
         drt.observe(step + 1, loss.detach())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 @pytest.mark.parametrize("settings", SCHEDULES.values(), ids=SCHEDULES.keys())
 def test_a_copy_goes_on_to_the_same_bits(settings, way):

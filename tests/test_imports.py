@@ -94,6 +94,7 @@ KNOWN = (
 )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "statement",
     [
@@ -108,6 +109,7 @@ def test_native_checkpoints_are_known_after_any_order_of_imports(statement):
     run(f"{statement}; {KNOWN}")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("order", [("import hf_drt", "import transformers"), ("import transformers", "import hf_drt")])
 def test_a_native_folder_loads_after_import_hf_drt_alone(order, tmp_path):
     model = tiny.llama()

@@ -86,6 +86,7 @@ def assert_same(one: Loop, other: Loop) -> None:
 # ---- resume
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("schedule", "settings"),
     [

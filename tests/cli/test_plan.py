@@ -57,6 +57,7 @@ def test_a_new_field_is_an_option_by_itself():
         with_settings({"nosuch": "of no use"})
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("schedule", [*PRESETS, "factored:0.125@0 dense@budget"])
 @pytest.mark.parametrize("budget", [(), ("--budget", 0.95)])
 def test_the_model_is_looked_through_once(hf_drt, configured, monkeypatch, schedule, budget):
@@ -272,6 +273,7 @@ def test_a_plan_in_turns_tells_of_its_groups(hf_drt, configured):
     assert f"in phase {held.index(max(held))}" in out
 
 
+@pytest.mark.slow
 def test_a_plan_is_proposed_for_a_memory(hf_drt, configured):
     """It is the plan that the proposed settings give."""
     wanted = ("plan", configured(), *SMALL, "--batch-size", 1, "--steps", 100)
@@ -291,6 +293,7 @@ def test_a_plan_is_proposed_for_a_memory(hf_drt, configured):
     assert "what fits into" in out
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("flags", "proposal"),
     [

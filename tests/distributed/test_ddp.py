@@ -38,7 +38,9 @@ def test_one_reduction_per_bucket_and_update_step(two):
     assert seen["reductions"] == [1] * 20
 
 
-@pytest.mark.parametrize("launcher", [accelerate, None], ids=["accelerate", "forked"])
+@pytest.mark.parametrize(
+    "launcher", [pytest.param(accelerate, marks=pytest.mark.slow), None], ids=["accelerate", "forked"]
+)
 def test_other_launchers_give_the_same_bits_as_torchrun(two, tmp_path, launcher):
     seen = launch(tmp_path, 2, launcher=launcher, gradient_accumulation_steps=2, **SGD)
     assert all(seen["equal"])

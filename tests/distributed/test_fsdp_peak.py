@@ -23,12 +23,13 @@ def switches(folder: Path, processes: int, blocks: int, moments: str) -> list[di
     return [row | {"more": row["peak"] - max(row["before"], row["after"])} for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "moments"),
     [
         (2, "project"),
-        pytest.param(2, "reset", marks=pytest.mark.slow),
-        pytest.param(4, "project", marks=pytest.mark.slow),
+        (2, "reset"),
+        (4, "project"),
     ],
 )
 def test_a_switch_needs_one_whole_layer_beside_the_shards(tmp_path, processes, moments):

@@ -18,6 +18,7 @@ def run(*options: str) -> None:
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_what_is_published_loads():
     run("-m", "not slow")
 

@@ -78,6 +78,7 @@ def test_groups_equal_those_of_a_fresh_optimizer(tmp_path, before, after, scaled
         assert {k: v for k, v in group.items() if k != "params"} == {k: v for k, v in other.items() if k != "params"}
 
 
+@pytest.mark.sampled(60)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("policy", ["project", "reset"])
 @pairs

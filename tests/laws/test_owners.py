@@ -246,6 +246,7 @@ def test_a_controller_that_is_gone_leaves_its_scales_and_nothing_else():
 # ---- across a checkpoint
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("at", range(1, STEPS))
 @pytest.mark.parametrize("together", [False, True], ids=["groups", "one group"])
 def test_both_are_resumed_bitwise(at, together):

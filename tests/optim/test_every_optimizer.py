@@ -179,12 +179,14 @@ def assert_resumes_bitwise(make: Callable[..., DRTTrainer], folder: Path) -> Non
         assert_equal_runs(resumed, straight)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", names(Trains))
 def test_it_trains_through_three_forms_and_resumes_bitwise(tmp_path, name):
     with torch.compiler.set_stance("default" if EXPECTED[name].compiled else "force_eager"):
         assert_resumes_bitwise(partial(trainer, name=name), tmp_path)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", GIVEN)
 def test_a_class_that_is_passed_does_so_too(tmp_path, name):
     assert_resumes_bitwise(partial(given, name=name), tmp_path)

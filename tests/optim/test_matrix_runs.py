@@ -98,6 +98,7 @@ def run(folder, optim: str, changes: dict, resume: str | None = None):
     return trainer
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("optim", "changes"), RUNS.items(), ids=RUNS)
 def test_a_run_through_all_forms_is_resumed_bitwise(tmp_path, optim, changes):
     expected = run(tmp_path / "a", optim, changes | {"save_strategy": "steps", "save_steps": 4})

@@ -71,6 +71,7 @@ def plain(value):
     return value.tolist() if torch.is_tensor(value) else value
 
 
+@pytest.mark.sampled(3)
 @own
 def test_it_trains_through_three_forms_and_resumes_bitwise(tmp_path, name):
     rules = RULES if name != "rprop" else {}  # which has rates of its own after its first step

@@ -59,6 +59,7 @@ def held(optimizer):
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+@pytest.mark.sampled(1)
 @kinds
 def test_new_weights_train_bitwise_as_under_an_optimizer_of_their_own(kind):
     model, drt, optimizer = trained(kind)
@@ -285,6 +286,7 @@ def test_rules_that_are_installed_after_a_step_that_raised_find_whole_groups():
     assert {id(p) for p in held(optimizer)} == {id(p) for p in model.parameters()}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd"])
 def test_a_checkpoint_of_what_was_evaluated_resumes_bitwise_too(tmp_path, name):
     """A plain Trainer writes the average where it has evaluated just before, and the weights of training elsewhere."""

@@ -150,6 +150,7 @@ def assert_close(drt, expected):
         assert torch.allclose(found[name], tensor, rtol=1e-7, atol=1e-9), name
 
 
+@pytest.mark.sampled(5)
 @rules
 @pytest.mark.parametrize("moments", ["reset", "project"])
 def test_each_side_is_trained_at_its_own_rate(rule, moments):

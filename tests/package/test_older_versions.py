@@ -80,6 +80,7 @@ def assert_same(found: Any, expected: Any, where: str = "") -> None:
         assert found == expected, where
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("step", older_runs.CHECKPOINTS)
 @pytest.mark.parametrize("name", older_runs.RUNS)
 def test_a_checkpoint_goes_on_to_the_same_bits(older, tmp_path, name, step):

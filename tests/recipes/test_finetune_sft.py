@@ -71,7 +71,7 @@ def test_it_ends_with_a_table_an_example_and_a_model_that_loads(model, tmp_path,
     assert str(trainer.drt.plan) == "adapter@0 dense@4 adapter@7"
     rows = [line for line in out.splitlines() if line.startswith("│")]
     assert [row.split("│")[2].strip() for row in rows] == ["adapter", "dense", "adapter"]
-    assert all(math.isfinite(float(row.split("│")[8])) for row in rows)  # the loss at the end of each phase
+    assert all(math.isfinite(float(row.split("│")[9])) for row in rows)  # the loss at the end of each phase
     assert "def moving_average(values, window):" in out
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     batch = {"input_ids": torch.arange(12)[None]}

@@ -27,6 +27,7 @@ open(answer, "w").write(json.dumps({{"steps": int(steps)}}))
 """
 
 
+@pytest.mark.slow
 def test_turns_alternate_and_never_overlap(tmp_path):
     log = tmp_path / "log"
     answers = {name: tmp_path / name for name in ("a", "b")}
@@ -39,6 +40,7 @@ def test_turns_alternate_and_never_overlap(tmp_path):
     assert log.read_text().split("\n")[:-1] == [f"{step} {what}" for step in order for what in ("begins", "ends")]
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_is_named_with_what_it_said(tmp_path):
     answers = {name: tmp_path / f"{name}.json" for name in ("bad", "good")}
     commands = {

@@ -116,6 +116,7 @@ def test_many_layers_has_a_row_for_every_piece_of_work(capsys):
     assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in table)
 
 
+@pytest.mark.slow
 def test_many_layers_compares_with_another_checkout(capsys):
     root = Path(__file__).parents[2]
     speed_many_layers.main(["--blocks", "1", "--compare", "1", "--against", str(root)])

@@ -76,6 +76,7 @@ def test_a_model_that_is_checkpointed_as_a_whole_is_refused():
 # ---- batches in pieces
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("pieces", [2, 3, 16, 40])
 def test_a_divided_phase_takes_the_memory_of_its_largest_piece_and_the_flops_of_all(pieces):
     saved, _ = estimated(dense_accumulation=pieces)

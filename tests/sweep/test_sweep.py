@@ -116,6 +116,7 @@ def test_a_type_goes_through_all_forms(model_type):
     assert result.facts["reached"] > 0
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "model_type", ["clap", "dia", "granite4_vision", "idefics", "kosmos-2", "minicpm_ocr", "omdet-turbo", "tvp"]
 )

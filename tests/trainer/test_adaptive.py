@@ -50,6 +50,7 @@ def test_the_loss_is_the_mean_of_the_micro_batches(straight, tmp_path):
     assert second["loss"] == pytest.approx(sum(of_updates[2:4]) / 2)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("step", range(1, STEPS))
 def test_a_resumed_run_makes_the_same_windows(straight, tmp_path, step):
     folder, expected = straight

@@ -180,6 +180,7 @@ def test_its_checkpoint_does_not_go_on_under_another_optimizer(straight, tmp_pat
         run(tmp_path, drt_export="native", drt_matrix_optimizer="none", resume=checkpoint)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("step", [2, 14], ids=["factored", "dense"])
 @pytest.mark.parametrize("own", [{}, {"drt_matrix_optimizer": "none"}, {"drt_dense_query_key": True}], ids=str)
 def test_a_checkpoint_of_what_auto_was_is_not_resumed_as_another_method(tmp_path, step, own):
@@ -233,6 +234,7 @@ class Greedy(torch.optim.SGD):
                 p.sub_(p.grad, alpha=group["lr"])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -67,6 +67,7 @@ def assert_best_is_loaded(trainer) -> None:
     assert all(torch.equal(p, expected[name]) for name, p in trainer.model.state_dict().items())
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("strategy", [STEPS, EPOCHS, BEST], ids=["steps", "epoch", "best"])
 @pytest.mark.parametrize("scores", [FIRST, LATER, {**LATER, 5: 0.5}], ids=["at the switch", "after it", "before it"])
 @pytest.mark.parametrize("limit", [None, 1, 2])

@@ -78,6 +78,7 @@ def test_tied_embeddings_stay_tied_in_memory_and_on_disk(tmp_path, kind):
     assert all(torch.equal(p, q) for p, q in zip(again.model.parameters(), model.parameters(), strict=True))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", tiny.MODELS)
 @pytest.mark.parametrize("last", ["factored", "adapter", "dense"])
 def test_save_model_writes_a_dense_model_that_loads_without_this_package(tmp_path, kind, last):

@@ -47,6 +47,7 @@ def run(folder, cls, resume=None, **changes):
     return trainer
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("source", ["numpy", "python"])
 @pytest.mark.parametrize("cls", [Above, Below, Plain])
 def test_resume_is_bitwise_where_the_order_is_drawn_as_the_loader_is_made(monkeypatch, tmp_path, cls, source):

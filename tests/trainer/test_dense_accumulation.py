@@ -107,6 +107,7 @@ def test_only_dense_phases_are_divided(tmp_path):
     assert [found.rows[step] for step in range(8)] == [whole] * 2 + [pieces] * 4 + [whole] * 2
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("kind", "expected"), [("bert", "labels"), ("t5", "labels"), ("vit", "labels"), ("gpt2", "shifted labels")]
 )

@@ -77,6 +77,7 @@ def test_gradients_of_other_models_have_the_same_bits(tmp_path, kind):
     assert_equal_runs(*runs)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 7])
 def test_a_run_resumed_in_any_phase_is_checkpointed_as_the_first_was(tmp_path, step):
     whole, flags = run(tmp_path, save_strategy="steps", save_steps=1)

@@ -14,6 +14,7 @@ def mixtral():
     return tiny.mixtral(attention_dropout=0.1)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("moments", ["reset", "project"])
 @pytest.mark.parametrize("stop", [4, 9, 14, 18])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, stop, moments):

@@ -66,6 +66,7 @@ def assert_same_weights(trainer, other) -> None:
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("init", ["zero", "principal"])
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("where", ["optimizer", "scheduler"])
@@ -134,6 +135,7 @@ class LoadsInPart(Fails):
         self.fail("after the weights")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("where", ["before the weights", "after the weights", "state"])
 @pytest.mark.parametrize("step", [3, 6, 9])
 def test_a_resume_that_fails_leaves_the_layers_or_what_the_checkpoint_holds(tmp_path, step, where):

@@ -25,6 +25,7 @@ def finished(tmp_path_factory):
     return folder, trainer
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["missing", "cut short"])
 def test_resume_true_passes_over_an_incomplete_checkpoint(finished, tmp_path, caplog, file, damage):

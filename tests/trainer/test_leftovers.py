@@ -38,6 +38,7 @@ def filled(folder: Path, **files: str) -> dict[str, bytes]:
 # ---- checkpoints
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("limit", [None, 1, 2])
 @pytest.mark.parametrize(
     "name", ["checkpoint-best", "checkpoint-", "checkpoint-2-old", "checkpoint-x5", "checkpoint-99"]

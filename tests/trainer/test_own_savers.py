@@ -84,6 +84,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("saver", "mixin_first", "inside"), CASES)
 def test_a_dense_model_lands_and_every_checkpoint_resumes_bitwise(tmp_path, saver, mixin_first, inside):
     cls = library(saver, mixin_first)

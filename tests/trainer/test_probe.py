@@ -109,6 +109,7 @@ def answered(folder, classes, steps):
     return errors_of(trainer)
 
 
+@pytest.mark.slow
 def test_no_output_class_of_transformers_with_a_loss_stops_a_run(tmp_path):
     """Every update switches, and answers with the next class; the errors are those of the logits that all hold."""
     classes = output_classes()
@@ -191,6 +192,7 @@ ANSWERS = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("answer", "reason"), ANSWERS.values(), ids=ANSWERS)
 def test_an_own_module(answer, reason, tmp_path, caplog):
     args = tiny.arguments(tmp_path, **SHORT)

@@ -109,6 +109,7 @@ def plain(folder, way):
     return trainer
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_phase_begins_where_the_plain_trainers_log_says_in_every_run(tmp_path, way):
     expected = plain(tmp_path / "plain", way)
@@ -125,6 +126,7 @@ def test_a_phase_begins_where_the_plain_trainers_log_says_in_every_run(tmp_path,
     assert starts(trainer)[1] == switches(trainer)[-1] == first_below(logged(expected), 0.5)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("way", WAYS)
 def test_resuming_is_bitwise_before_and_after_the_switch(tmp_path, way):
     straight = build(tmp_path, way, **SAVED)
@@ -138,6 +140,7 @@ def test_resuming_is_bitwise_before_and_after_the_switch(tmp_path, way):
         assert not trainer.drt.resolved.outline
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("way", [*WAYS, "passed scheduler"])
 def test_resuming_in_the_same_trainer_is_bitwise(tmp_path, way):
     def new(folder):
@@ -176,6 +179,7 @@ def test_a_checkpoint_of_other_phases_is_refused(tmp_path, way):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("way", WAYS)
 def test_an_anchor_that_the_real_rates_never_reach_is_refused(tmp_path, way):
     """Known late or early, the model is what it was, and trains on another schedule afterwards."""
@@ -261,6 +265,7 @@ def test_simulating_leaves_the_real_optimizer_as_it_was(tmp_path, tensor, closur
     assert vars(trainer).keys() == own.keys()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("optimizers", [passed, nothing])
 def test_the_papers_preset_trains_at_the_full_rate(tmp_path, optimizers):
     """Drops at 5 and 9 of 12: I = 0.54 d1, D = d1 + 2/3 (d2 - d1). Bitwise the run with these steps written out, and
@@ -355,6 +360,7 @@ def test_a_scheduler_that_ends_too_early_says_why_it_is_unknown(tmp_path, caplog
 # ---- on its own, with a gradient scaler, unknown
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("way", [way for way in WAYS if "form groups" not in way])
 def test_the_callback_alone_begins_where_the_log_says(tmp_path, way):
     expected = plain(tmp_path / "plain", way)

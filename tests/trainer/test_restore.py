@@ -93,6 +93,7 @@ def compare_all(tmp_path, cls, every=2, make=None, **changes):
     return expected, others
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("cls", [Grouped, Shapes, Layers, Silent, Inherited])
 def test_groups_by_names_shapes_and_layers_resume_bitwise(tmp_path, cls):
     expected, others = compare_all(tmp_path, cls)
@@ -100,6 +101,7 @@ def test_groups_by_names_shapes_and_layers_resume_bitwise(tmp_path, cls):
         assert [trainer.made for trainer in (expected, *others)] == [1] * (1 + len(others))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("schedule", ["adapter@0 dense@4 adapter@8", "adapter@0 adapter@4 adapter@8"])
 def test_groups_with_frozen_weights_resume_bitwise(tmp_path, schedule):
     compare_all(tmp_path, Everything, drt_schedule=schedule)
@@ -117,6 +119,7 @@ class GroupedInside(T.Trainer):
     rule, trainable_only, made = "names", True, 0
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("sides", "each"), [({}, 2), ({"drt_left_lr_scale": 4.0}, 4)], ids=["forms", "sides"])
 def test_form_groups_on_groups_by_name_resume_bitwise(tmp_path, sides, each):
     class Mixed(DRTTrainerMixin, GroupedInside):
@@ -155,6 +158,7 @@ def brought(folder, plan=PLAN, key="params", **changes):
     )  # fmt: skip
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("key", ["params", "model", "optimizer_dict"])
 def test_an_optimizer_class_with_parameters_of_the_dense_model_starts_in_low_rank_and_resumes(tmp_path, key):
     scales = {"drt_factored_lr_scale": 2.0, "drt_rewarmup_steps": 2} if key == "params" else {}

@@ -32,6 +32,7 @@ def straight(tmp_path_factory):
     return folder, trainer
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("step", range(1, STEPS))
 def test_resume_is_bitwise_equal_from_every_checkpoint(straight, tmp_path, step):
     folder, expected = straight
@@ -40,6 +41,7 @@ def test_resume_is_bitwise_equal_from_every_checkpoint(straight, tmp_path, step)
     assert_equal_runs(trainer, expected)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "changes",
     [

@@ -30,6 +30,7 @@ def trainer(folder, **changes) -> DRTTrainer:
     return tiny.trainer(folder, **settings)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_resume_is_bitwise_equal_from_a_checkpoint_of_every_phase(tmp_path, kind):
     settings = KINDS[kind] | {"drt_export": "native"}

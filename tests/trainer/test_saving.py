@@ -114,6 +114,7 @@ def cut_over(tmp_path_factory, other):
     return photos
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("place", "file"), STAGES)
 def test_a_kill_while_saving_costs_no_more_than_the_steps_since_the_last_save(straight, cut_new, tmp_path, place, file):
     shutil.copytree(cut_new / f"{place} {file}", tmp_path, dirs_exist_ok=True)
@@ -224,6 +225,7 @@ def limited_from(file: str):
 MESSAGE = r"checkpoint-8 could not be written: .*larger than is allowed there: this process may write 100 bytes a file"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("file", FILES)
 def test_a_limit_of_the_system_is_named_and_costs_no_earlier_checkpoint(straight, tmp_path, file):
     with limited_from(file), pytest.raises(OSError, match=MESSAGE):

@@ -121,6 +121,7 @@ def compared(tmp_path, anchor, plain, drt) -> None:
 # ---- torch's
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("name", "optimizer"),
     [(name, "SGD") for name, case in TORCH.items() if case[2] == RESOLVES]
@@ -151,6 +152,7 @@ def making(base, make):
     return Making
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", [name for name, case in TORCH.items() if case[2] == RESOLVES])
 def test_a_scheduler_of_torch_that_an_override_makes(tmp_path, name):
     make, anchor, _ = TORCH[name]
@@ -182,6 +184,7 @@ def refused(trainer, outcome) -> None:
 # ---- transformers'
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("name", [name for name, case in TRANSFORMERS.items() if case[2] == RESOLVES])
 def test_a_scheduler_of_transformers(tmp_path, name, accumulation):

@@ -71,6 +71,7 @@ def assert_goes_on(folder, expected, **settings) -> None:
     assert drt_rows(resumed) == drt_rows(expected)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("event", "step"),
     [

@@ -126,6 +126,7 @@ class OutOfMemoryOnce(DRTTrainer):
         raise RuntimeError(OUT_OF_MEMORY)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("place", ["forward", "step"])
 @pytest.mark.parametrize("fails_at", [0, 8], ids=["first phase", "second phase"])
 def test_auto_find_batch_size_starts_over_and_scales_the_learning_rate_once(tmp_path, fails_at, place):
@@ -158,6 +159,7 @@ def test_a_step_that_raised_leaves_no_scaled_rate_behind():
     assert {group["lr"] for group in optimizer.param_groups} == {0.1}
 
 
+@pytest.mark.slow
 def test_a_run_that_auto_find_batch_size_shrank_can_be_resumed(tmp_path):
     settings = {"auto_find_batch_size": True, "max_steps": -1, "num_train_epochs": 2, "save_strategy": "steps"}
     straight = tiny.trainer(tmp_path / "a", cls=OutOfMemoryOnce, save_steps=5, **settings)
