@@ -24,6 +24,7 @@ from hf_drt import DRTConfig, DRTTrainer, DRTTrainingArguments, effective_weight
 from hf_drt.forms.modules import FactoredLinear
 from hf_drt.linalg.spectral import effective_rank, factored_singular_values, singular_values
 from hf_drt.planning.idle_settings import settings_given
+from hf_drt.precision import has_bf16_products
 from hf_drt.trainer.memory import read_peak, reset_peak
 from hf_drt.trainer.refusals import unused
 
@@ -202,7 +203,8 @@ def run(settings: Settings, cache: Path, folder: str, turns: TrainerCallback | N
     if matrix_rate is not None:
         with_matrix_rate(trainer, names, matrix_rate)
     before = read_peak(CPU)
-    with Widened() if settings.extras.get("widened") else contextlib.nullcontext():
+    emulated = bool(settings.extras.get("widened")) and not has_bf16_products()
+    with Widened() if emulated else contextlib.nullcontext():
         trainer.train()
     return {
         "value": watch.curve[-1]["value"],
@@ -218,6 +220,7 @@ def run(settings: Settings, cache: Path, folder: str, turns: TrainerCallback | N
         "baseline_mib": before,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "environment": environment(),
+        **({"emulated": True} if emulated else {}),
     }
 
 

@@ -8,7 +8,8 @@
   costing what the rank of the settings would.
 - ``project``: ``{"k": k, "period": p, "sharpness": beta}``. Gradients of dense layers are projected on the k leading
   directions of their inputs (:class:`hf_drt.covariance.GradientProjection`).
-- ``widened``: true. Products in bfloat16 are those of instructions for them (:mod:`widened`); its seconds say nothing.
+- ``widened``: true. Where the CPU has no instructions for products in bfloat16 they are computed as such instructions do
+  (:mod:`widened`): its record says ``emulated``, and its seconds say nothing.
 """
 
 from collections.abc import Callable
