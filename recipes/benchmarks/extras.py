@@ -8,7 +8,7 @@
   costing what the rank of the settings would.
 - ``project``: ``{"k": k, "period": p, "sharpness": beta}``. Gradients of dense layers are projected on the k leading
   directions of their inputs (:class:`hf_drt.covariance.GradientProjection`).
-- ``widened``: true. Where the CPU has no instructions for products in bfloat16 they are computed as such instructions do
+- ``widened``: true. Where the CPU has no instructions for products in bfloat16 they are computed as those would
   (:mod:`widened`): its record says ``emulated``, and its seconds say nothing.
 """
 
