@@ -58,7 +58,7 @@ from hf_drt.forms.stack import (
 )
 from hf_drt.forms.stack_modules import AdapterStack, FactoredStack
 from hf_drt.forms.stack_weight import StackWeight
-from hf_drt.forms.structures import factors, merged, tensor_shapes
+from hf_drt.forms.structures import factors, frozen_names, merged, tensor_shapes
 from hf_drt.forms.weighing import weighs_inputs
 from hf_drt.registry import PRODUCTS
 
@@ -109,6 +109,7 @@ __all__ = [
     "form_to_dict",
     "forward_of",
     "frozen_by_user",
+    "frozen_names",
     "in_one_dtype",
     "is_projection",
     "is_transposed",

@@ -322,7 +322,7 @@ def _scale(module: nn.Module, form: Adapter) -> dict[str, nn.Parameter]:
     """The Parameter of the scales that a base in int8 has beside it, by name: that of the old layer where it has one."""
     if form.dtype != "int8":
         return {}
-    now = module.scale if isinstance(module, AdapterLinear) else None
+    now = module.kept_scale if isinstance(module, AdapterLinear) else None
     return {SCALE: _unformed(_like(module)[0], torch.float32) if now is None else now}
 
 

@@ -221,13 +221,13 @@ class AdapterLinear(LowRankLinear):
     base: nn.Parameter
 
     @property
-    def scale(self) -> nn.Parameter | None:
+    def kept_scale(self) -> nn.Parameter | None:
         """Of the base's rows, where it is kept in int8."""
         return self._parameters.get(SCALE)
 
     def whole_base(self) -> Tensor:
         """The base in the dense layout, and in the dtype of the factors: itself where it is kept so."""
-        return widened(self.base, self.scale, trainable_weights(self)[0].dtype)
+        return widened(self.base, self.kept_scale, trainable_weights(self)[0].dtype)
 
     def matrix(self) -> Tensor:
         tensors = {name: getattr(self, name) for name in self.path}
@@ -259,7 +259,7 @@ class AdapterLinear(LowRankLinear):
         W = self.layout.matrix(self.base)
         if self.form.dtype is None:
             return F.linear(x, W, self.bias)
-        scale = None if self.scale is None else self.layout.matrix(self.scale)
+        scale = None if self.kept_scale is None else self.layout.matrix(self.kept_scale)
         return linear(x, W, scale, self.bias)
 
 

@@ -18,8 +18,15 @@ def tensor_shapes(form: Form, shape: tuple[int, int], layout: Layout) -> dict[st
     product = {name: (*layout.batch_shape, *size) for name, size in form.product.shapes(form, shape).items()}
     if isinstance(form, Factored):
         return product
-    scale = {SCALE: layout.shape(shape.d_out, 1)} if form.dtype == "int8" else {}
-    return {BASE: stored} | scale | product
+    frozen = {BASE: stored, SCALE: layout.shape(shape.d_out, 1)}
+    return {name: frozen[name] for name in frozen_names(form)} | product
+
+
+def frozen_names(form: Form) -> tuple[str, ...]:
+    """Names of the tensors of a low-rank form that are not trained: of an adapter."""
+    if not isinstance(form, Adapter):
+        return ()
+    return (BASE, SCALE) if form.dtype == "int8" else (BASE,)
 
 
 def factors(form: Factored | Adapter, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

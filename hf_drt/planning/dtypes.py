@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from hf_drt.config import DRTConfig
+from hf_drt.forms import Adapter, check_quantizer
 from hf_drt.planning.resolved import ResolvedPlan
 from hf_drt.schedule import AUTO, Plan
 
@@ -27,9 +29,28 @@ def check_weights(model: nn.Module, plan: Plan) -> None:
             )
 
 
+def check_frozen(config: DRTConfig, plan: Plan) -> None:
+    """Refuse int8 where there is nothing that makes it, and for layers that are frozen whole.
+
+    Raises:
+        ValueError: ``frozen_dtype`` is int8, and a layer is frozen whole in a phase, or torchao is not installed.
+    """
+    if config.frozen_dtype != "int8":
+        return
+    phase = next((phase for phase in plan.phases if "frozen" in phase.kinds), None)
+    if phase is not None:
+        raise ValueError(
+            f"frozen_dtype=int8 is for the bases of adapters, and in phase '{phase}' layers are frozen whole: those "
+            "are trained again, and each time lose what 8 bits do not hold, and their files load as a dense layer's. "
+            "Take frozen_dtype=bfloat16."
+        )
+    check_quantizer(config.frozen_dtype)
+
+
 def dtype_facts(resolved: ResolvedPlan) -> Iterator[str]:
     """Lines on what phases compute in, and what has decided it."""
     phases, schedule = resolved.plan.phases, resolved.config.parsed
+    yield from _frozen_facts(resolved)
     if all(phase.dtype is None for phase in phases):
         return
     told = ", ".join(f"{phase.dtype or 'as the run'} from step {phase.start} on" for phase in phases)
@@ -37,3 +58,19 @@ def dtype_facts(resolved: ResolvedPlan) -> Iterator[str]:
     if resolved.paces is not None and schedule is not None:
         budget = f"a budget of {resolved.budget:.4g} of the seconds of dense layers in fp32"
         yield f"dtype {AUTO}: by {budget}; seconds of a multiply-add, as measured here: {resolved.paces}"
+
+
+def _frozen_facts(resolved: ResolvedPlan) -> Iterator[str]:
+    """In what bases are kept, and how often they are rounded."""
+    kept = {
+        name
+        for forms in resolved.forms_by_phase
+        for name, form in forms.items()
+        if isinstance(form, Adapter) and form.dtype is not None
+    }
+    if not kept:
+        return
+    plan = resolved.plan
+    times = sum("adapter" in p.kinds and plan.form_start(i) == p.start for i, p in enumerate(plan.phases))
+    when = f"each of {times} phases begins" if times > 1 else "their phase begins"
+    yield f"frozen bases: those of {len(kept)} layers in {resolved.config.frozen_dtype}, rounded as {when}"

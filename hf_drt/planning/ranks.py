@@ -81,8 +81,9 @@ def resolve_form(kind: str, shape: LayerShape, config: DRTConfig, name: str, pha
     Raises:
         ValueError: Adapters are to be split, and the layer's decomposition is of other tensors than two matrices.
     """
+    kept = None if shape.kernel or shape.experts else config.frozen_dtype
     if kind == "frozen":
-        return Dense(frozen=True, dtype=None if shape.kernel or shape.experts else config.frozen_dtype)
+        return Dense(frozen=True, dtype=kept)
     if kind == "dense" or stays_dense(kind, name, config):
         return Dense()
     requested = requested_rank(name, phase_rank, config)
@@ -95,7 +96,7 @@ def resolve_form(kind: str, shape: LayerShape, config: DRTConfig, name: str, pha
     if kind == "factored":
         return factored
     _check_split(product, config)
-    return Adapter(rank, config.alpha_of(rank), config.init, product.name, rank_in)
+    return Adapter(rank, config.alpha_of(rank), config.init, product.name, rank_in, kept)
 
 
 def _check_split(product: Product, config: DRTConfig) -> None:
