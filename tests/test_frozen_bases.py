@@ -1,6 +1,5 @@
 """Runs whose adapters keep their bases in fewer bits: what a switch keeps, what is told, and that they resume."""
 
-import copy
 import io
 import json
 
@@ -14,7 +13,7 @@ from hf_drt import DRTConfig, DynamicRank, dense_state_dict
 from hf_drt.ema import EMA
 from hf_drt.export import save_peft_adapter
 from hf_drt.forms import Adapter, AdapterLinear, Dense, FrozenLinear, effective_weight, form_of, layer_of
-from hf_drt.inspect import inspect_checkpoint
+from hf_drt.inspect import read_checkpoint
 from hf_drt.planning import description
 
 DRIFT = "drift(first=0.45,last=0.125,shape=linear,levels=4)"
@@ -26,6 +25,13 @@ SCHEDULES = {
 }
 ERRORS = {"bfloat16": 2**-8, "int8": 0.01}  # relative, of a weight by rounding
 dtypes = pytest.mark.parametrize("dtype", ERRORS)
+one_is_slow = pytest.mark.parametrize("dtype", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8"])
+QUICK = {("split", "bfloat16"), ("anew", "int8")}
+RUNS = [
+    pytest.param(kind, dtype, marks=() if (kind, dtype) in QUICK else pytest.mark.slow)
+    for kind in SCHEDULES
+    for dtype in ERRORS
+]
 
 
 class Loop:
@@ -75,8 +81,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-@dtypes
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize(("kind", "dtype"), RUNS)
 def test_a_loop_resumes_to_the_bit_from_every_step(kind, dtype):
     whole, states = Loop(dtype, **SCHEDULES[kind]), []
     for step in range(STEPS):
@@ -116,24 +121,20 @@ def test_under_drift_each_change_of_rank_rounds_once_and_is_told(dtype):
 @dtypes
 def test_back_to_dense_the_function_is_kept_and_the_first_digits_do_not_come_back(dtype):
     loop = Loop(dtype, schedule="dense@0 adapter@3 dense@6")
-    original, switches = None, 0
+    switches = 0
     for step in range(STEPS):
         before, logits = loop.weights(), tiny.logits(loop.model, tiny.batch())
         transition = loop.drt.begin_step(step, loop.optimizer)
         worst = max(relative(loop.weights()[name], W) for name, W in before.items())
         if transition and step == 3:
             assert 0 < worst == pytest.approx(transition.rounding_error, rel=1e-4)
-            original = before
         elif transition:
             assert worst <= 1e-6
             assert transition.rounding_error == 0.0
             assert (tiny.logits(loop.model, tiny.batch()) - logits).norm() <= 1e-5 * logits.norm()
-            products = {base: base.form.scaling for base in loop.bases()}
-            assert not products  # all are dense
         switches += transition is not None
         loop.step(step)
     assert switches == 2
-    assert original is not None
     layers = [layer_of(loop.model, name) for name in loop.drt.targets]
     assert {(form_of(layer), layer.weight.dtype) for layer in layers} == {(Dense(), torch.float32)}
 
@@ -173,8 +174,8 @@ def test_the_plan_says_it_and_convolutions_keep_theirs(dtype):
 @pytest.mark.parametrize(
     ("schedule", "settings", "message"),
     [
-        ("dense@0 frozen@50%", {}, r"frozen_dtype=int8 is for the bases of adapters, and in phase 'frozen@2' layers are"),
-        ("adapter@0 dense[1/2]+frozen[2/2]@50%", {}, r"in phase 'dense\[1/2\]\+frozen\[2/2\]@2' .* Take frozen_dtype=bf"),
+        ("dense@0 frozen@50%", {}, r"frozen_dtype=int8 is for the bases of adapters, and the schedule freezes layers wh"),
+        ("adapter@0 dense[1/2]+frozen[2/2]@50%", {}, r"and would lose at each time .* Take frozen_dtype=bfloat16"),
         ("factored@0 dense@50%", {}, r"only frozen and adapter phases keep weights frozen, and there is none"),
     ],
 )
@@ -198,12 +199,13 @@ def test_int8_without_torchao_is_refused_before_a_run(monkeypatch):
 def test_an_average_follows_the_effective_weights(dtype):
     loop = Loop(dtype, schedule="adapter@0 dense@50%")
     ema = EMA(loop.model, decay=0.5)
-    name = loop.drt.targets and next(iter(loop.drt.targets))
+    name = next(iter(loop.drt.targets))
     expected = loop.weights()[name]
     for step in range(STEPS):
         loop.step(step)
         ema.update()
-        expected = 0.5 * expected + 0.5 * loop.weights()[name]
+        keep = ema.decay.at(ema.updates)
+        expected = keep * expected + (1 - keep) * loop.weights()[name]
         with ema.averaged():
             shown = layer_of(loop.model, name).weight
             assert shown.dtype == torch.float32
@@ -213,7 +215,7 @@ def test_an_average_follows_the_effective_weights(dtype):
 # ---- files
 
 
-@dtypes
+@one_is_slow
 def test_files_of_every_kind_hold_what_the_model_computes(tmp_path, dtype):
     """Dense ones load without this package; those of PEFT hold the base as it is computed with, in float32."""
     loop = Loop(dtype, schedule="adapter@0").run()
@@ -232,7 +234,7 @@ def test_files_of_every_kind_hold_what_the_model_computes(tmp_path, dtype):
     assert (tiny.logits(wrapped, batch) - expected).abs().max() <= 1e-5
 
 
-@dtypes
+@one_is_slow
 def test_a_trainer_resumes_to_the_bit_logs_the_rounding_and_its_native_model_loads(tmp_path, dtype):
     settings = {"max_steps": 6, "drt_schedule": "dense@0 adapter@2 adapter@4", "drt_rank": 4, "drt_frozen_dtype": dtype,
                 "drt_export": "native", "gradient_accumulation_steps": 1}  # fmt: skip
@@ -254,9 +256,7 @@ def test_a_trainer_resumes_to_the_bit_logs_the_rounding_and_its_native_model_loa
             n: (p.dtype, p.requires_grad) for n, p in theirs.named_parameters()
         }
     assert torch.equal(tiny.logits(loaded, tiny.batch()), tiny.logits(whole.model, tiny.batch()))
-    found = inspect_checkpoint(tmp_path / "native")
+    found = read_checkpoint(tmp_path / "native")
     for layer in found.layers:
         W = effective_weight(layer_of(loaded, layer.name))
         assert torch.allclose(layer.matrix(), W, atol=1e-6)
-    reloaded = copy.deepcopy(loaded)
-    assert torch.equal(tiny.logits(reloaded, tiny.batch()), tiny.logits(loaded, tiny.batch()))

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from hf_drt.config import DRTConfig
-from hf_drt.forms import Adapter, check_quantizer
+from hf_drt.forms import Adapter
 from hf_drt.planning.resolved import ResolvedPlan
 from hf_drt.schedule import AUTO, Plan
 
@@ -27,24 +26,6 @@ def check_weights(model: nn.Module, plan: Plan) -> None:
                 f"phase '{phase}' is in fp32, but {name} is in {dtype}, and would be computed with as it is. Load the "
                 "model with dtype=torch.float32 (bf16 phases need no weights in bfloat16), or leave the dtype out."
             )
-
-
-def check_frozen(config: DRTConfig, plan: Plan) -> None:
-    """Refuse int8 where there is nothing that makes it, and for layers that are frozen whole.
-
-    Raises:
-        ValueError: ``frozen_dtype`` is int8, and a layer is frozen whole in a phase, or torchao is not installed.
-    """
-    if config.frozen_dtype != "int8":
-        return
-    phase = next((phase for phase in plan.phases if "frozen" in phase.kinds), None)
-    if phase is not None:
-        raise ValueError(
-            f"frozen_dtype=int8 is for the bases of adapters, and in phase '{phase}' layers are frozen whole: those "
-            "are trained again, and each time lose what 8 bits do not hold, and their files load as a dense layer's. "
-            "Take frozen_dtype=bfloat16."
-        )
-    check_quantizer(config.frozen_dtype)
 
 
 def dtype_facts(resolved: ResolvedPlan) -> Iterator[str]:
