@@ -14,7 +14,9 @@ from hf_drt.ema import EMA
 from hf_drt.export import save_peft_adapter
 from hf_drt.forms import Adapter, AdapterLinear, Dense, FrozenLinear, effective_weight, form_of, layer_of
 from hf_drt.inspect import read_checkpoint
+from hf_drt.optim import refuse_sharded
 from hf_drt.planning import description
+from hf_drt.simulate import batch_spec, estimate_run
 
 DRIFT = "drift(first=0.45,last=0.125,shape=linear,levels=4)"
 STEPS = 8
@@ -195,6 +197,12 @@ def test_int8_without_torchao_is_refused_before_a_run(monkeypatch):
         DynamicRank(tiny.llama(), DRTConfig(schedule="adapter@0", rank=4, frozen_dtype="int8"), 4)
 
 
+def test_int8_under_fsdp_is_refused():
+    with pytest.raises(ValueError, match=r"frozen_dtype=int8 keeps codes and a scale .* and FSDP shards them apart, whic"):
+        refuse_sharded(DRTConfig(schedule="adapter@0", frozen_dtype="int8"))
+    refuse_sharded(DRTConfig(schedule="adapter@0", frozen_dtype="bfloat16"))
+
+
 @dtypes
 def test_an_average_follows_the_effective_weights(dtype):
     loop = Loop(dtype, schedule="adapter@0 dense@50%")
@@ -210,6 +218,37 @@ def test_an_average_follows_the_effective_weights(dtype):
             shown = layer_of(loop.model, name).weight
             assert shown.dtype == torch.float32
             assert relative(shown.double(), expected) < 1e-5
+
+
+# ---- memory
+
+
+def bytes_held(model: torch.nn.Module) -> int:
+    """Of all parameters and buffers that exist, each storage once."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}.values())
+
+
+def test_the_plan_counts_what_the_tensors_of_each_phase_take():
+    weights = {}
+    for dtype in (None, *ERRORS):
+        settings = DRTConfig(schedule="dense@0 adapter@50%", rank=4, frozen_dtype=dtype)
+        with torch.device("meta"):
+            model = tiny.llama()
+        estimate = estimate_run(DynamicRank(model, settings, 4), batch_spec(model, 2, 8))
+        real = tiny.llama()
+        drt, steps = DynamicRank(real, settings, 4), [phase.step for phase in estimate.phases]
+        for index, step in enumerate(steps):
+            drt.apply(2 * index)
+            assert step.weights == bytes_held(real)
+            trained = [p for p in real.parameters() if p.requires_grad]
+            assert step.trainable == sum(p.numel() for p in trained)
+            assert step.gradients == sum(p.nbytes for p in trained)
+        weights[dtype] = steps[1].weights
+    shapes = list(drt.targets.values())
+    numbers, rows = sum(m * n for m, n in shapes), sum(m for m, _ in shapes)
+    assert weights[None] - weights["bfloat16"] == 2 * numbers
+    assert weights[None] - weights["int8"] == 3 * numbers - 4 * rows
 
 
 # ---- files
