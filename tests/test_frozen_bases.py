@@ -40,7 +40,9 @@ class Loop:
     def __init__(self, dtype, model=None, steps=STEPS, **settings):
         self.model = model or tiny.llama()
         ranks = {} if settings["schedule"] == DRIFT else {"rank": 4}
-        config = DRTConfig(rank_multiple=1 if settings["schedule"] == DRIFT else 8, frozen_dtype=dtype, **ranks, **settings)
+        config = DRTConfig(
+            rank_multiple=1 if settings["schedule"] == DRIFT else 8, frozen_dtype=dtype, **ranks, **settings
+        )
         self.drt = DynamicRank(self.model, config, steps)
         self.drt.apply(0)
         self.optimizer = torch.optim.AdamW((p for p in self.model.parameters() if p.requires_grad), lr=1e-2)
@@ -176,7 +178,11 @@ def test_the_plan_says_it_and_convolutions_keep_theirs(dtype):
 @pytest.mark.parametrize(
     ("schedule", "settings", "message"),
     [
-        ("dense@0 frozen@50%", {}, r"frozen_dtype=int8 is for the bases of adapters, and the schedule freezes layers wh"),
+        (
+            "dense@0 frozen@50%",
+            {},
+            r"frozen_dtype=int8 is for the bases of adapters, and the schedule freezes layers wh",
+        ),
         ("adapter@0 dense[1/2]+frozen[2/2]@50%", {}, r"and would lose at each time .* Take frozen_dtype=bfloat16"),
         ("factored@0 dense@50%", {}, r"only frozen and adapter phases keep weights frozen, and there is none"),
     ],
@@ -198,7 +204,9 @@ def test_int8_without_torchao_is_refused_before_a_run(monkeypatch):
 
 
 def test_int8_under_fsdp_is_refused():
-    with pytest.raises(ValueError, match=r"frozen_dtype=int8 keeps codes and a scale .* and FSDP shards them apart, whic"):
+    with pytest.raises(
+        ValueError, match=r"frozen_dtype=int8 keeps codes and a scale .* and FSDP shards them apart, whic"
+    ):
         refuse_sharded(DRTConfig(schedule="adapter@0", frozen_dtype="int8"))
     refuse_sharded(DRTConfig(schedule="adapter@0", frozen_dtype="bfloat16"))
 

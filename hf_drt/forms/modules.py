@@ -244,7 +244,6 @@ class AdapterLinear(LowRankLinear):
             return y + self.product.linear(x, self.product_tensors()) * self.form.scaling
         return self.product.added_linear(y, x, self.product_tensors(), self.form.scaling)
 
-
     def _load_from_state_dict(self, state_dict, prefix, *args: Any) -> None:
         stored = state_dict.get(prefix + BASE)
         if stored is not None and (stored.dtype == torch.int8) != (self.base.dtype == torch.int8):

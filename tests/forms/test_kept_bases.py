@@ -242,10 +242,14 @@ def test_a_layer_is_copied_pickled_saved_and_loaded(layout, dtype):
 
 def test_codes_are_not_loaded_as_weights_nor_weights_as_codes():
     codes, floats = adapter("int8"), adapter("bfloat16")
-    with pytest.raises(RuntimeError, match=r"base is in torch\.bfloat16 in the checkpoint, and in torch\.int8 here, in "):
+    with pytest.raises(
+        RuntimeError, match=r"base is in torch\.bfloat16 in the checkpoint, and in torch\.int8 here, in "
+    ):
         codes.load_state_dict(floats.state_dict(), strict=False)
     for other in (floats, adapter(None)):
-        with pytest.raises(RuntimeError, match=r"base is in torch\.int8 in the checkpoint, and in torch\.\w+ here, in f"):
+        with pytest.raises(
+            RuntimeError, match=r"base is in torch\.int8 in the checkpoint, and in torch\.\w+ here, in f"
+        ):
             other.load_state_dict(codes.state_dict(), strict=False)
     with pytest.raises(RuntimeError, match=r"in another in the checkpoint, which holds base_scale"):
         floats.load_state_dict(codes.state_dict(), strict=False)
@@ -275,7 +279,9 @@ def test_a_base_of_a_convolution_is_refused(dtype):
 def test_int8_without_torchao_is_refused_and_its_layers_compute_all_the_same(monkeypatch):
     layer, find = adapter("int8"), importlib.util.find_spec
     monkeypatch.setattr("hf_drt.forms.kept.find_spec", lambda name: None if name == "torchao" else find(name))
-    with pytest.raises(ValueError, match=r"quantized by torchao, which is not installed\. pip install 'hf-drt\[int8\]'"):
+    with pytest.raises(
+        ValueError, match=r"quantized by torchao, which is not installed\. pip install 'hf-drt\[int8\]'"
+    ):
         convert(dense(), Adapter(4, 8.0, dtype="int8"))
     y = layer(X)
     assert torch.allclose(convert(layer, Dense()).module(X), y, atol=1e-6)
