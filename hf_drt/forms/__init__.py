@@ -134,8 +134,8 @@ __all__ = [
     "stored_transposed",
     "tensor_names",
     "tensor_shapes",
-    "trained_dtype",
     "trainable_weights",
+    "trained_dtype",
     "weighs_inputs",
     "weight_shape",
 ]

@@ -319,7 +319,7 @@ def _to_adapter(
 
 
 def _scale(module: nn.Module, form: Adapter) -> dict[str, nn.Parameter]:
-    """The Parameter of the scales that a base in int8 has beside it, by name: that of the old layer where it has one."""
+    """The Parameter of the scales beside a base in int8, by name: that of the old layer where it has one."""
     if form.dtype != "int8":
         return {}
     now = module.kept_scale if isinstance(module, AdapterLinear) else None
