@@ -10,7 +10,7 @@ from hf_drt.patterns import check_patterns, parse_rank_pattern
 from hf_drt.registry import EXPORTERS, PRODUCTS
 from hf_drt.schedule import PRESETS, Preset, Schedule
 
-FrozenDtype = Literal["bfloat16"]
+FrozenDtype = Literal["bfloat16", "int8"]
 Start = Literal["auto", "scratch", "pretrained"]
 AdapterInit = Literal["zero", "principal", "split"]
 Moments = Literal["project", "reset"]
@@ -137,8 +137,9 @@ class DRTConfig:
     )
     frozen_dtype: FrozenDtype | None = _option(
         None,
-        "Type in which a layer of 'frozen' form keeps its weight: bfloat16, for 2 bytes a weight, in linear layers. "
-        "Unset: as it is.",
+        "Type in which linear layers keep what is frozen of them, the weight in 'frozen' form and the base of an "
+        "adapter: 'bfloat16', for 2 bytes a weight, or of bases alone 'int8', for one and a scale for each row (by "
+        "torchao). Unset: as it is.",
     )
     dense_checkpointing: bool = _option(
         False,
@@ -248,7 +249,7 @@ class DRTConfig:
         if isinstance(self.group_by, str):  # as one may write 'kind'
             object.__setattr__(self, "group_by", [self.group_by])
         check_patterns("group_by", self.group_by)
-        _require(self.frozen_dtype in (None, *get_args(FrozenDtype)), self, "frozen_dtype", "bfloat16, or unset")
+        _require(self.frozen_dtype in (None, *get_args(FrozenDtype)), self, "frozen_dtype", "bfloat16, int8, or unset")
 
     def _check_literals(self) -> None:
         for name, choices in (

@@ -286,7 +286,7 @@ class DynamicRank:
         self.inputs.drop()
         enter()
         declare(self.model)
-        warn_of_rounding(step, outcome.merge_error)
+        warn_of_rounding(step, outcome.merge_error, self.config.frozen_dtype)
         self.phase, self._step = index, step
         if self.turns is not None and not self.turns.reference:
             self.turns.reference = self.effective_ranks()
@@ -300,6 +300,7 @@ class DynamicRank:
             parameters=(parameters, trainable_size(self.model)),
             errors=outcome.errors,
             merge_error=outcome.merge_error,
+            rounding_error=outcome.rounding_error,
             function_error=function.measure(),
         )
 

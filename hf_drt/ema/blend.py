@@ -38,7 +38,7 @@ def _blend_layer(average: Tensor, weight: Weight, layer: FormedLinear, keep: flo
     W, share = layer.layout.matrix(average), 1 - keep
     match layer:
         case AdapterLinear():
-            W.mul_(keep).add_(layer.layout.matrix(layer.base.detach()), alpha=share)
+            W.mul_(keep).add_(layer.layout.matrix(layer.whole_base().detach()), alpha=share)
             layer.product.accumulate(W, _factors(layer, average), 1.0, share * layer.form.scaling)
         case LowRankLinear():
             layer.product.accumulate(W, _factors(layer, average), keep, share)

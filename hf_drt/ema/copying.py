@@ -46,7 +46,10 @@ def _cut(layer: LowRankLinear, average: Tensor) -> list[Tensor]:
     """The product's tensors, of an adapter those of what the average has beyond its base."""
     average, form = average.to(next(layer.parameters()).device), layer.form
     if isinstance(layer, AdapterLinear):
-        average, form = average - layer.base, replace(layer.form, init="principal")  # which is made of a truncation
+        average, form = (
+            average - layer.whole_base(),
+            replace(layer.form, init="principal"),
+        )  # which is made of a truncation
     dense = layer.dense_with(nn.Parameter(average, requires_grad=False))
     made = prepare(dense, form, parts=decompose(dense, form)).module
     assert isinstance(made, LowRankLinear)

@@ -10,7 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hf_drt.checkpoint import undeclared
 from hf_drt.ema.weights import Weight
-from hf_drt.forms import SHOWN, FormedLinear, FrozenLinear, LowRankLinear, stack_count
+from hf_drt.forms import SHOWN, FormedLinear, LowRankLinear, stack_count, trained_dtype
 from hf_drt.targets import Places
 
 _INSIDE = "within `with ema.averaged()` the model shows its average"
@@ -55,8 +55,7 @@ def shown(model: nn.Module, averages: Mapping[str, Tensor], weights: Mapping[str
 def _stand_in(layer: FormedLinear, average: Tensor) -> nn.Module:
     """The dense layer of an average. It takes part in no training."""
     like = next(layer.parameters())
-    dtype = layer.dtype if isinstance(layer, FrozenLinear) else like.dtype
-    return layer.dense_with(nn.Parameter(average.to(like.device, dtype), requires_grad=False))
+    return layer.dense_with(nn.Parameter(average.to(like.device, trained_dtype(layer)), requires_grad=False))
 
 
 @contextlib.contextmanager

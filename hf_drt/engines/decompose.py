@@ -10,8 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_drt.engines.engine import Engine
-from hf_drt.forms import Form, decompose, decomposition_shapes, weight_shape
-from hf_drt.linalg import working_dtype
+from hf_drt.forms import Form, decompose, decomposed_dtype, decomposition_shapes, weight_shape
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,8 @@ def _taken(engine: Engine, job: Job, owner: int, own: dict[int, Parts], index: i
         return part
     if part is None:
         like = next(job.module.parameters())
-        dtype, device = working_dtype(like.dtype), engine.device(like)
+        own = {name: p for name, p in job.module.named_parameters() if name != "bias"}
+        dtype, device = decomposed_dtype(own), engine.device(like)
         part = tuple(torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
     for tensor in part:
         dist.broadcast(tensor, src=owner)

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_drt.checkpoint import undeclared
-from hf_drt.forms import FormedLinear, FrozenLinear, LowRankLinear, merged, rounding, split_attentions
+from hf_drt.forms import (
+    FormedLinear,
+    FrozenLinear,
+    LowRankLinear,
+    decomposed_dtype,
+    in_one_dtype,
+    merged,
+    rounding,
+    split_attentions,
+)
 from hf_drt.linalg import working_dtype
 from hf_drt.targets import Swap, replace
 
@@ -30,8 +39,7 @@ def dense_state_dict(model: nn.Module, state: dict[str, Tensor] | None = None) -
     for name, layer in low_rank_layers(model):
         tensors = {key: merged.pop(f"{name}.{key}") for key in layer.tensors if f"{name}.{key}" in merged}
         if len(tensors) == len(layer.tensors):
-            dtype = next(iter(tensors.values())).dtype
-            merged[layer.dense_key(name)] = layer.layout.stored(_merged(layer, tensors)).to(dtype).contiguous()
+            merged[layer.dense_key(name)] = _stored(layer, tensors)
     for name, layer in _layers_of(model, FrozenLinear):
         if (weight := merged.get(f"{name}.weight")) is not None:
             merged[f"{name}.weight"] = weight.to(layer.dtype)
@@ -43,8 +51,7 @@ def dense_state_dict(model: nn.Module, state: dict[str, Tensor] | None = None) -
 def dense_weight(layer: LowRankLinear) -> Tensor:
     """The effective W of a layer in the dense layout, merged in float32 or better and cast once."""
     tensors: dict[str, Tensor] = {key: layer.get_parameter(key) for key in layer.tensors}
-    dtype = next(iter(tensors.values())).dtype
-    return layer.layout.stored(_merged(layer, tensors)).to(dtype).contiguous()
+    return _stored(layer, tensors)
 
 
 @contextlib.contextmanager
@@ -116,16 +123,29 @@ def _whole(layer: FrozenLinear) -> Tensor:
     return layer.kept.to(layer.dtype)
 
 
+def _stored(layer: LowRankLinear, tensors: dict[str, Tensor]) -> Tensor:
+    """W as the dense layer stores it, in the dtype in which the layer is trained."""
+    return layer.layout.stored(_merged(layer, tensors)).to(_dtype(layer, tensors)).contiguous()
+
+
+def _dtype(layer: LowRankLinear, tensors: dict[str, Tensor]) -> torch.dtype:
+    """Of the factors, since an adapter's base may be kept in fewer bits."""
+    return tensors[layer.path[0]].dtype
+
+
 def _merge_error(layer: LowRankLinear, tensors: dict[str, Tensor]) -> float:
-    dtype = next(iter(tensors.values())).dtype
+    dtype = _dtype(layer, tensors)
     if dtype == working_dtype(dtype):  # nothing is cast, so spare the product
         return 0.0
-    W, base = _merged(layer, tensors), tensors.get("base")
-    return rounding(W, W.to(dtype), None if base is None else layer.layout.matrix(base.detach()))
+    W, base = _merged(layer, tensors), _whole_tensors(tensors).get("base")
+    return rounding(W, W.to(dtype), None if base is None else layer.layout.matrix(base))
 
 
 def _merged(layer: LowRankLinear, tensors: dict[str, Tensor]) -> Tensor:
     """``W (out, in)`` from the layer's tensors, in float32 or better."""
     with torch.no_grad():
-        whole = {key: value.to(working_dtype(value.dtype)) for key, value in tensors.items()}
-        return merged(layer.form, whole, layer.layout)
+        return merged(layer.form, _whole_tensors(tensors), layer.layout)
+
+
+def _whole_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return in_one_dtype(tensors, decomposed_dtype(tensors))

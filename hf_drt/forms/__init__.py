@@ -13,8 +13,10 @@ from hf_drt.forms.convert import (
     frozen_by_user,
     prepare,
     rank_limit,
+    trained_dtype,
 )
 from hf_drt.forms.frozen import FrozenLinear
+from hf_drt.forms.kept import check_quantizer, decomposed_dtype, in_one_dtype
 from hf_drt.forms.layer_rank import layer_rank, layer_ranks
 from hf_drt.forms.layout import LayerShape, Layout, is_transposed
 from hf_drt.forms.marks import FROZEN, SHOWN
@@ -56,7 +58,7 @@ from hf_drt.forms.stack import (
 )
 from hf_drt.forms.stack_modules import AdapterStack, FactoredStack
 from hf_drt.forms.stack_weight import StackWeight
-from hf_drt.forms.structures import factors, merged, tensor_shapes
+from hf_drt.forms.structures import factors, frozen_names, merged, tensor_shapes
 from hf_drt.forms.weighing import weighs_inputs
 from hf_drt.registry import PRODUCTS
 
@@ -91,9 +93,11 @@ __all__ = [
     "attach",
     "begins_anew",
     "check",
+    "check_quantizer",
     "check_rank",
     "convert",
     "decompose",
+    "decomposed_dtype",
     "decomposition_shapes",
     "dense_key",
     "effective_weight",
@@ -105,6 +109,8 @@ __all__ = [
     "form_to_dict",
     "forward_of",
     "frozen_by_user",
+    "frozen_names",
+    "in_one_dtype",
     "is_projection",
     "is_transposed",
     "keep_bottlenecks",
@@ -129,6 +135,7 @@ __all__ = [
     "tensor_names",
     "tensor_shapes",
     "trainable_weights",
+    "trained_dtype",
     "weighs_inputs",
     "weight_shape",
 ]

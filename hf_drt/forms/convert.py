@@ -4,6 +4,7 @@ A conversion is prepared first and committed after, so that a failure in one lay
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TypeGuard
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from hf_drt.forms.conversion import Conversion, Merge
 from hf_drt.forms.convolution import AdapterConv, FactoredConv
 from hf_drt.forms.frozen import FrozenLinear
+from hf_drt.forms.kept import BASE, SCALE
 from hf_drt.forms.layout import LayerShape
 from hf_drt.forms.marks import FROZEN
 from hf_drt.forms.modules import (
@@ -126,17 +128,22 @@ def empty_like(module: nn.Module, form: Form) -> nn.Module:
     dense = _dense_module(module)
     shapes = tensor_shapes(form, weight_shape(module), layout_of(module))
 
-    def empty(*shape: int, trainable: bool = True) -> nn.Parameter:
-        kept = _stored_dtype(form, dtype) if isinstance(form, Dense) else dtype
+    def empty(*shape: int, kept: torch.dtype = dtype, trainable: bool = True) -> nn.Parameter:
         return nn.Parameter(torch.empty(shape, dtype=kept, device=like.device), requires_grad=trainable)
 
     match form:
         case Dense(frozen=True):
-            return _frozen_layer(module, form, empty(*shapes["weight"], trainable=False), dtype)
+            kept = _stored_dtype(form, dtype)
+            return _frozen_layer(module, form, empty(*shapes["weight"], kept=kept, trainable=False), dtype)
         case Dense():
             return with_weight(dense, empty(*shapes["weight"]), _bias(module), module.training)
         case Factored() | Adapter():
-            tensors = {name: empty(*size, trainable=name != "base") for name, size in shapes.items()}
+            frozen = {SCALE: torch.float32}
+            frozen |= {BASE: _stored_dtype(form, dtype)} if isinstance(form, Adapter) else {}
+            tensors = {
+                name: empty(*size, kept=frozen.get(name, dtype), trainable=name not in frozen)
+                for name, size in shapes.items()
+            }
             return low_rank_layer(dense, form, tensors, _bias(module))
 
 
@@ -170,10 +177,12 @@ def check_rank(module: nn.Module, form: Form) -> None:
         raise TypeError(f"the form must be Dense(), Factored(rank) or Adapter(rank, alpha, init), got {form!r}.")
     if getattr(module, "groups", 1) != 1 or isinstance(module, nn.modules.conv._ConvTransposeNd):
         raise ValueError(f"a {module} has no low-rank form: only convolutions with groups=1 have, and no transposed.")
+    layout = layout_of(module)
+    if not isinstance(form, Factored) and form.dtype is not None and (layout.kernel or layout.count is not None):
+        raise ValueError(
+            f"{form} is a form of linear layers, and of no convolution or experts. Use {replace(form, dtype=None)}."
+        )
     if isinstance(form, Dense):
-        layout = layout_of(module)
-        if form.dtype is not None and (layout.kernel or layout.count is not None):
-            raise ValueError(f"{form} is a form of linear layers, and of no convolution or experts. Use Dense(True).")
         return
     shape, product = weight_shape(module), form.product
     if reason := product.refusal(shape):
@@ -217,7 +226,12 @@ def _bias(module: nn.Module) -> nn.Parameter | None:
 def _like(module: nn.Module) -> tuple[Tensor, torch.dtype]:
     """A tensor of the layer's W, and the dtype in which that is trained."""
     like = next(p for name, p in module.named_parameters() if name != "bias")
-    return like, module.dtype if isinstance(module, FrozenLinear) else like.dtype
+    return like, trained_dtype(module)
+
+
+def trained_dtype(module: nn.Module) -> torch.dtype:
+    """That in which a layer's W is trained: of a frozen one, in which it would be."""
+    return module.dtype if isinstance(module, FrozenLinear) else trainable_weights(module)[0].dtype
 
 
 def _to_dense(module: nn.Module) -> Conversion:
@@ -235,7 +249,10 @@ def _to_frozen(module: nn.Module, form: Dense) -> Conversion:
     return Conversion(_frozen_layer(module, form, weight, _like(module)[1]), 0.0, merge, [(weight, False)])
 
 
-def _whole_weight(module: nn.Module, form: Dense = Dense()) -> tuple[nn.Parameter, Merge | None]:  # noqa: B008
+def _whole_weight(
+    module: nn.Module,
+    form: Dense | Adapter = Dense(),  # noqa: B008
+) -> tuple[nn.Parameter, Merge | None]:
     """The Parameter that holds W whole, as the form keeps it, and what has to be merged into it: the old W's object
     wherever one exists."""
     like, dtype = _like(module)
@@ -247,14 +264,14 @@ def _whole_weight(module: nn.Module, form: Dense = Dense()) -> tuple[nn.Paramete
             W = _unformed(like, stored)
             return W, Merge(W, lambda: effective_weight(module), module)
     weight = trainable_weights(module)[0]
-    if weight.dtype == stored:
+    if weight.dtype == stored:  # never of int8
         return weight, None
     W = _unformed(like, stored)
     return W, Merge(W, lambda: effective_weight(module), None)
 
 
-def _stored_dtype(form: Dense, dtype: torch.dtype) -> torch.dtype:
-    """In which a form keeps a W that is trained in ``dtype``."""
+def _stored_dtype(form: Dense | Adapter, dtype: torch.dtype) -> torch.dtype:
+    """In which a form keeps a W, or an adapter's base, that is trained in ``dtype``."""
     return dtype if form.dtype is None else getattr(torch, form.dtype)
 
 
@@ -288,13 +305,25 @@ def _to_factored(
 def _to_adapter(
     module: nn.Module, form: Adapter, generator: torch.Generator | None, parts: tuple[Tensor, ...] | None
 ) -> Conversion:
-    base, merge = _whole_weight(module)
-    tensors = {"base": base} | _product_tensors(module, form, generator, parts)
+    base, merge = _whole_weight(module, form)
+    frozen = {BASE: base} | _scale(module, form)
+    tensors = frozen | _product_tensors(module, form, generator, parts)
     adapter = low_rank_layer(_dense_module(module), form, tensors, _bias(module))
     adapter.training = module.training
+    source = merge.source if merge is not None else None
     if parts is not None:  # the base is what the new adapter, of principal directions, leaves of W
-        merge = Merge(base, lambda: _without(module, adapter), merge.source if merge is not None else None)
-    return Conversion(adapter, 0.0, merge, [(base, False)])
+        merge = Merge(base, lambda: _without(module, adapter), source)
+    if merge is not None and SCALE in frozen:
+        merge = replace(merge, scale=frozen[SCALE])
+    return Conversion(adapter, 0.0, merge, [(weight, False) for weight in frozen.values()])
+
+
+def _scale(module: nn.Module, form: Adapter) -> dict[str, nn.Parameter]:
+    """The Parameter of the scales beside a base in int8, by name: that of the old layer where it has one."""
+    if form.dtype != "int8":
+        return {}
+    now = module.kept_scale if isinstance(module, AdapterLinear) else None
+    return {SCALE: _unformed(_like(module)[0], torch.float32) if now is None else now}
 
 
 def _product_tensors(
@@ -321,4 +350,4 @@ def _without(module: nn.Module, adapter: LowRankLinear) -> Tensor:
 
 def _unformed(like: Tensor, dtype: torch.dtype) -> nn.Parameter:
     """A Parameter of no elements, to be filled by a :class:`Merge`."""
-    return nn.Parameter(like.new_empty(0, dtype=dtype))
+    return nn.Parameter(like.new_empty(0, dtype=dtype), requires_grad=dtype.is_floating_point)

@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_drt.forms.kept import linear
 from hf_drt.forms.lazy import EffectiveWeight
 from hf_drt.forms.modules import FormedLinear
 from hf_drt.forms.specs import Dense
@@ -59,24 +59,4 @@ class FrozenLinear(FormedLinear):
         return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
-        W = self.layout.matrix(self.kept)
-        if torch.is_autocast_enabled(x.device.type) or x.dtype == W.dtype:
-            return F.linear(x, W, self.bias)
-        return Widened.apply(x, W, self.bias)
-
-
-class Widened(torch.autograd.Function):
-    """``x W^T + b`` with a W of fewer bits than x, in the dtype of x. The backward pass widens W again, so that
-    autograd keeps W as it is stored and no copy of it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(W)
-        return F.linear(x, W.to(x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        (gradient,), (W,) = gradients, ctx.saved_tensors
-        dx = gradient @ W.to(gradient.dtype) if ctx.needs_input_grad[0] else None
-        db = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
-        return dx, None, db
+        return linear(x, self.layout.matrix(self.kept), None, self.bias)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_drt.forms.kept import BASE, SCALE, decomposed_dtype, in_one_dtype, linear, widened
 from hf_drt.forms.layout import LayerShape, Layout, dense_layout, is_transposed
 from hf_drt.forms.lazy import EffectiveWeight
 from hf_drt.forms.marks import FROZEN
@@ -20,7 +21,7 @@ from hf_drt.forms.plain import strip
 from hf_drt.forms.products import Product, tensor_names
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form
 from hf_drt.forms.structures import merged
-from hf_drt.linalg import full_precision, working_dtype
+from hf_drt.linalg import full_precision
 
 
 def layout_of(module: nn.Module) -> Layout:
@@ -50,7 +51,7 @@ def trainable_weights(module: nn.Module) -> tuple[nn.Parameter, ...]:
     if not isinstance(module, LowRankLinear):
         kept = module._parameters.get("weight")  # not by attribute: of a frozen W in fewer bits that is another tensor
         return (_as_layer(module).weight if kept is None else kept,)
-    return tuple(getattr(module, name) for name in module.tensors if name != "base")
+    return tuple(getattr(module, name) for name in module.tensors if name not in (BASE, SCALE))
 
 
 def form_of(module: nn.Module) -> Form:
@@ -212,9 +213,25 @@ class FactoredLinear(LowRankLinear):
 
 class AdapterLinear(LowRankLinear):
     """``y = base x + (alpha / r) lora_B (lora_A x) + b``, or with another product; ``base`` is frozen and stored in the
-    dense layout."""
+    dense layout.
+
+    In ``form.dtype`` where that is set, widened for each product: in int8 it holds codes, and ``base_scale`` the scale
+    of each row of W, in float32 and of the same layout."""
 
     base: nn.Parameter
+
+    @property
+    def kept_scale(self) -> nn.Parameter | None:
+        """Of the base's rows, where it is kept in int8."""
+        return self._parameters.get(SCALE)
+
+    def whole_base(self) -> Tensor:
+        """The base in the dense layout, and in the dtype of the factors: itself where it is kept so."""
+        return widened(self.base, self.kept_scale, trainable_weights(self)[0].dtype)
+
+    def matrix(self) -> Tensor:
+        tensors = {name: getattr(self, name) for name in self.path}
+        return merged(self.form, tensors | {BASE: self.whole_base()}, self.layout)
 
     @property
     def is_split(self) -> bool:
@@ -222,10 +239,27 @@ class AdapterLinear(LowRankLinear):
         return isinstance(self.form, Adapter) and self.form.init == "split"
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.layout.matrix(self.base), self.bias)
+        y = self._through_base(x)
         if not self.training:  # rounded as PEFT rounds: an adapter that was trained there gives the same bits here
             return y + self.product.linear(x, self.product_tensors()) * self.form.scaling
         return self.product.added_linear(y, x, self.product_tensors(), self.form.scaling)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args: Any) -> None:
+        stored = state_dict.get(prefix + BASE)
+        if stored is not None and (stored.dtype == torch.int8) != (self.base.dtype == torch.int8):
+            # copied, codes would pass for weights, and weights be cut to whole numbers
+            args[-1].append(
+                f"{prefix}{BASE} is in {stored.dtype} in the checkpoint, and in {self.base.dtype} here, in form "
+                f"{self.form}. Load a checkpoint of the same form."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _through_base(self, x: Tensor) -> Tensor:
+        W = self.layout.matrix(self.base)
+        if self.form.dtype is None:
+            return F.linear(x, W, self.bias)
+        scale = None if self.kept_scale is None else self.layout.matrix(self.kept_scale)
+        return linear(x, W, scale, self.bias)
 
 
 @full_precision()
@@ -236,5 +270,5 @@ def effective_weight(module: nn.Module) -> Tensor:
 
 def working_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The layer's tensors by name, bias aside, without their graph and in float32 or better."""
-    dtype = working_dtype(next(module.parameters()).dtype)
-    return {name: p.detach().to(dtype) for name, p in module.named_parameters() if name != "bias"}
+    own = {name: p for name, p in module.named_parameters() if name != "bias"}
+    return in_one_dtype(own, decomposed_dtype(own))

@@ -10,6 +10,7 @@ from types import MethodType
 
 from torch import Tensor, nn
 
+from hf_drt.forms.kept import BASE, SCALE
 from hf_drt.forms.layout import CONV1D, dense_layout
 
 # By qualified name: nothing here imports transformers. The forward pass of each is the plain one.
@@ -73,13 +74,17 @@ def odd_tensors(module: nn.Module) -> str | None:
     """Why a layer's parameters are not those of its form, or None: then it cannot change form at all."""
     low_rank = getattr(module, "tensors", None) if _is_ours(type(module)) else None
     names, held = set(low_rank or ("weight",)), module._parameters
-    weights = [weight for name in names if (weight := held.get(name)) is not None]
+    weights = {name: weight for name in names if (weight := held.get(name)) is not None}
     if len(weights) < len(names) or hasattr(module, "parametrizations"):
         return "parametrized"
     if hidden := sorted(held.keys() & vars(module).keys()):
         return f"own {hidden[0]} on the instance"
-    plain = all(_qualified(type(weight)) in _TENSORS and weight.is_floating_point() for weight in weights)
-    if not plain or (low_rank is None and weights[0].ndim != len(dense_layout(module).shape(0, 0))):
+    codes = {BASE} if SCALE in names else set()  # of a base in int8
+    plain = all(
+        _qualified(type(weight)) in _TENSORS and (weight.is_floating_point() or name in codes)
+        for name, weight in weights.items()
+    )
+    if not plain or (low_rank is None and weights["weight"].ndim != len(dense_layout(module).shape(0, 0))):
         return "quantized or not a plain matrix"
     return "holds more than weight and bias" if set(held) - names - {"bias"} else None
 

@@ -91,6 +91,9 @@ class Adapter:
     'principal', but from an adapter on the product itself is divided. A smaller rank keeps P's top singular directions,
     and the base takes the others; a larger one takes the base's top directions in addition (Sun et al. 2025, DRIFT,
     whose rank only falls).
+
+    ``dtype`` is that in which the base is kept: 'bfloat16' for 2 bytes a weight, 'int8' for one, with a scale for each
+    row of W; None for that of W.
     """
 
     adapts: ClassVar[bool] = True
@@ -100,9 +103,12 @@ class Adapter:
     init: Literal["zero", "principal", "split"] = "zero"
     decomposition: str = DEFAULT_PRODUCT
     rank_in: int | None = None
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         _check_ranks(self)
+        if self.dtype not in (None, "bfloat16", "int8"):
+            raise ValueError(f"dtype is that of the base, and 'bfloat16', 'int8' or None; got {self.dtype!r}.")
         if not self.alpha > 0:
             raise ValueError(f"alpha must be above 0, got {self.alpha!r}.")
         if self.init not in ("zero", "principal", "split"):

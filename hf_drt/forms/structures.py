@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from hf_drt.forms.kept import BASE, SCALE
 from hf_drt.forms.layout import LayerShape, Layout
 from hf_drt.forms.specs import Adapter, Dense, Factored, Form
 
@@ -15,7 +16,17 @@ def tensor_shapes(form: Form, shape: tuple[int, int], layout: Layout) -> dict[st
         return {"weight": stored}
     shape = LayerShape(*shape, layout.kernel)
     product = {name: (*layout.batch_shape, *size) for name, size in form.product.shapes(form, shape).items()}
-    return {"base": stored} | product if form.adapts else product
+    if isinstance(form, Factored):
+        return product
+    frozen = {BASE: stored, SCALE: layout.shape(shape.d_out, 1)}
+    return {name: frozen[name] for name in frozen_names(form)} | product
+
+
+def frozen_names(form: Form) -> tuple[str, ...]:
+    """Names of the tensors of a low-rank form that are not trained: of an adapter."""
+    if not isinstance(form, Adapter):
+        return ()
+    return (BASE, SCALE) if form.dtype == "int8" else (BASE,)
 
 
 def factors(form: Factored | Adapter, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -31,7 +42,7 @@ def merged(form: Form, tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
             return form.product.matrix(form.product.ordered(form, tensors))
         case Adapter():
             parts = form.product.ordered(form, tensors)
-            return form.product.added(layout.matrix(tensors["base"]), parts, form.scaling)
+            return form.product.added(layout.matrix(tensors[BASE]), parts, form.scaling)
         case Dense():
             return layout.matrix(tensors["weight"])
     raise TypeError(f"{form!r} is not a form that can be merged.")

@@ -18,7 +18,20 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hf_drt.checkpoint import METHOD, STATE_NAME, CheckpointError, read_block, read_state, shapes_by_file, weight_files
-from hf_drt.forms import Dense, Factored, Form, LayerShape, Layout, factors, form_from_dict, merged, tensor_names
+from hf_drt.forms import (
+    Adapter,
+    Dense,
+    Factored,
+    Form,
+    LayerShape,
+    Layout,
+    factors,
+    form_from_dict,
+    frozen_names,
+    in_one_dtype,
+    merged,
+    tensor_names,
+)
 from hf_drt.linalg import (
     effective_rank,
     factored_singular_values,
@@ -66,18 +79,28 @@ class StoredLayer:
         Raises:
             CheckpointError: It is quantized.
         """
-        with safe_open(self.files[name], framework="pt") as weights:
-            tensor = weights.get_tensor(f"{self.name}.{name}")
+        tensor = self._stored(name)
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise CheckpointError(f"{self.name}.{name} is quantized ({tensor.dtype}). Inspect the model before that.")
         return tensor.to(working_dtype(tensor.dtype))
+
+    @property
+    def _codes(self) -> tuple[str, ...]:
+        """The tensors of a base that is kept in int8."""
+        return tuple(frozen_names(self.form)) if isinstance(self.form, Adapter) and self.form.dtype == "int8" else ()
+
+    def _stored(self, name: str) -> Tensor:
+        with safe_open(self.files[name], framework="pt") as weights:
+            return weights.get_tensor(f"{self.name}.{name}")
 
     def matrix(self) -> Tensor:
         """The effective W, ``(out, in)`` but for a dense layer, which is as stored."""
         if isinstance(self.form, Dense):
             weight = self.tensor("weight")
             return weight.flatten(1) if weight.ndim > 2 else weight
-        tensors = {name: self.tensor(name) for name in tensor_names() if name in self.files}
+        tensors = {name: self.tensor(name) for name in tensor_names() if name in self.files and name not in self._codes}
+        if self._codes:
+            tensors |= in_one_dtype({name: self._stored(name) for name in self._codes}, torch.float32)
         kernel = tuple(tensors["base"].shape[2:]) if "base" in tensors else ()
         return merged(self.form, tensors, Layout(bool(self.transposed), kernel))
 
@@ -276,7 +299,7 @@ def _layer(
 def _needed(form: Form) -> tuple[str, ...]:
     if isinstance(form, Dense):
         return ("weight",)
-    return *(("base",) if form.adapts else ()), *form.product.needed(form.adapts)
+    return *frozen_names(form), *form.product.needed(form.adapts)
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:

@@ -46,8 +46,13 @@ def refuse_sharded(config: DRTConfig) -> None:
     """What a sharded model cannot have.
 
     Raises:
-        ValueError: The matrix optimizer is set.
+        ValueError: The matrix optimizer is set, or bases in int8.
     """
+    if config.frozen_dtype == "int8":
+        raise ValueError(
+            "frozen_dtype=int8 keeps codes and a scale for each row, and FSDP shards them apart, which has not been "
+            "tried. Take frozen_dtype=bfloat16, or train with DDP."
+        )
     if config.uses_matrix_optimizer:
         raise ValueError(
             f"matrix_optimizer={config.matrix_optimizer} needs whole matrices, and FSDP shards them. Train with DDP "

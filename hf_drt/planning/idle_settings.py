@@ -286,13 +286,16 @@ def _needs_groups(usage: Usage) -> str | None:
 
 
 def _frozen_dtype(usage: Usage) -> str | None:
-    if reason := _needs_phase("frozen")(usage):
-        return reason
+    if all(phase not in ("frozen", "adapter") for phase, _ in usage.phases):
+        return (
+            "only frozen and adapter phases keep weights frozen, and there is none. Write one into the schedule, e.g. "
+            "adapter@80%."
+        )
     if any(not shape.kernel and not shape.experts for shape in usage.targets.values()):
         return None
     return (
-        f"none of the {len(usage.targets)} target layers is a linear one, and a frozen convolution, or frozen experts, "
-        "are kept as they are. Include linear layers."
+        f"none of the {len(usage.targets)} target layers is a linear one, and frozen convolutions and experts, and the "
+        "bases of theirs, are kept as they are. Include linear layers."
     )
 
 

@@ -79,10 +79,18 @@ def resolve_form(kind: str, shape: LayerShape, config: DRTConfig, name: str, pha
         the configuration keeps those.
 
     Raises:
-        ValueError: Adapters are to be split, and the layer's decomposition is of other tensors than two matrices.
+        ValueError: Adapters are to be split, and the layer's decomposition is of other tensors than two matrices; or
+            the layer is to be frozen whole in int8.
     """
+    kept = None if shape.kernel or shape.experts else config.frozen_dtype
     if kind == "frozen":
-        return Dense(frozen=True, dtype=None if shape.kernel or shape.experts else config.frozen_dtype)
+        if kept == "int8":
+            raise ValueError(
+                "frozen_dtype=int8 is for the bases of adapters, and the schedule freezes layers whole: those are "
+                "trained again, and would lose at each time what 8 bits do not hold; and their files load where those "
+                "of dense layers do. Take frozen_dtype=bfloat16."
+            )
+        return Dense(frozen=True, dtype=kept)
     if kind == "dense" or stays_dense(kind, name, config):
         return Dense()
     requested = requested_rank(name, phase_rank, config)
@@ -95,7 +103,7 @@ def resolve_form(kind: str, shape: LayerShape, config: DRTConfig, name: str, pha
     if kind == "factored":
         return factored
     _check_split(product, config)
-    return Adapter(rank, config.alpha_of(rank), config.init, product.name, rank_in)
+    return Adapter(rank, config.alpha_of(rank), config.init, product.name, rank_in, kept)
 
 
 def _check_split(product: Product, config: DRTConfig) -> None:

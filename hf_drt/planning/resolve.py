@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hf_drt.config import DRTConfig
+from hf_drt.forms import check_quantizer
 from hf_drt.planning.cost import relative_flops
 from hf_drt.planning.dtypes import check_weights
 from hf_drt.planning.layers import FrozenDict, TargetLayers
@@ -145,9 +146,11 @@ def resolved_for(
 
     Raises:
         ValueError: There is neither a plan nor a schedule and a length; the plan was resolved under other settings, or
-            has a trigger beside its own; and as :func:`resolved_plan` and :func:`.check_weights`.
+            has a trigger beside its own; and as :func:`resolved_plan`, :func:`.check_weights`; or
+            bases are to be kept in int8, and torchao is not installed.
     """
     resolved = _resolved_for(model, config, max_steps, plan, trigger)
+    check_quantizer(resolved.config.frozen_dtype)
     check_weights(model, resolved.plan)
     return resolved
 

@@ -13,8 +13,8 @@ _REFUSED = {
     "at every switch; bf16 has the range of fp32, and needs none",
     "fp8": "fp8 needs a GPU with such products, and weights with scales in layers of its own (torchao, "
     "TransformerEngine); autocast knows none",
-    "int8": "int8 is a type of stored weights, and autocast computes in none; frozen layers are kept in 2 bytes a "
-    "weight with frozen_dtype=bfloat16",
+    "int8": "int8 is a type of stored weights, and autocast computes in none; the frozen bases of adapters are kept in "
+    "it with frozen_dtype=int8",
 }
 _ALIASES = {"float32": "fp32", "float": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float8": "fp8"}
 _WRITTEN = re.compile(r"(.*)/([^/]*)", re.DOTALL)

@@ -11,9 +11,9 @@ from hf_drt.forms import AdapterLinear
 
 def upcast_bases(model: nn.Module) -> None:
     """Under mixed precision Accelerate keeps what is trainable in float32, and FSDP wants one dtype for it in a block;
-    an adapter's base is frozen now and trainable later."""
+    an adapter's base is frozen now and trainable later. One that is kept in fewer bits makes a new weight then."""
     for module in model.modules():
-        if isinstance(module, AdapterLinear):
+        if isinstance(module, AdapterLinear) and module.form.dtype is None:
             base = module.get_parameter("base")
             base.data = base.data.float()
 

@@ -170,6 +170,8 @@ class PhaseDriver:
             "drt_truncation_error": transition.truncation_error,
             "drt_merge_error": transition.merge_error,
         }
+        if transition.rounding_error:
+            row["drt_rounding_error"] = transition.rounding_error
         if transition.function_error is not None:
             row["drt_function_error"] = transition.function_error
         if (dtype := self.controller.dtype) is not None:

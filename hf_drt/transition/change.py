@@ -28,6 +28,7 @@ class Transition:
         seconds: Wall-clock time.
         errors: Relative Frobenius error by truncation, by layer; of one that its inputs weigh, that of its outputs.
         merge_error: Largest share of an update that rounding has cost in a merge (:class:`hf_drt.forms.Conversion`).
+        rounding_error: Largest relative error by rounding of a weight that was formed, as an adapter's base (there).
         parameters: Trainable parameters of the model, before and after.
         function_error: max |difference| of the probe's output, before to after; None without a probe.
     """
@@ -40,6 +41,7 @@ class Transition:
     parameters: tuple[int, int]
     errors: dict[str, float] = field(default_factory=dict)
     merge_error: float = 0.0
+    rounding_error: float = 0.0
     function_error: float | None = None
 
     @property
@@ -159,21 +161,29 @@ def _unset(layer: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             if name != "bias":
-                parameter.fill_(torch.nan)
+                parameter.fill_(torch.nan if parameter.is_floating_point() else 0)  # codes, whose scale is nan
     return layer
 
 
-def warn_of_rounding(step: int, merge_error: float) -> None:
-    """Say so where the weights' dtype is too coarse for what has been learned.
+def warn_of_rounding(step: int, merge_error: float, frozen_dtype: str | None = None) -> None:
+    """Say so where the weights' dtype, or that of frozen ones, is too coarse for what has been learned.
 
     Args:
         step: At whose beginning layers have changed form.
         merge_error: Of :class:`Transition`.
+        frozen_dtype: The setting.
     """
-    if merge_error > 0.1:
-        logger.warning(
-            "update step %d: rounding to the weights' dtype loses %.0f %% of what a layer has learned since the last "
-            "switch. Keep the weights in float32, and use bf16 or fp16 autocast.",
-            step,
-            100 * merge_error,
-        )
+    if merge_error <= 0.1:
+        return
+    to, way = "the weights' dtype", "Keep the weights in float32, and use bf16 or fp16 autocast."
+    if frozen_dtype is not None:
+        to = f"frozen_dtype={frozen_dtype}"
+        way = f"Take {'bfloat16, or ' if frozen_dtype == 'int8' else ''}no frozen_dtype, or fewer switches."
+    logger.warning(
+        "update step %d: rounding to %s loses %.0f %% of what goes from a layer's factors into its frozen or dense "
+        "weight. %s",
+        step,
+        to,
+        100 * merge_error,
+        way,
+    )

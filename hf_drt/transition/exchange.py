@@ -52,15 +52,18 @@ class Outcome:
     Attributes:
         errors: Relative Frobenius error by truncation, by layer.
         merge_error: Largest share of an update that rounding has cost (:class:`hf_drt.forms.Conversion`).
+        rounding_error: Largest relative error by rounding of a weight that was formed (there).
     """
 
     errors: dict[str, float] = field(default_factory=dict)
     merge_error: float = 0.0
+    rounding_error: float = 0.0
 
     def add(self, name: str, conversion: Conversion) -> None:
         """Count a layer in, after its commit."""
         self.errors[name] = conversion.error
         self.merge_error = max(self.merge_error, conversion.merge_error)
+        self.rounding_error = max(self.rounding_error, conversion.rounding_error)
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,20 @@ def test_adapters_that_are_split_are_the_same_on_all_processes_and_what_one_proc
             assert torch.allclose(found[key], p, atol=1e-5, rtol=0), (name, key)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_bases_in_fewer_bits_are_the_same_on_all_processes(tmp_path, dtype):
+    """And those of one process, but where a last bit decides how a weight is rounded."""
+    settings = SGD | {"learning_rate": 0.01, "dropout": 0.0, "max_steps": 10, "drt_rank": 4, "drt_frozen_dtype": dtype}
+    settings |= {"drt_schedule": "dense@0 adapter@3 adapter@6 dense@8"}
+    for processes, accumulation in ((2, 2), (1, 4)):
+        seen = launch(tmp_path / str(processes), processes, **settings, gradient_accumulation_steps=accumulation)
+        assert seen.get("equal", []) == [True] * (10 if processes > 1 else 0)
+    found, expected = (final(tmp_path / str(processes), "dense.pt") for processes in (2, 1))
+    for name, p in expected.items():
+        assert (found[name] - p).norm() <= 1e-3 * p.norm(), name
+
+
 # Newton-Schulz of dense weights is in bfloat16, where the last bit of a gradient can turn one of eight.
 MATRICES = {
     "auto": ({"drt_schedule": "auto", "drt_matrix_optimizer": None}, 1e-5),

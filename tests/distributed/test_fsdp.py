@@ -48,6 +48,8 @@ CASES = {
     "turns": ADAM | {"drt": {"rank": 4, "schedule": "factored@0 dense[1/2]@3 dense[2/2]+frozen[1/2]@6 dense@9"}},
     "turns by need, in bfloat16": SGD
     | {"drt": {"rank": 4, "schedule": "rotate(groups=3,share=75,order=need)", "frozen_dtype": "bfloat16"}},
+    "bases in bfloat16": SGD
+    | {"drt": {"rank": 4, "schedule": "dense@0 adapter@3 adapter@6 dense@9", "frozen_dtype": "bfloat16"}},
     "groups of sides": ADAM | {"drt": {"rank": 4, "left_lr_scale": 2.0, "frobenius_decay": True}},
 }
 

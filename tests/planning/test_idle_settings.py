@@ -57,8 +57,8 @@ SETTINGS = {
     "frozen_dtype": (
         {"frozen_dtype": "bfloat16"},
         "rotate(groups=2)",
-        "rotate(groups=2,after=adapter)",
-        r"only frozen phases use it, and there is none\. Write one .* frozen@80%",
+        "factored@0 dense@50%",
+        r"only frozen and adapter phases keep weights frozen, and there is none\. Write one .* adapter@80%",
     ),
     "start": ({"start": "pretrained"}, "lowrank@0", "adapter@0", r"'lowrank' stands for, .*Write lowrank in it"),
     "adapter_alpha": (

@@ -42,7 +42,7 @@ def test_a_plan_with_dtypes_is_read_again_from_its_text():
         ("factored/fp16@0", r"'fp16' in 'factored/fp16@0' is not a dtype of a phase: .* need a loss scaler, .*Write b"),
         ("factored/half@0", r"'half' in .* is not a dtype of a phase: gradients in fp16 need a loss scaler"),
         ("factored/fp8@0", r"'fp8' in 'factored/fp8@0' is not a dtype of a phase: fp8 needs a GPU"),
-        ("frozen/int8@0", r"'int8' in .* autocast computes in none; .* with frozen_dtype=bfloat16\. Write bf16 or fp3"),
+        ("frozen/int8@0", r"'int8' in .* autocast computes in none; .* with frozen_dtype=int8\. Write bf16 or fp3"),
         ("dense/bfloat16@0", r"'bfloat16' in 'dense/bfloat16@0' is written bf16"),
         ("dense/FP32@0", r"'FP32' in 'dense/FP32@0' is written fp32"),
         ("dense/tf32@0", r"'tf32' in 'dense/tf32@0' is not a dtype; allowed are fp32, bf16, and auto where the budget"),

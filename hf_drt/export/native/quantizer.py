@@ -102,7 +102,8 @@ class NativeQuantizer(HfQuantizer):
         for layer in self._layers.values():
             del layer._is_hf_initialized
             if isinstance(layer, AdapterLinear):
-                layer.base.requires_grad_(False)
+                for frozen in set(layer.tensors) - set(layer.path):
+                    layer.get_parameter(frozen).requires_grad_(False)
         # With the first three, the Trainer refuses the model, save_pretrained ignores its state_dict, and .float()
         # raises. Without the last, a model that becomes dense is saved under its architecture's published names.
         for mark in ("hf_quantizer", "is_quantized", "quantization_method", "_weight_conversions"):

@@ -76,7 +76,7 @@ model = PeftModel.from_pretrained(base, "{repository}")"""
         if saving.writes:
             saving.files.make_room(self.files)
         if saving.state is None:
-            with presented(model, lambda layer: layer.base):
+            with presented(model, lambda layer: layer.whole_base()):
                 saving.save(str(base), None)
         else:
             with undeclared(model):

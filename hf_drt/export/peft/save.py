@@ -16,7 +16,7 @@ from hf_drt.checkpoint import undeclared
 from hf_drt.engines import unwrapped
 from hf_drt.export.merge import low_rank_layers
 from hf_drt.export.peft.files import CONFIG_NAME, PREFIX, WEIGHTS_NAME
-from hf_drt.forms import AdapterLinear, LowRankLinear, stack_count
+from hf_drt.forms import AdapterLinear, LowRankLinear, in_one_dtype, stack_count
 from hf_drt.messages import some
 
 logger = logging.getLogger(__name__)
@@ -105,8 +105,9 @@ def base_state_dict(model: nn.Module, state: dict[str, Tensor] | None = None) ->
     for name, module in low_rank_layers(model):
         if isinstance(module, AdapterLinear):
             tensors = {key: state.pop(f"{name}.{key}", None) for key in module.tensors}
-            if (base := tensors["base"]) is not None:
-                state[f"{name}.weight"] = base.detach()
+            if (A := tensors["lora_A"]) is not None:
+                held = {key: tensor for key, tensor in tensors.items() if tensor is not None}
+                state[f"{name}.weight"] = in_one_dtype(held, A.dtype)["base"]
     return state
 
 

@@ -2,6 +2,7 @@
 
 from functools import cache
 
+from hf_drt.forms.kept import BASE, SCALE
 from hf_drt.forms.products.cp import Cp
 from hf_drt.forms.products.product import KernelProduct, Product, Source, TwoFactors
 from hf_drt.forms.products.svd import Svd
@@ -29,4 +30,4 @@ def tensor_names() -> frozenset[str]:
 @cache
 def _names(products: tuple[str, ...]) -> frozenset[str]:
     own = (name for product in products for adapts in (False, True) for name in PRODUCTS[product].names(adapts))
-    return frozenset(("base", *own))
+    return frozenset((BASE, SCALE, *own))
