@@ -13,7 +13,7 @@ from hf_drt.export.merge import (
     presented,
 )
 from hf_drt.export.native import NativeConfig, NativeExporter
-from hf_drt.export.pairs import LinearPairsExporter, paired_class, save_linear_pairs
+from hf_drt.export.pairs import RANKS, LinearPairsExporter, paired_base, paired_class, save_linear_pairs
 from hf_drt.export.peft import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -27,6 +27,7 @@ from hf_drt.export.written import Written
 
 __all__ = [
     "CONFIG_NAME",
+    "RANKS",
     "WEIGHTS_NAME",
     "AdapterExporter",
     "DenseExporter",
@@ -49,6 +50,7 @@ __all__ = [
     "marked_state_dict",
     "merge_errors",
     "model_files",
+    "paired_base",
     "paired_class",
     "presented",
     "renew_card",

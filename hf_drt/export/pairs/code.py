@@ -1,10 +1,12 @@
 """What lies beside the weights of a model in linear pairs: a file of code, and its entries in ``config.json``."""
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers.utils import CONFIG_NAME
 
 from hf_drt.export.pairs import modeling
@@ -16,9 +18,10 @@ RANKS = "linear_pairs"
 
 _IMPORTS = "import torch\nfrom torch import nn\n"
 _CODE = '''\
-"""{base} of transformers, with some linear layers as two of low rank. Written by hf_drt, which it does not need.
+"""{base} with some linear layers as two of low rank.
 
-from_pretrained(folder, trust_remote_code=True) reads config.json, whose "{ranks}" names the layers and their ranks.
+Written by hf_drt, which it does not need: from_pretrained(folder, trust_remote_code=True) reads the names of the layers
+and their ranks from "{ranks}" in config.json.
 """
 
 {imports}from transformers import {base}
@@ -31,7 +34,13 @@ class {name}(LinearPairs, {base}):
 
 def paired_name(cls: type) -> str:
     """Name of the class with pairs."""
-    return f"LinearPairs{cls.__name__}"
+    return f"{LinearPairs.__name__}{cls.__name__}"
+
+
+def paired_base(architectures: Sequence[str] | None) -> type | None:
+    """The class of transformers behind the name of a class with pairs; None where there is none."""
+    names = (name.removeprefix(LinearPairs.__name__) for name in architectures or ())
+    return next((found for name in names if (found := getattr(transformers, name, None)) is not None), None)
 
 
 def paired_class(cls: type) -> type:

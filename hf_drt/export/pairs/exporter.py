@@ -1,5 +1,6 @@
 """LinearPairsExporter: a model at low-rank size that others load, quantize and compile."""
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,17 +10,19 @@ import torch
 import transformers
 from torch import nn
 
-from hf_drt.checkpoint import CheckpointError, runtime_names, undeclared
+from hf_drt.checkpoint import CheckpointError, declare, runtime_names, undeclared
 from hf_drt.export.dense import report_merge
 from hf_drt.export.exporter import Exporter, Saving, State
 from hf_drt.export.leftovers import WHOLE_MODEL_FILES
-from hf_drt.export.merge import dense_state_dict, low_rank_layers, merge_errors
+from hf_drt.export.merge import dense_state_dict, low_rank_layers, merge_errors, presented
 from hf_drt.export.pairs.code import FILE_NAME, auto_classes, write_code
+from hf_drt.export.pairs.modeling import LinearPair
 from hf_drt.export.saving import save_export
 from hf_drt.export.written import Written
 from hf_drt.forms import AdapterLinear, FactoredLinear, LowRankLinear, is_projection
 from hf_drt.messages import some
 from hf_drt.registry import EXPORTERS
+from hf_drt.targets import Swap, replace
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +71,16 @@ class LinearPairsExporter(Exporter):
         model = saving.model
         self.check_model(model)
         _report_merged(model)
-        state = model.state_dict() if saving.state is None else saving.state
-        with undeclared(model), runtime_names(model):
-            saving.save(str(saving.folder), self.converted(model, state))
+        ranks = {name: layer.form.rank for name, layer in pairs(model)}
+        if saving.state is not None:
+            with undeclared(model), runtime_names(model):
+                saving.save(str(saving.folder), self.converted(model, saving.state))
+        else:
+            report_merge(NAME, {name: error for name, error in merge_errors(model).items() if name not in ranks})
+            with _presented(model):
+                saving.save(str(saving.folder), None)
         if saving.writes:
-            write_code(saving.folder, type(model), {name: layer.form.rank for name, layer in pairs(model)})
+            write_code(saving.folder, type(model), ranks)
 
     def converted(self, model: nn.Module, state: State) -> State:
         """As that of the model with pairs; converted once, it stays as it is."""
@@ -113,9 +121,31 @@ def pairs(model: nn.Module) -> Iterator[tuple[str, LowRankLinear]]:
             yield name, layer
 
 
-def _is_pair(layer: LowRankLinear) -> bool:
+def _is_pair(layer: nn.Module) -> bool:
     """Not of ``nn.MultiheadAttention``, which takes the weights of its layers and does not call them."""
     return type(layer) is FactoredLinear and set(layer.tensors) == {"U", "V"} and not is_projection(layer)
+
+
+@contextlib.contextmanager
+def _presented(model: nn.Module) -> Iterator[None]:
+    """In the block the model is one with pairs, which hold its own factors, so that whatever saves it writes that."""
+    swaps = [Swap(name, layer, _pair(layer)) for name, layer in model.named_modules() if _is_pair(layer)]
+    replace(model, swaps)
+    try:
+        with presented(model), runtime_names(model):
+            yield
+    finally:
+        replace(model, [Swap(swap.name, swap.new, swap.old) for swap in swaps])
+        declare(model)
+
+
+def _pair(layer: Any) -> LinearPair:
+    with torch.device("meta"):
+        pair = LinearPair(layer.in_features, layer.out_features, layer.form.rank, layer.bias is not None, layer.V)
+    pair[0]._parameters["weight"], pair[1]._parameters["weight"] = layer.V, layer.U
+    pair[1]._parameters["bias"] = layer.bias
+    pair._buffers["weight"] = layer.V.new_empty(0, layer.in_features)
+    return pair.train(layer.training)
 
 
 def _report_merged(model: nn.Module) -> None:
