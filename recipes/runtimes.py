@@ -4,9 +4,9 @@
     python recipes/runtimes.py [--runtimes onnxruntime openvino executorch] [--width 256] [--rank_ratio 0.25]
 
 What it shows: a small Llama with random weights, its linear layers in factors, is saved in linear pairs and, merged, as
-a dense model. Each runtime gets both: size of the files, largest difference of the logits from those of the native model
-in PyTorch, and time of a forward pass, a median of passes of both models in turns. One thread. Random weights are enough:
-neither size nor time depends on their values. Seconds on a shared machine are noisy; the ratio less so.
+a dense model. Each runtime gets both: size of the files, largest difference of the logits from those of the native
+model in PyTorch, and time of a forward pass, a median of passes of both models in turns. One thread. Random weights are
+enough: neither size nor time depends on their values. Seconds on a shared machine are noisy; the ratio less so.
 """
 
 import argparse
