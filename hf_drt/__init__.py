@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hf_drt.config import DRTConfig
     from hf_drt.controller import DynamicRank
     from hf_drt.ema import EMA, EMADecay
-    from hf_drt.export import dense_state_dict, merge_errors
+    from hf_drt.export import dense_state_dict, merge_errors, save_linear_pairs
     from hf_drt.forms import Adapter, Dense, Factored, Form, convert, effective_weight, empty_like, form_of
     from hf_drt.schedule import Phase, Plan, Run, Schedule
     from hf_drt.targets import Selection, find_targets, join_attention, split_attention
@@ -39,7 +39,7 @@ _NAMES = {
     "config": ("DRTConfig",),
     "controller": ("DynamicRank",),
     "ema": ("EMA", "EMADecay"),
-    "export": ("dense_state_dict", "merge_errors"),
+    "export": ("dense_state_dict", "merge_errors", "save_linear_pairs"),
     "forms": ("Adapter", "Dense", "Factored", "Form", "convert", "effective_weight", "empty_like", "form_of"),
     "schedule": ("Phase", "Plan", "Run", "Schedule"),
     "targets": ("Selection", "find_targets", "join_attention", "split_attention"),
@@ -93,5 +93,6 @@ __all__ = [
     "form_of",
     "join_attention",
     "merge_errors",
+    "save_linear_pairs",
     "split_attention",
 ]

@@ -5,6 +5,8 @@ from types import ModuleType
 from typing import Any
 
 METHOD = "hf_drt"  # ``quant_method`` in the config.json of a native checkpoint
+LOADED: list[str] = []
+"""Classes of the models that were loaded from native checkpoints in this process, in that order."""
 
 
 class OnDemand:

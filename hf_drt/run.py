@@ -10,6 +10,11 @@ The ``drt_*`` flags are taken off the command line; the script gets the others. 
 every trainer derived from them, in the script or in a library, trains in dynamic rank. A script without such a trainer
 ends with an error, since it has trained without DRT. Settings in the script itself are an error too.
 
+Without ``drt_*`` flags it runs what loads models and does not train them: native checkpoints load as in any process
+that has imported hf_drt, and the log says how many did. A ``Trainer`` ends such a run with an error, as it is made::
+
+    python -m hf_drt.run -m lm_eval --model hf --model_args pretrained=FOLDER --tasks TASK
+
 transformers is imported before the script is: environment variables that it reads on import (``HF_HOME``,
 ``HF_HUB_OFFLINE``) are set in the shell, not in the script. Processes that the script spawns are plain.
 """
@@ -33,10 +38,13 @@ from typing import Any, Literal, cast
 from transformers import HfArgumentParser, Seq2SeqTrainer, Trainer
 
 from hf_drt.config import DRTConfig
+from hf_drt.native_format import LOADED
 from hf_drt.trainer import PREFIX, DRTFields, DRTTrainerMixin, checked_config
 
 PROGRAM = "python -m hf_drt.run"
-USAGE = f"{PROGRAM} (script.py | -m module) --drt_schedule SCHEDULE [other --drt_ flags] [the script's flags]"
+USAGE = f"{PROGRAM} (script.py | -m module) [--drt_schedule SCHEDULE [other --drt_ flags]] [the script's flags]"
+
+logger = logging.getLogger("hf_drt.run")  # of this name as a program too
 
 
 @dataclass
@@ -69,10 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the script that the command line names; ``arguments`` are ``sys.argv[1:]`` by default.
 
     Raises:
-        SystemExit: Of the script; or with status 2 for a wrong command line, and 1 where the script made no trainer.
+        SystemExit: Of the script; or with status 2 for a wrong command line, and 1 where the script made no trainer for
+            the flags, or one without flags.
     """
     target, is_module, config, rest, run = read_command(sys.argv[1:] if arguments is None else list(arguments))
-    with dynamic_rank_trainers(config, run.drt_resume) as flags:
+    loaded, refused = len(LOADED), refused_trainers(_missing(target, is_module, rest))
+    with refused if config is None else dynamic_rank_trainers(config, run.drt_resume) as flags:
         try:
             execute(target, is_module, rest)
         except SystemExit as end:
@@ -85,19 +95,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     "itself without hf_drt.run."
                 )
             raise
-    if not flags.taken:
+    if flags is None:
+        _tell(target, LOADED[loaded:])
+    elif not flags.taken:
         sys.exit(
             f"hf_drt.run: {target} made no transformers.Trainer, so nothing of this run was dynamic-rank training: "
             "--drt_schedule had no effect. A script with a training loop of its own needs hf_drt.DynamicRank in that "
-            "loop; one that starts its own processes is launched with torchrun instead."
+            "loop; one that starts its own processes is launched with torchrun instead; one that only loads native "
+            "checkpoints runs without --drt_ flags."
         )
+
+
+def _tell(target: str, loaded: list[str]) -> None:
+    """What hf_drt did in a script without flags."""
+    if loaded:
+        classes = ", ".join(dict.fromkeys(loaded))
+        logger.info("%s loaded native checkpoints, %d in number, as %s.", target, len(loaded), classes)
+    else:
+        logger.info("%s loaded no native checkpoint: it did what it does without hf_drt.run.", target)
 
 
 # ---- the command line
 
 
-def read_command(words: list[str]) -> tuple[str, bool, DRTConfig, list[str], RunFields]:
+def read_command(words: list[str]) -> tuple[str, bool, DRTConfig | None, list[str], RunFields]:
     """(script or module, whether it is a module, settings, the script's own flags, the run's) of a command line.
+
+    The settings are None where it has no ``drt_*`` flags.
 
     Raises:
         SystemExit: With status 0 after ``--help``; with status 2 and a message on stderr where something is wrong.
@@ -124,10 +148,16 @@ def read_command(words: list[str]) -> tuple[str, bool, DRTConfig, list[str], Run
         config = checked_config(fields)
     except ValueError as error:
         parser.error(str(error))
-    if config.schedule is None and not _asks_for_help(rest):
-        plain = shlex.join(["python", *["-m"] * is_module, target, *rest])
-        parser.error(f"--drt_schedule is missing, e.g. --drt_schedule paper. Without DRT: {plain}")
-    return target, is_module, config, rest, run
+    if config.schedule is not None:
+        return target, is_module, config, rest, run
+    if own and not _asks_for_help(rest):
+        parser.error(_missing(target, is_module, rest))
+    return target, is_module, None, rest, run
+
+
+def _missing(target: str, is_module: bool, rest: list[str]) -> str:
+    plain = shlex.join(["python", *["-m"] * is_module, target, *rest])
+    return f"--drt_schedule is missing, e.g. --drt_schedule paper. Without DRT: {plain}"
 
 
 def split_flags(parser: HfArgumentParser, words: list[str]) -> tuple[list[str], list[str]]:
@@ -177,7 +207,30 @@ def dynamic_rank_trainers(config: DRTConfig, resume: str = "never") -> Iterator[
     """While this lasts, the trainers of transformers are made with DRT, and ``config`` is every trainer's default, as
     ``resume`` (:class:`RunFields`) is that of every ``train()``."""
     flags = Flags(config)
-    trainer = _stand_in(Trainer, DRTTrainerMixin, Trainer)
+    with _in_place(_stand_in(Trainer, DRTTrainerMixin, Trainer)):
+        try:
+            DRTTrainerMixin._drt_default = flags
+            DRTTrainerMixin._drt_resume = None if resume == "never" else resume
+            yield flags
+        finally:
+            DRTTrainerMixin._drt_default = DRTTrainerMixin._drt_resume = None
+
+
+@contextlib.contextmanager
+def refused_trainers(message: str) -> Iterator[None]:
+    """While this lasts, the trainers of transformers end the program with a message as they are made; those of hf_drt,
+    whose settings stand in the script, do not."""
+
+    def refuse(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        sys.exit(f"hf_drt.run: {message}")
+
+    with _in_place(_stand_in(Trainer, type("Refused", (Trainer,), {"__init__": refuse}))):
+        yield
+
+
+@contextlib.contextmanager
+def _in_place(trainer: type) -> Iterator[None]:
+    """While this lasts, scripts get this class as Trainer of transformers, and one below it as Seq2SeqTrainer."""
     # Below the new Trainer, so that isinstance(..., Trainer) holds for it.
     seq2seq = _stand_in(Seq2SeqTrainer, Seq2SeqTrainer, trainer)
     # Looked up now: importing parts of transformers replaces its top-level module, and older references are stale.
@@ -187,11 +240,8 @@ def dynamic_rank_trainers(config: DRTConfig, resume: str = "never") -> Iterator[
     try:
         for module, cls in places:
             setattr(module, cls.__name__, cls)
-        DRTTrainerMixin._drt_default = flags
-        DRTTrainerMixin._drt_resume = None if resume == "never" else resume
-        yield flags
+        yield
     finally:
-        DRTTrainerMixin._drt_default = DRTTrainerMixin._drt_resume = None
         for module, name, original in originals:
             setattr(module, name, original)
 

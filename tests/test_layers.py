@@ -48,7 +48,7 @@ ALLOWED = {
     "cli":        {"activations", "checkpoint", "config", "controller", "doctor", "ema", "export", "forms", "inspect",
                    "messages", "optim", "planning", "precision", "registry", "report", "schedule", "simulate", "tables",
                    "trainer"},
-    "run":        {"config", "trainer"},
+    "run":        {"config", "native_format", "trainer"},
     "trl":        {"trainer"},
 }
 STDLIB_ONLY = {"after_import", "config", "lazy", "messages", "native_format", "patterns", "registry", "renamed",

@@ -81,7 +81,7 @@ FIELDS = [
     ("adapter_alpha", -16.0, r"adapter_alpha must be a number above 0, got -16\.0"),
     ("adapter_alpha", math.inf, r"adapter_alpha must be a number above 0, got inf"),
     ("adapter_init", "pissa", r"adapter_init must be one of zero, principal, split, got 'pissa'"),
-    ("export", "lora", r"export must be one of dense, native, adapter, got 'lora'"),
+    ("export", "lora", r"export must be one of dense, native, linear-pairs, adapter, got 'lora'"),
     ("tag_phases", 1, r"tag_phases must be True or False, got 1"),
     ("moments", "keep", r"moments must be one of project, reset, got 'keep'"),
     ("rewarmup_steps", -1, r"rewarmup_steps must be a whole number of at least 0, got -1\. The unit is steps"),

@@ -104,4 +104,4 @@ def test_the_members_of_the_home_come_first():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "export 'dense' is registered already" in out
-    assert out.endswith("['dense', 'adapter']\n")
+    assert out.endswith("['dense', 'linear-pairs', 'adapter']\n")

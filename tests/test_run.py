@@ -6,7 +6,9 @@ import pickle
 import sys
 from dataclasses import fields
 
+import mixed
 import pytest
+import tiny
 from transformers import HfArgumentParser, Seq2SeqTrainer, Trainer
 
 from hf_drt import DRTConfig, DRTTrainer, DRTTrainerMixin, run
@@ -79,7 +81,10 @@ def test_the_help_explains_every_flag(capsys):
         (["nowhere.py", "--drt_schedule", "paper"], "there is no file nowhere.py"),
         (["-m", "no.such.module", "--drt_schedule", "paper"], "there is no module no.such.module"),
         (["-m", "transformers.nonsense", "--drt_schedule", "paper"], "there is no module transformers.nonsense"),
-        ([__file__, "--lr", "1"], "--drt_schedule is missing, e.g. --drt_schedule paper. Without DRT: python"),
+        (
+            [__file__, "--drt_resume", "auto"],
+            "--drt_schedule is missing, e.g. --drt_schedule paper. Without DRT: python",
+        ),
         ([__file__, "--drt_shedule", "paper"], "no flag --drt_shedule. Did you mean --drt_schedule or --drt_seed?"),
         ([__file__, "--drt-rank-rato=1"], "no flag --drt-rank-rato. Did you mean --drt_rank_ratio or --drt_rank?"),
         ([__file__, "--drt_sched", "paper"], "no flag --drt_sched. Did you mean --drt_schedule"),
@@ -163,6 +168,47 @@ def test_an_import_error_within_a_module_is_passed_on(script, monkeypatch, tmp_p
 def test_a_script_without_a_trainer_ends_with_an_error(script, text):
     with pytest.raises(SystemExit, match=r"made no transformers\.Trainer, so nothing of this run was dynamic-rank"):
         run.main([script(text), *GIVEN])
+
+
+# ---- without flags
+
+LOADS = "from transformers import AutoModelForCausalLM\nAutoModelForCausalLM.from_pretrained({folder!r})"
+
+
+@pytest.mark.parametrize(
+    ("native", "said"),
+    [
+        (True, "loaded native checkpoints, 1 in number, as LlamaForCausalLM"),
+        (False, "loaded no native checkpoint: it did what it does without"),
+    ],
+)
+def test_without_flags_a_script_may_load_models(script, tmp_path, caplog, native, said):
+    model = mixed.mixed() if native else tiny.llama()
+    model.save_pretrained(tmp_path / "model")
+    with caplog.at_level(logging.INFO, "hf_drt.run"):
+        run.main([script(LOADS.format(folder=str(tmp_path / "model")))])
+    assert said in caplog.text
+
+
+def test_flags_that_nothing_took_up_are_an_error_where_a_native_checkpoint_was_loaded_too(script, tmp_path):
+    mixed.mixed().save_pretrained(tmp_path / "native")
+    path = script(LOADS.format(folder=str(tmp_path / "native")))
+    with pytest.raises(SystemExit, match=r"only loads native checkpoints runs without --drt_ flags"):
+        run.main([path, *GIVEN])
+
+
+@pytest.mark.parametrize("make", ["Trainer", "Seq2SeqTrainer"])
+def test_without_flags_a_trainer_ends_the_run_as_it_is_made(trains, capsys, make):
+    before = "from transformers import Seq2SeqTrainingArguments as TrainingArguments" if "2" in make else ""
+    with pytest.raises(SystemExit, match=r"--drt_schedule is missing, e\.g\. .* Without DRT: python .*script\.py"):
+        trains(make, before, given=[])
+    assert "forms:" not in capsys.readouterr().out
+    assert sys.modules["transformers"].Trainer is Trainer
+
+
+def test_without_flags_a_trainer_of_ours_has_the_settings_of_the_script(trains, capsys):
+    trains("DRTTrainer", OWN_ARGUMENTS + "DRTTrainingArguments(*a, drt_schedule='factored:4@0', **k)", given=[])
+    assert "plan: factored:4@0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("given", [GIVEN, []])

@@ -1,7 +1,7 @@
 """What a checkpoint says of the forms of its layers: state file, run state, the block of config.json."""
 
 from hf_drt.checkpoint.block import AGAIN, DeclaredLayer, read_block
-from hf_drt.checkpoint.declaration import METHOD, declare, transformers_models, undeclared
+from hf_drt.checkpoint.declaration import METHOD, declare, runtime_names, transformers_models, undeclared
 from hf_drt.checkpoint.inputs_file import INPUTS_NAME, read_inputs, write_inputs
 from hf_drt.checkpoint.run_state import (
     MADE_IN,
@@ -33,6 +33,7 @@ __all__ = [
     "read_block",
     "read_inputs",
     "read_state",
+    "runtime_names",
     "shapes_by_file",
     "stored_shapes",
     "structure",

@@ -85,6 +85,26 @@ def undeclared(model: nn.Module) -> Iterator[None]:
         declare(model)
 
 
+@contextlib.contextmanager
+def runtime_names(model: nn.Module) -> Iterator[None]:
+    """Save under the names that the model has at run time.
+
+    ``save_pretrained`` maps names back to those of older releases for some architectures (ViT, BERT-like ones), but the
+    Trainer resumes without mapping them again, and would miss every renamed weight; and that mapping does not know the
+    tensors of other forms.
+    """
+    missing = object()
+    kept = getattr(model, "_weight_conversions", missing)
+    vars(model)["_weight_conversions"] = []
+    try:
+        yield
+    finally:
+        if kept is missing:
+            del model._weight_conversions
+        else:
+            vars(model)["_weight_conversions"] = kept
+
+
 def transformers_models(model: nn.Module) -> list[nn.Module]:
     """The outermost models of transformers in a model: itself, or those that a container holds."""
     found: dict[str, nn.Module] = {}

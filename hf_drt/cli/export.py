@@ -1,4 +1,4 @@
-"""``hf-drt export``: a checkpoint as a dense, a native or a PEFT model."""
+"""``hf-drt export``: a checkpoint as a dense or a native model, a PEFT one, or one in linear pairs."""
 
 import shutil
 from pathlib import Path
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from typer import Option
 
 from hf_drt.cli.output import progress
-from hf_drt.cli.source import load, local_folder
+from hf_drt.cli.source import load, local_folder, read_config
 from hf_drt.ema import AVERAGE_NAME, read_average
-from hf_drt.export import save_export
+from hf_drt.export import RANKS, save_export
 from hf_drt.forms import Adapter
 from hf_drt.inspect import read_checkpoint
 from hf_drt.messages import some
@@ -31,7 +31,7 @@ def export(
     task: Annotated[str | None, Option(help="E.g. causal-lm; by default what the configuration says.")] = None,
     average: Annotated[bool, Option("--average", help="The average of the weights, of EMACallback; dense.")] = False,
 ) -> None:
-    """Write a checkpoint as a dense model, a native one, or a PEFT adapter with its base.
+    """Write a checkpoint as a dense model, a native one, a PEFT adapter with its base, or linear pairs.
 
     Tokenizer and processor files are copied along.
     """
@@ -42,6 +42,10 @@ def export(
     folder = local_folder(source)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not an empty folder. Give another target, or remove it.")
+    if folder.is_dir() and RANKS in vars(read_config(str(folder))):
+        raise ValueError(
+            f"{source} is in linear pairs, of which no other form is made. Export the checkpoint that it was made of."
+        )
     found = read_checkpoint(folder)
     forms = [*(layer.form for layer in found.layers), *found.fused.values()]
     if format == "adapter" and not any(isinstance(form, Adapter) for form in forms):
@@ -57,12 +61,12 @@ def export(
             _take(model, averages)
             model.save_pretrained(where, state_dict=state)
 
-        save_export(model, str(target), format, save)
+        written = save_export(model, str(target), format, save)
         tick()
         _copy_beside(folder, target)
         tick()
     what = "the average of its weights" if average else found.kind
-    typer.echo(f"{source}: {what}, written to {target} as {format}")
+    typer.echo(f"{source}: {what}, written to {target} as {written}")
 
 
 def _take(model: nn.Module, averages: dict[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
 from hf_drt.checkpoint import STATE_NAME, CheckpointError, read_state
+from hf_drt.export import RANKS, paired_base, paired_class
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _PREFIX = "AutoModelFor"
@@ -95,6 +96,8 @@ def model_class(config: PretrainedConfig, task: str | None) -> type:
     for name in config.architectures or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
+    if RANKS in vars(config) and (base := paired_base(config.architectures)) is not None:
+        return paired_class(base)  # hf_drt's own: no code of the folder is run
     raise ValueError(
         f"the configuration names the architectures {config.architectures}, of which transformers has none. Name a "
         "task, e.g. --task causal-lm."

@@ -1,4 +1,4 @@
-"""The model as the user gets it: dense, native, a PEFT adapter, and its card."""
+"""The model as the user gets it: dense, native, a PEFT adapter, linear pairs, and its card."""
 
 from hf_drt.export.card import PhaseSummary, RunSummary, complete_card, renew_card
 from hf_drt.export.dense import DenseExporter
@@ -13,6 +13,7 @@ from hf_drt.export.merge import (
     presented,
 )
 from hf_drt.export.native import NativeConfig, NativeExporter
+from hf_drt.export.pairs import RANKS, LinearPairsExporter, paired_base, paired_class, save_linear_pairs
 from hf_drt.export.peft import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -26,10 +27,12 @@ from hf_drt.export.written import Written
 
 __all__ = [
     "CONFIG_NAME",
+    "RANKS",
     "WEIGHTS_NAME",
     "AdapterExporter",
     "DenseExporter",
     "Exporter",
+    "LinearPairsExporter",
     "NativeConfig",
     "NativeExporter",
     "PhaseSummary",
@@ -47,9 +50,12 @@ __all__ = [
     "marked_state_dict",
     "merge_errors",
     "model_files",
+    "paired_base",
+    "paired_class",
     "presented",
     "renew_card",
     "save_export",
+    "save_linear_pairs",
     "save_peft_adapter",
     "set_aside",
 ]

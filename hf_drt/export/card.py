@@ -133,7 +133,7 @@ def method_section(run: RunSummary, picture: bool = False) -> str:
 
 
 def _code(run: RunSummary) -> str:
-    return EXPORTERS[run.export].code.format(name=run.model_class, repository=run.repository)
+    return EXPORTERS[run.export].code_for(run.model_class, run.repository)
 
 
 def _settings(run: RunSummary) -> str:

@@ -28,13 +28,13 @@ class DenseExporter(Exporter):
             with undeclared(saving.model):
                 saving.save(str(saving.folder), self.converted(saving.model, saving.state))
         else:
-            _report_merge(merge_errors(saving.model))
+            report_merge("dense", merge_errors(saving.model))
             with presented(saving.model):
                 saving.save(str(saving.folder), None)
 
     def converted(self, model: nn.Module, state: State) -> State:
         """As that of the dense model, with what rounding costs in the log."""
-        _report_merge(merge_errors(model, state))
+        report_merge("dense", merge_errors(model, state))
         return dense_state_dict(model, state)
 
     def verify(self, written: Written, model: nn.Module) -> None:
@@ -68,21 +68,22 @@ def check_no_factors(written: Written, model: nn.Module) -> None:
                 )
 
 
-def _report_merge(errors: dict[str, float]) -> None:
+def report_merge(export: str, errors: dict[str, float]) -> None:
     """Log the largest of :func:`merge_errors`, as a warning where it is above 0.1."""
     if not errors:
         return
     name, worst = max(errors.items(), key=lambda entry: entry[1])
     if worst > 0.1:
         logger.warning(
-            "dense export: rounding to the weights' dtype loses %.0f %% of what the factors of %s hold, the most of %d "
+            "%s export: rounding to the weights' dtype loses %.0f %% of what the factors of %s hold, the most of %d "
             "layers. Convert the model to float32 and save it again, or use export=native or adapter.",
+            export,
             100 * worst,
             name,
             len(errors),
         )
     else:
-        logger.info("dense export: rounding error of the merge at most %.2g (%d layers)", worst, len(errors))
+        logger.info("%s export: rounding error of the merge at most %.2g (%d layers)", export, worst, len(errors))
 
 
 EXPORTERS.add("dense", DenseExporter())

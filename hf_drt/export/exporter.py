@@ -69,7 +69,18 @@ class Exporter(ABC):
     by_plain_trainer: ClassVar[bool] = True
     sharded: ClassVar[bool] = True
 
-    # The checks are empty, and not abstract: most forms fit all phases and layers.
+    def code_for(self, name: str, repository: str) -> str:
+        """Python of the model card: that loads a model of the class ``name`` from ``repository``."""
+        return self.code.format(name=name, repository=repository)
+
+    # The checks are empty, and not abstract: most forms fit all models, phases and layers.
+
+    def check_model(self, model: nn.Module) -> None:  # noqa: B027
+        """Before the run, and before it is written: whether a model of this class can be.
+
+        Raises:
+            ValueError: It cannot.
+        """
 
     def check_phases(self, saved: Sequence[Phase], grows: bool) -> None:  # noqa: B027
         """Before the run: whether the model can be written at the end of phases.

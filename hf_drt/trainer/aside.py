@@ -19,25 +19,6 @@ def upcast_bases(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def runtime_names(model: nn.Module) -> Iterator[None]:
-    """Save under the names that the model has at run time.
-
-    ``save_pretrained`` maps names back to those of older releases for some architectures (ViT, BERT-like ones), but the
-    Trainer resumes without mapping them again, and would miss every renamed weight.
-    """
-    missing = object()
-    kept = getattr(model, "_weight_conversions", missing)
-    vars(model)["_weight_conversions"] = []
-    try:
-        yield
-    finally:
-        if kept is missing:
-            del model._weight_conversions
-        else:
-            vars(model)["_weight_conversions"] = kept
-
-
-@contextlib.contextmanager
 def hidden_token(args: Any) -> Iterator[None]:
     """``training_args.bin`` is published: it must not hold ``hub_token``."""
     token, args.hub_token = args.hub_token, None

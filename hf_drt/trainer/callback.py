@@ -138,8 +138,8 @@ class DRTCallback(DriverEvents):
         refuse_activations(model, args, config)
         if not EXPORTERS[self.config.export].by_plain_trainer or self.config.tag_phases:
             raise ValueError(
-                "export=adapter and tag_phases need DRTTrainer's own way to save and to push, which a plain Trainer "
-                "does not have. Use DRTTrainer, or leave them out."
+                "export=adapter, linear-pairs and tag_phases need DRTTrainer's own way to save and push, which a plain "
+                "Trainer does not have. Use DRTTrainer, or leave them out."
             )
         layers = self._layers(model, self.config)
         refuse_regions(model, layers.shapes)

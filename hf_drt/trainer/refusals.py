@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import HubStrategy
 
 from hf_drt.config import DRTConfig
-from hf_drt.engines import launched_processes
+from hf_drt.engines import launched_processes, unwrapped
 from hf_drt.forms import layer_of
 from hf_drt.optim import (
     check_rate,
@@ -133,11 +133,12 @@ def refuse_layers(trainer: Any, config: DRTConfig, layers: TargetLayers) -> None
     """Raise where layers are selected that could not change form, or be saved at the end.
 
     Raises:
-        ValueError: Fused experts where what the run is exported as cannot hold them; or layers outside of the blocks
-            that are compiled one by one.
+        ValueError: The model, or fused experts, where what the run is exported as cannot hold them; or layers outside
+            of the blocks that are compiled one by one.
     """
     if not trainer.is_fsdp_enabled:  # which compiles modules in place
         refuse_regions(trainer.model, layers.shapes)
+    EXPORTERS[config.export].check_model(unwrapped(trainer.model))
     EXPORTERS[config.export].check_targets({name: layer_of(trainer.model, name) for name in layers.shapes})
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_drt.checkpoint import runtime_names
 from hf_drt.engines import unwrapped
 from hf_drt.export import check_written, marked_state_dict, save_export
 from hf_drt.registry import EXPORTERS
-from hf_drt.trainer.aside import runtime_names
 from hf_drt.trainer.ema import write_beside, written_average
 
 State = dict[str, Tensor] | None

@@ -42,6 +42,18 @@ def test_a_checkpoint_becomes_an_adapter(hf_drt, checkpoint, tmp_path):
     assert torch.allclose(tiny.logits(model, tiny.batch()), logits(source), atol=1e-6)
 
 
+def test_a_checkpoint_becomes_linear_pairs_which_compare_as_equal(hf_drt, checkpoint, tmp_path):
+    source = checkpoint(schedule="factored@0") / "checkpoint-4"
+    result = hf_drt("export", source, tmp_path / "pairs", "--format", "linear-pairs")
+    assert (result.code, "written to" in result.out, "as linear-pairs" in result.out) == (0, True, True), result.err
+    compared = hf_drt("compare", source, tmp_path / "pairs", "--tolerance", 0, "--no-spectra")  # runs none of its code
+    assert compared.code == 0, compared.err
+    again = hf_drt("export", tmp_path / "pairs", tmp_path / "dense")
+    assert again.code == 1
+    assert "is in linear pairs, of which no other form is made. Export the checkpoint" in " ".join(again.err.split())
+    assert not (tmp_path / "dense").exists()
+
+
 def test_the_average_of_a_checkpoint_becomes_a_dense_model(hf_drt, tmp_path):
     average = EMACallback(EMADecay(0.7, warmup=False))
     trainer = tiny.trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=4, drt_schedule="factored:4@0")
@@ -80,7 +92,11 @@ def test_export_refuses(hf_drt, checkpoint, tmp_path):
     (tmp_path / "full" / "file").touch()
     for arguments, code, message in [
         ((source, tmp_path / "full"), 1, "exists and is not an empty folder"),
-        ((source, tmp_path / "x", "--format", "onnx"), 2, "must be one of dense, native, adapter, got 'onnx'"),
+        (
+            (source, tmp_path / "x", "--format", "onnx"),
+            2,
+            "must be one of dense, native, linear-pairs, adapter, got 'onnx'",
+        ),
         ((source, tmp_path / "x", "--format", "adapter"), 1, "has no layer in adapter form"),
         (("/no/such", tmp_path / "x"), 1, "there is no such path"),
         ((source / "model.safetensors", tmp_path / "x"), 1, "is a file. A model is loaded from its folder"),

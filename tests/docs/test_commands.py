@@ -12,7 +12,7 @@ BAD = {
     "python recipes/benchmarks/benchmark.py running fashion_vit": "the parser refuses",
     "python recipes/nothing.py": "there is no script or module",
     "python -m hf_drt.run train.py --drt_schedule papr": "hf_drt.run refuses",
-    "torchrun --nproc_per_node 2 -m hf_drt.run train.py --max_steps 5": "hf_drt.run refuses",
+    "torchrun --nproc_per_node 2 -m hf_drt.run train.py --drt_resume auto": "hf_drt.run refuses",
     'pip install -e ".[nothing]"': "has no extra",
     'pip install "hf-drt[nothing] @ git+https://github.com/hf-drt/hf_drt"': "has no extra",
     'pip install "hf-drt @ git+https://github.com/other/hf_drt"': "git.https",

@@ -89,8 +89,10 @@ def test_help_errors_and_the_card_know_it():
     described = "'spectra' (a dense model with a list of its tensors)"
     assert described in " ".join(HfArgumentParser(DRTTrainingArguments).format_help().split())
     shown = CliRunner().invoke(app, ["export", "source", "target", "--format", "nothing"], env={"COLUMNS": "400"})
-    assert "must be one of dense, native, adapter, spectra, got 'nothing'." in shown.output
-    with pytest.raises(ValueError, match=r"export must be one of dense, native, adapter, spectra, got 'nothing'"):
+    assert "must be one of dense, native, linear-pairs, adapter, spectra, got 'nothing'." in shown.output
+    with pytest.raises(
+        ValueError, match=r"export must be one of dense, native, linear-pairs, adapter, spectra, got 'nothing'"
+    ):
         DRTConfig(schedule="fixed", export="nothing")
     phase = PhaseSummary("factored", 0, 2, (8, 8), 0.5)
     section = method_section(RunSummary((phase,), 1, 0.5, 0.5, "fixed", {}, "spectra", "user/name", "LlamaForCausalLM"))
@@ -98,7 +100,7 @@ def test_help_errors_and_the_card_know_it():
 
 
 def test_a_name_that_is_not_there_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match=r"export must be one of dense, native, adapter, got 'nothing'"):
+    with pytest.raises(ValueError, match=r"export must be one of dense, native, linear-pairs, adapter, got 'nothing'"):
         save_export(tiny.llama(), str(tmp_path), "nothing", lambda where, state: None)
     assert not list(tmp_path.iterdir())
 

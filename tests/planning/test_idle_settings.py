@@ -272,8 +272,9 @@ def test_a_callback_in_a_plain_trainer_refuses_alike(tmp_path):
     arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
     for settings, message in (
         ({"budget": 0.5}, r"budget is 0\.5, and would have no effect"),
-        ({"export": "adapter"}, r"export=adapter and tag_phases need DRTTrainer's own way"),
-        ({"tag_phases": True}, r"export=adapter and tag_phases need DRTTrainer's own way"),
+        ({"export": "adapter"}, r"export=adapter, linear-pairs and tag_phases need DRTTrainer's own way"),
+        ({"export": "linear-pairs"}, r"export=adapter, linear-pairs and tag_phases need DRTTrainer's own way"),
+        ({"tag_phases": True}, r"export=adapter, linear-pairs and tag_phases need DRTTrainer's own way"),
     ):
         callback = DRTCallback(DRTConfig(schedule="factored@0 adapter@50%", **settings))
         with pytest.raises(ValueError, match=message):

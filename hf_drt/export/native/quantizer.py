@@ -19,6 +19,7 @@ from hf_drt.export.native.names import candidates, matched
 from hf_drt.export.native.weights import check_weights
 from hf_drt.forms import AdapterLinear, LowRankLinear, empty_like, layer_of, split_attentions
 from hf_drt.messages import some
+from hf_drt.native_format import LOADED
 from hf_drt.targets import Swap, replace, split_attention
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ class NativeQuantizer(HfQuantizer):
         for mark in ("hf_quantizer", "is_quantized", "quantization_method", "_weight_conversions"):
             vars(model).pop(mark, None)
         declare(model)
+        LOADED.append(type(model).__name__)
         return model
 
     def _check_loaded(self) -> None:
