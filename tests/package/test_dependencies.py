@@ -97,7 +97,7 @@ def test_what_importing_hf_drt_imports_is_a_dependency():
 
 
 def test_what_a_function_of_hf_drt_imports_is_a_dependency_or_in_an_extra():
-    allowed = declared("cli", "trl", "report", "peft", "deepspeed")
+    allowed = declared("cli", "trl", "report", "peft", "deepspeed", "int8")
     missing = {str(path): names - allowed for path, names in third_party("hf_drt").items()}
     assert {path: names for path, names in missing.items() if names} == {}
 
