@@ -24,7 +24,14 @@ from hf_drt.linalg.truncation import (
     truncated_svd,
 )
 from hf_drt.linalg.tucker import tucker2
-from hf_drt.linalg.weighted import SHRINKAGE, input_root, shrunk, weighted_product, weighted_truncation
+from hf_drt.linalg.weighted import (
+    SHRINKAGE,
+    input_root,
+    shrunk,
+    weighted_directions,
+    weighted_product,
+    weighted_truncation,
+)
 
 __all__ = [
     "GRAM_UP_TO",
@@ -53,6 +60,7 @@ __all__ = [
     "truncated_svd",
     "truncation_error",
     "tucker2",
+    "weighted_directions",
     "weighted_product",
     "weighted_truncation",
     "working_dtype",
