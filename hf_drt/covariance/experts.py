@@ -32,14 +32,14 @@ def stacks_of(layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 class _Told(Tensor):
     """A weight of all experts, or of one, that tells of the products it is in."""
 
-    name: str
+    layer_name: str
     expert: int | None
     tell: tuple[OnInput, OnOutput]
 
     @classmethod
     def of(cls, plain: Tensor, name: str, expert: int | None, tell: tuple[OnInput, OnOutput]) -> "_Told":
         told = plain.as_subclass(cls)
-        told.name, told.expert, told.tell = name, expert, tell
+        told.layer_name, told.expert, told.tell = name, expert, tell
         return told
 
     @classmethod
@@ -55,8 +55,8 @@ class _Told(Tensor):
                 return _product(own, func, args, kwargs)
             result = func(*args, **kwargs)
             if func is Tensor.__getitem__ and own.ndim == 3 and _is_one(args[1]):
-                return cls.of(result, own.name, int(args[1]), own.tell)
-            return cls.of(result, own.name, own.expert, own.tell) if func in (*_TURNS, *_CASTS) else result
+                return cls.of(result, own.layer_name, int(args[1]), own.tell)
+            return cls.of(result, own.layer_name, own.expert, own.tell) if func in (*_TURNS, *_CASTS) else result
 
 
 def _is_one(index: Any) -> bool:
@@ -68,11 +68,11 @@ def _product(own: _Told, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     x = args[1] if func is Tensor.__rmatmul__ else args[0]
     on_input, on_output = own.tell
     if own.expert is not None:
-        on_input(own.name, own.expert, x)
-        return on_output(own.name, own.expert, func(*args, **kwargs))
+        on_input(own.layer_name, own.expert, x)
+        return on_output(own.layer_name, own.expert, func(*args, **kwargs))
     for expert, part in enumerate(x):  # all of them at once, each with the same tokens (Llama 4)
-        on_input(own.name, expert, part)
-    return torch.stack([on_output(own.name, expert, part) for expert, part in enumerate(func(*args, **kwargs))])
+        on_input(own.layer_name, expert, part)
+    return torch.stack([on_output(own.layer_name, expert, part) for expert, part in enumerate(func(*args, **kwargs))])
 
 
 @contextlib.contextmanager
