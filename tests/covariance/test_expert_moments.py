@@ -93,7 +93,7 @@ def test_gradients_at_the_outputs_are_those_of_autograd_and_parameters_get_none(
     assert asking.count(False) == 1
     assert all(p.grad is None for p in model.parameters())
     assert model.training
-    expected = {name: 0 for name in targets}
+    expected = dict.fromkeys(targets, 0)
     for batch in batches:
         for name, g in gradients_by_hand(model, list(targets), batch).items():
             rows = g.flatten(0, -2)
