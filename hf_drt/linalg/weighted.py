@@ -9,7 +9,7 @@ that inverse is never needed: W is projected on the leading directions of its ou
 import torch
 from torch import Tensor
 
-from hf_drt.linalg.spectral import LinAlgError, full_precision, svd, working_dtype
+from hf_drt.linalg.spectral import GRAM_FROM, LinAlgError, full_precision, svd, working_dtype
 from hf_drt.linalg.truncation import EXCESS, Truncation, truncated_product, truncated_svd
 
 SHRINKAGE = 0.01
@@ -78,7 +78,8 @@ def weighted_directions(W: Tensor, C: Tensor, shrinkage: float = SHRINKAGE) -> t
     directions and the root mean squares along them, with ``S S^T`` = :func:`shrunk` C. A truncation of rank r, weighed
     by the inputs, leaves ``u u^T W`` out for each direction u after the first r.
 
-    Of a W with many more inputs than outputs it takes no second ``n x n`` matrix.
+    Of a W with many more inputs than outputs it takes no second ``n x n`` matrix. Large matrices in float32 are
+    decomposed by a Gram matrix in float64: their s are right to 1e-7 of the largest.
 
     Raises:
         ValueError: As :func:`shrunk`, or C does not fit W.
@@ -88,8 +89,16 @@ def weighted_directions(W: Tensor, C: Tensor, shrinkage: float = SHRINKAGE) -> t
     if _is_wide(A):
         values, U = torch.linalg.eigh(_output_moments(A, C, shrinkage))
         return U.flip(1).to(A), values.flip(0).clamp_min(0).sqrt().to(A)
-    parts = svd(A @ input_root(C, shrinkage).to(A))
-    return parts.U, parts.S
+    outputs = A @ input_root(C, shrinkage).to(A)
+    if A.shape[0] < A.shape[1] or A.shape[1] < GRAM_FROM or A.dtype == torch.float64:
+        parts = svd(outputs)
+        return parts.U, parts.S
+    double = outputs.double()
+    values, V = torch.linalg.eigh(double.mT @ double)
+    del double
+    s = values.flip(0).clamp_min(0).sqrt().to(A)
+    # A direction that rounding alone has made is of no length, and of no weight with its value beside.
+    return outputs @ V.flip(1).to(A) / s.clamp_min(torch.finfo(s.dtype).eps * s[0].clamp_min(1e-30)), s
 
 
 def _is_wide(A: Tensor) -> bool:

@@ -164,9 +164,7 @@ def test_batches_without_a_loss_go_by_the_relative_errors_and_say_so(caplog):
     assert result.allocation == "error"
     assert not result.trials
     assert "calibration batches give no loss, so the budget is shared out by the layers' relative errors" in caplog.text
-    with pytest.raises(
-        ValueError, match=r"for a calibration batch has no loss, .* Give batches with labels, or"
-    ):
+    with pytest.raises(ValueError, match=r"for a calibration batch has no loss, .* Give batches with labels, or"):
         plan_compression(model, parameters=0.6, rank_multiple=2, calibration=rows, allocation="harm")
 
 
