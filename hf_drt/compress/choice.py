@@ -1,11 +1,12 @@
 """Which form each layer takes: by the layers' numbers, and for a budget by a trial of two ways to share it out."""
 
 import logging
+from typing import NamedTuple
 
 from torch import nn
 
 from hf_drt.compress.criteria import forms_for
-from hf_drt.compress.inputs import Inputs, tried
+from hf_drt.compress.inputs import Inputs, Moments, tried
 from hf_drt.compress.layers import TargetLayer, measured_layer
 from hf_drt.compress.objective import Loss, has_loss, mean_loss, model_loss
 from hf_drt.compress.request import Request
@@ -16,21 +17,33 @@ from hf_drt.targets import attention_split, find_targets
 logger = logging.getLogger(__name__)
 
 
-def planned(model: nn.Module, request: Request) -> tuple[Compression, Inputs]:
-    """The plan, and the second moments of inputs that it goes by."""
+class Choice(NamedTuple):
+    """A plan, and what it goes by.
+
+    Attributes:
+        loss: By which layers' outputs are weighed as they are truncated; None for inputs alone.
+    """
+
+    plan: Compression
+    inputs: Inputs
+    loss: Loss | None
+
+
+def chosen(model: nn.Module, request: Request) -> Choice:
+    """What becomes of each layer. The model is as it was after."""
     selection = find_targets(model, **request.patterns)
     selection.log_notes()
     names = list(selection.targets)
     inputs = Inputs(model, names, request.calibration, request.sequential, again=request.may_harm)
     loss = _loss(model, request, inputs) if request.may_harm else None
-    layers = _measured_layers(model, inputs, loss)
     (name, value), multiple = request.criterion, request.rank_multiple
-    allocation = None
-    if name == "parameters":
-        allocation = "harm" if loss is not None else request.allocation or "error"
-    forms, trials = forms_for(layers, name, value, multiple, allocation), ()
     if loss is not None:
-        forms, allocation, trials = _better(model, inputs, layers, forms, request, loss)
+        layers, forms, allocation, trials = _better(model, inputs, request, loss)
+        loss = loss if allocation == "harm" else None
+    else:
+        allocation = request.allocation or "error" if name == "parameters" else None
+        layers, trials = _measured_layers(model, inputs, None)[0], ()
+        forms = forms_for(layers, name, value, multiple, allocation)
     if all(form == layer.form for form, layer in zip(forms, layers, strict=True)):
         raise ValueError(
             f"{name}={value} leaves all {len(layers)} layers as they are: factors of the ranks that it asks for would "
@@ -41,7 +54,7 @@ def planned(model: nn.Module, request: Request) -> tuple[Compression, Inputs]:
     saved = sum(before - after for before, after in (result.parameters for result in results))
     calibrated = request.calibration is not None
     plan = Compression(f"{name}={value}", results, (total, total - saved), None, calibrated, allocation, trials)
-    return plan, inputs
+    return Choice(plan, inputs, loss)
 
 
 def _loss(model: nn.Module, request: Request, inputs: Inputs) -> Loss | None:
@@ -57,31 +70,42 @@ def _loss(model: nn.Module, request: Request, inputs: Inputs) -> Loss | None:
     return None
 
 
-def _measured_layers(model: nn.Module, inputs: Inputs, loss: Loss | None) -> list[TargetLayer]:
-    """Group by group; within one the largest covariances go first, so that no other is there as they are decomposed."""
-    layers: dict[str, TargetLayer] = {}
+def _measured_layers(model: nn.Module, inputs: Inputs, loss: Loss | None) -> tuple[list[TargetLayer], ...]:
+    """The layers weighed by their inputs, and with a loss by their outputs too.
+
+    Group by group; within one the largest covariances go first, so that no other is there as they are decomposed.
+    """
+    by_inputs: dict[str, TargetLayer] = {}
+    by_loss: dict[str, TargetLayer] = {}
     for group in inputs.groups:
-        gradients = {} if loss is None else inputs.gradients_of(group, loss)
-        moments = inputs.of(group)
+        moments = inputs.of(group, loss)
         with attention_split(model):
-            for name in sorted(group, key=lambda name: -moments[name].numel() if name in moments else 0):
-                C, G = moments.pop(name, None), gradients.pop(name, None)
-                layers[name] = measured_layer(name, layer_of(model, name), C, G if C is not None else None)
-    return [layers[name] for group in inputs.groups for name in group]
+            for name in sorted(group, key=lambda name: -moments[name].C.numel() if name in moments else 0):
+                C, G = moments.pop(name, Moments())
+                by_inputs[name] = measured_layer(name, layer_of(model, name), C)
+                if G is not None:
+                    by_loss[name] = measured_layer(name, layer_of(model, name), C, G)
+                del C, G
+    names = [name for group in inputs.groups for name in group]
+    return [by_inputs[name] for name in names], [by_loss.get(name, by_inputs[name]) for name in names]
 
 
 def _better(
-    model: nn.Module, inputs: Inputs, layers: list[TargetLayer], by_harm: list[Form], request: Request, loss: Loss
-) -> tuple[list[Form], str, tuple[Trial, ...]]:
-    """By harm or in equal shares: what has the lower loss on the calibration batches, in a trial of each."""
-    ways = {"harm": by_harm, "uniform": forms_for(layers, *request.criterion, request.rank_multiple, "uniform")}
-    trials = [_trial("dense", layers, [layer.form for layer in layers], mean_loss(model, inputs.batches, loss))]
-    for allocation, forms in ways.items():
+    model: nn.Module, inputs: Inputs, request: Request, loss: Loss
+) -> tuple[list[TargetLayer], list[Form], str, tuple[Trial, ...]]:
+    """By harm, or in equal shares by inputs alone: what has the lower loss on the calibration, in a trial of each."""
+    by_inputs, by_loss = _measured_layers(model, inputs, loss)
+    ways = {"harm": (by_loss, loss), "uniform": (by_inputs, None)}
+    dense = mean_loss(model, inputs.batches, loss)
+    trials = [_trial("dense", by_inputs, [layer.form for layer in by_inputs], dense)]
+    plans: dict[str, list[Form]] = {}
+    for allocation, (layers, weighing) in ways.items():
+        forms = plans[allocation] = forms_for(layers, *request.criterion, request.rank_multiple, allocation)
         lossy = {layer.name: form for layer, form in zip(layers, forms, strict=True) if layer.error(form) > 0}
-        with tried(model, lossy, inputs):
+        with tried(model, lossy, inputs, weighing):
             trials.append(_trial(allocation, layers, forms, mean_loss(model, inputs.batches, loss)))
     taken = min(trials[1:], key=lambda trial: trial.loss).allocation
-    return ways[taken], taken, tuple(trials)
+    return ways[taken][0], plans[taken], taken, tuple(trials)
 
 
 def _trial(allocation: str, layers: list[TargetLayer], forms: list[Form], loss: float) -> Trial:

@@ -8,17 +8,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_drt.checkpoint import declare
-from hf_drt.compress.choice import planned
+from hf_drt.compress.choice import Choice, chosen
 from hf_drt.compress.criteria import criterion_of
-from hf_drt.compress.inputs import Inputs
+from hf_drt.compress.inputs import Moments
+from hf_drt.compress.layers import truncated_parts
 from hf_drt.compress.objective import Loss
 from hf_drt.compress.request import Request
 from hf_drt.compress.result import Compression
 from hf_drt.covariance import evaluating
-from hf_drt.forms import Conversion, Form, decompose, form_of, layer_of, prepare
+from hf_drt.forms import Conversion, Form, form_of, layer_of, prepare
 from hf_drt.targets import split_attention
 from hf_drt.transition import exchange_layers
 
@@ -88,11 +89,12 @@ def compress(
         calibration, allocation, sequential, loss,
         {"include": include, "exclude": exclude, "blocks": blocks, "ignore_source": ignore_source},
     )  # fmt: skip
-    plan, inputs = planned(model, request)
+    choice = chosen(model, request)
+    plan = choice.plan
     before = _measured(model, evaluate)
     _warn_of_weights_alone(plan)
     split_attention(model, [layer.name for layer in plan.layers])
-    _carried_out(model, plan, inputs)
+    _carried_out(model, choice)
     declare(model)
     return with_fields(plan, loss=(before, _measured(model, evaluate))) if before is not None else plan
 
@@ -123,22 +125,22 @@ def plan_compression(
         calibration, allocation, sequential, loss,
         {"include": include, "exclude": exclude, "blocks": blocks, "ignore_source": ignore_source},
     )  # fmt: skip
-    return planned(model, request)[0]
+    return chosen(model, request).plan
 
 
-def _carried_out(model: nn.Module, plan: Compression, inputs: Inputs) -> None:
-    """Group by group, each by what its inputs are once those before it are done."""
-    forms = {layer.name: layer.form for layer in plan.layers}
-    for group in inputs.groups:
+def _carried_out(model: nn.Module, choice: Choice) -> None:
+    """Group by group, each by what its moments are once those before it are done."""
+    forms = {layer.name: layer.form for layer in choice.plan.layers}
+    for group in choice.inputs.groups:
         changing = {name: forms[name] for name in group if form_of(layer_of(model, name)) != forms[name]}
-        moments = inputs.of(changing)
+        moments = choice.inputs.of(changing, choice.loss)
         exchange_layers(
             model, {name: (form, partial(_prepared, form, moments, name)) for name, form in changing.items()}
         )
 
 
-def _prepared(form: Form, moments: dict[str, Tensor], name: str, layer: nn.Module) -> Conversion:
-    return prepare(layer, form, parts=decompose(layer, form, moments.pop(name, None)))
+def _prepared(form: Form, moments: dict[str, Moments], name: str, layer: nn.Module) -> Conversion:
+    return prepare(layer, form, parts=truncated_parts(layer, form, *moments.pop(name, Moments())))
 
 
 def _warn_of_weights_alone(plan: Compression) -> None:

@@ -14,6 +14,7 @@ from hf_drt.forms import (
     FactoredLinear,
     Form,
     LayerShape,
+    decompose,
     effective_weight,
     form_of,
     parameters_of,
@@ -21,7 +22,10 @@ from hf_drt.forms import (
     weight_shape,
 )
 from hf_drt.linalg import (
+    Truncation,
     factored_singular_values,
+    fisher_truncation,
+    fisher_values,
     input_root,
     singular_values,
     truncation_error,
@@ -37,10 +41,11 @@ class TargetLayer:
         form: The form that it is in.
         whole: The cheapest form without any error.
         values: Singular values of the effective W, descending; with calibration those of ``W S``, with ``S S^T`` the
-            second moments of its inputs (:func:`hf_drt.linalg.input_root`). Of fused experts, which share a rank, the
-            root of the sum of squares over the experts.
-        harms: By how much the loss is estimated to rise for each of them that is left out; None where that was not
-            asked for.
+            second moments of its inputs (:func:`hf_drt.linalg.input_root`); where harm counts those of ``L^T W S``
+            (:func:`hf_drt.linalg.fisher_values`). Of fused experts, which share a rank, the root of the sum of squares
+            over the experts.
+        scale: Half the sum of squares of values that are left out, times this, is the estimated rise of the loss; None
+            where harm does not count.
     """
 
     name: str
@@ -48,7 +53,7 @@ class TargetLayer:
     form: Form
     whole: Form
     values: Tensor
-    harms: Tensor | None = None
+    scale: float | None = None
 
     def at(self, rank: int) -> Form:
         """Factors of this rank, if that saves anything."""
@@ -60,9 +65,9 @@ class TargetLayer:
 
     def harm(self, form: Form) -> float:
         """Estimated rise of the loss."""
-        if self.harms is None or not isinstance(form, Factored) or form == self.whole:
+        if self.scale is None or not isinstance(form, Factored) or form == self.whole:
             return 0.0
-        return self.harms[form.rank :].sum().item()
+        return 0.5 * self.scale * self.values[form.rank :].double().square().sum().item()
 
     def options(self, multiple: int) -> list[Form]:
         """The forms a budget may choose from, cost rising."""
@@ -92,41 +97,52 @@ def measured_layer(name: str, module: nn.Module, C: Tensor | None = None, G: Ten
     """
     form, shape = form_of(module), weight_shape(module)
     try:
-        values, harms = _spectrum(module, C, G)
+        values, scale = _spectrum(module, C, G)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     whole = form if isinstance(form, Factored) and stored(form, shape) < stored(Dense(), shape) else Dense()
-    return TargetLayer(name, shape, form, whole, values, harms)
+    return TargetLayer(name, shape, form, whole, values, scale)
 
 
-def _spectrum(module: nn.Module, C: Tensor | None, G: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _spectrum(module: nn.Module, C: Tensor | None, G: Tensor | None) -> tuple[Tensor, float | None]:
     if stack_count(module) is not None:
         matrices = effective_weight(module)
-        experts = range(len(matrices))
-        each = [_of_matrix(matrices[e], None if C is None else C[e], None if G is None else G[e]) for e in experts]
-        scales = [1.0 if C is None else _mean_of(C[e]) for e in experts]
-        values = sum(scale * v.double().square() for scale, (v, _) in zip(scales, each, strict=True))
-        harms = [own for _, own in each if own is not None]
-        return torch.as_tensor(values).sqrt(), torch.stack(harms).sum(0) if harms else None
+        each = [_of_matrix(W, *moments) for W, moments in zip(matrices, _by_expert(len(matrices), C, G), strict=True)]
+        squares = [(1.0 if C is None else scale) * values.double().square() for values, scale in each]
+        return torch.stack(squares).sum(0).sqrt(), None if G is None else 1.0
     if isinstance(module, FactoredLinear) and G is None:
         L, R, _ = module.pair()
         S = None if C is None else input_root(C)
         return factored_singular_values(L, R if S is None else R.detach() @ S.to(R)), None
-    return _of_matrix(effective_weight(module), C, G)
+    values, scale = _of_matrix(effective_weight(module), C, G)
+    return values, None if G is None else scale
 
 
-def _of_matrix(W: Tensor, C: Tensor | None, G: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Singular values of ``W S``; and of each direction u of the outputs the harm, ``1/2 sigma^2 u^T G u`` for the
-    inputs' true scale: a truncation to rank r leaves out ``u u^T W`` of all but the first r."""
+def _by_expert(count: int, C: Tensor | None, G: Tensor | None) -> list[tuple[Tensor | None, Tensor | None]]:
+    return [(None if C is None else C[e], None if G is None else G[e]) for e in range(count)]
+
+
+def _of_matrix(W: Tensor, C: Tensor | None, G: Tensor | None) -> tuple[Tensor, float]:
+    """Singular values, for moments with a mean diagonal of 1, and what their squares have to be multiplied with."""
     if C is None:
-        return singular_values(W), None
-    U, values = weighted_directions(W, C)
+        return singular_values(W), 1.0
     if G is None:
-        return values, None
-    curvature = (U * (G.to(U) @ U)).sum(0).double().clamp_min(0)
-    return values, (0.5 * _mean_of(C) * values.double().square() * curvature).cpu()
+        return weighted_directions(W, C)[1], _mean_of(C)
+    return fisher_values(W, C, G), _mean_of(C) * _mean_of(G)
 
 
 def _mean_of(C: Tensor) -> float:
     """What :func:`hf_drt.linalg.shrunk` divides by."""
     return C.diagonal().double().mean().item()
+
+
+def truncated_parts(module: nn.Module, form: Form, C: Tensor | None, G: Tensor | None) -> tuple[Tensor, ...] | None:
+    """What :func:`hf_drt.forms.prepare` takes, of a truncation weighed by what is given."""
+    if C is None or G is None or not isinstance(form, Factored):
+        return decompose(module, form, C)
+    W = effective_weight(module)
+    if W.ndim == 2:
+        return fisher_truncation(W, C, G, form.rank)
+    parts = [fisher_truncation(*each, form.rank) for each in zip(W, C, G, strict=True)]
+    U, S, Vh, error = (torch.stack(kind) for kind in zip(*parts, strict=True))
+    return Truncation(U, S, Vh, error.mean())

@@ -15,7 +15,8 @@ class LayerCompression:
         form: Factored, or Dense where factors would save nothing.
         error: Relative Frobenius error of the effective weight, ``||W_r - W||_F / ||W||_F``; with calibration that of
             the outputs over its inputs, ``||(W_r - W) C^(1/2)||_F / ||W C^(1/2)||_F`` with C as in
-            :func:`hf_drt.linalg.shrunk`.
+            :func:`hf_drt.linalg.shrunk`, and with a budget shared out by harm that of the outputs weighed by how the
+            loss depends on them (:func:`hf_drt.linalg.fisher_truncation`).
         parameters: Stored weights before and after, bias aside.
     """
 

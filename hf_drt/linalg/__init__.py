@@ -1,6 +1,7 @@
 """Matrices only: the SVD and its cheap ways, weighed by inputs too, spectra and ranks, polar factors, Tucker and CP."""
 
 from hf_drt.linalg.cp import cp, cp_limit, equal_norms, khatri_rao
+from hf_drt.linalg.fisher import fisher_truncation, fisher_values
 from hf_drt.linalg.polar import STEPS as POLAR_STEPS
 from hf_drt.linalg.polar import polar, polar_map
 from hf_drt.linalg.spectral import (
@@ -46,6 +47,8 @@ __all__ = [
     "effective_rank",
     "equal_norms",
     "factored_singular_values",
+    "fisher_truncation",
+    "fisher_values",
     "full_precision",
     "gram_singular_values",
     "input_root",

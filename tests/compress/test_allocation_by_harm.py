@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_drt import Dense, Factored, effective_weight, find_targets, form_of
 from hf_drt.compress import compress, plan_compression
-from hf_drt.compress.layers import measured_layer
+from hf_drt.compress.layers import measured_layer, truncated_parts
 from hf_drt.covariance import covariances_of, output_gradients_of
 from hf_drt.forms import FactoredLinear, layer_of
 from hf_drt.linalg import shrunk
@@ -73,7 +73,7 @@ def test_equal_shares_are_taken_where_they_are_better(trained, monkeypatch):
 
     def turned(name, layer, C=None, G=None):
         real = measured_layer(name, layer, C, G)
-        return real if G is None else type(real)(**vars(real) | {"harms": 1 / (real.harms + 1e-12)})
+        return real if G is None else type(real)(**vars(real) | {"scale": 1 / real.scale})
 
     monkeypatch.setattr(choice, "measured_layer", turned)
     model = copy.deepcopy(trained)
@@ -101,18 +101,20 @@ def test_a_layer_on_which_the_loss_does_not_depend_is_cut_first_and_one_that_it_
     assert isinstance(second.form, Factored)
 
 
-def test_the_harm_of_a_direction_is_the_second_order_term_of_leaving_it_out(trained):
+def test_the_harm_of_a_rank_is_the_second_order_term_of_the_truncation_that_is_made(trained):
     targets = find_targets(trained).targets
     C, G = covariances_of(trained, targets, batches()), output_gradients_of(trained, targets, batches(), loss_of)
     for name, module in targets.items():
         layer = measured_layer(name, module, C[name], G[name])
-        W, mean = effective_weight(module).double(), C[name].diagonal().mean().item()
-        root = torch.linalg.cholesky(shrunk(C[name].double()) * mean)
-        U, s, Vh = torch.linalg.svd(W @ root, full_matrices=False)
+        W = effective_weight(module).double()
+        Cs = shrunk(C[name].double()) * C[name].diagonal().mean()
+        Gs = shrunk(G[name].double(), 0.1) * G[name].diagonal().mean()
         for rank in (1, 5, 20):
-            D = (U[:, rank:] * s[rank:]) @ Vh[rank:]
-            expected = 0.5 * torch.trace(D @ D.T @ G[name].double()).item()
-            assert layer.harm(Factored(rank)) == pytest.approx(expected, rel=1e-3, abs=1e-9)
+            U, S, Vh, error = truncated_parts(module, Factored(rank), C[name], G[name])
+            D = W - (U * S @ Vh).double()
+            harm = 0.5 * torch.trace(D @ Cs @ D.T @ Gs).item()
+            assert layer.harm(Factored(rank)) == pytest.approx(harm, rel=1e-3)
+            assert error.item() == pytest.approx(layer.error(Factored(rank)), rel=1e-4)
 
 
 def test_equal_shares_give_each_layer_the_same_share():
