@@ -80,7 +80,8 @@ def _measured_layers(model: nn.Module, inputs: Inputs, loss: Loss | None) -> tup
     for group in inputs.groups:
         moments = inputs.of(group, loss)
         with attention_split(model):
-            for name in sorted(group, key=lambda name: -moments[name].C.numel() if name in moments else 0):
+            sizes = {name: 0 if C is None else C.numel() for name, (C, _) in moments.items()}
+            for name in sorted(group, key=lambda name: -sizes.get(name, 0)):
                 C, G = moments.pop(name, Moments())
                 by_inputs[name] = measured_layer(name, layer_of(model, name), C)
                 if G is not None:

@@ -19,7 +19,8 @@ from hf_drt.linalg import full_precision
 OnInput = Callable[[str, int, Tensor], None]
 OnOutput = Callable[[str, int, Tensor], Tensor]
 
-_TURNS = (Tensor.mT.__get__, Tensor.T.__get__, Tensor.t, torch.t, Tensor.transpose, torch.transpose)
+_TENSOR: Any = Tensor  # whose properties are descriptors
+_TURNS = (_TENSOR.mT.__get__, _TENSOR.T.__get__, Tensor.t, torch.t, Tensor.transpose, torch.transpose)
 _CASTS = (Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double)
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__rmatmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm)
 
