@@ -1,6 +1,7 @@
 """A trained model made smaller after the fact."""
 
 from hf_drt.compress.allocation import Curve, allocate
-from hf_drt.compress.compression import Compression, compress, plan_compression
+from hf_drt.compress.compression import compress, plan_compression
+from hf_drt.compress.result import Compression, LayerCompression, Trial
 
-__all__ = ["Compression", "Curve", "allocate", "compress", "plan_compression"]
+__all__ = ["Compression", "Curve", "LayerCompression", "Trial", "allocate", "compress", "plan_compression"]

@@ -1,8 +1,19 @@
 """Second moments of layers' inputs, by which a truncation is weighed: from hooks, of training or of given batches."""
 
-from hf_drt.covariance.calibration import covariances_of
+from hf_drt.covariance.calibration import call, checked_batches, covariances_of, evaluating
 from hf_drt.covariance.gathering import Gathering
 from hf_drt.covariance.moments import add_moments, empty_moments
 from hf_drt.covariance.projection import GradientProjection
+from hf_drt.covariance.sensitivity import output_gradients_of
 
-__all__ = ["Gathering", "GradientProjection", "add_moments", "covariances_of", "empty_moments"]
+__all__ = [
+    "Gathering",
+    "GradientProjection",
+    "add_moments",
+    "call",
+    "checked_batches",
+    "covariances_of",
+    "empty_moments",
+    "evaluating",
+    "output_gradients_of",
+]

@@ -115,9 +115,10 @@ class Gathering:
             self._counts[name] += int(count)
             self._seen[name] = 0
 
-    def taken(self) -> dict[str, Tensor]:
+    def taken(self, keep: bool = True) -> dict[str, Tensor]:
         """``E[x x^T]``, ``(n, n)`` or of grouped convolutions ``(groups, n, n)``, of every layer that had an input. The
-        hooks are gone; the sums stay until :meth:`drop`. Collective where sums are shared."""
+        hooks are gone; the sums stay until :meth:`drop`, unless ``keep`` is False: no memory is taken then. Collective
+        where sums are shared."""
         self.fold()
         self._close()
         if unseen := [name for name, count in self._counts.items() if not count]:
@@ -127,7 +128,8 @@ class Gathering:
                 len(unseen),
                 unseen[0],
             )
-        sums = {name: self._sums[name] / count for name, count in self._counts.items() if count}
+        sums = self._sums if keep else {name: self._sums.pop(name) for name in list(self._sums)}
+        sums = {name: _mean(sums[name], count, keep) for name, count in self._counts.items() if count}
         return {name: C[0] if len(C) == 1 else C for name, C in sums.items()}
 
     def drop(self) -> None:
@@ -160,6 +162,10 @@ class Gathering:
         self.drop()
         self._sums = {key.removeprefix(_SUM): value.clone() for key, value in state.items() if key.startswith(_SUM)}
         self._counts = {name: int(state[_COUNT + name]) for name in self._sums}
+
+
+def _mean(total: Tensor, count: int, keep: bool) -> Tensor:
+    return total / count if keep else total.div_(count)
 
 
 def _shapes(sums: Mapping[str, Tensor]) -> dict[str, torch.Size]:

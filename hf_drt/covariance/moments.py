@@ -15,17 +15,23 @@ PATCHES = 1 << 24
 """Numbers of unfolded patches of a convolution that are held at a time: 64 MiB."""
 
 
-def empty_moments(layer: nn.Module, device: torch.device) -> Tensor:
-    """Zeros ``(groups, n, n)``, with n the inputs of one group of the layer: 1 group but for grouped convolutions.
+def empty_moments(layer: nn.Module, device: torch.device, outputs: bool = False) -> Tensor:
+    """Zeros ``(groups, n, n)``, with n the inputs of one group of the layer: 1 group but for grouped convolutions, E of
+    fused experts. With ``outputs`` n is all of its outputs, and there are no groups but experts.
 
     Raises:
-        ValueError: The layer is a transposed convolution, or one of fused experts.
+        ValueError: The layer is a transposed convolution.
     """
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd) or layout_of(layer).count is not None:
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
         raise ValueError(
-            f"inputs of a {type(layer).__name__} are not gathered: only of linear layers and convolutions."
+            f"inputs of a {type(layer).__name__} are not gathered: only of linear layers and convolutions, "
+            "and in calibration of fused experts."
         )
-    groups, n = _groups(layer), _inputs(layer)
+    count = layout_of(layer).count
+    if outputs:
+        groups, n = count or 1, weight_shape(layer).d_out
+    else:
+        groups, n = count or _groups(layer), _inputs(layer)
     dtype = working_dtype(next(layer.parameters()).dtype)
     return torch.zeros(groups, n, n, dtype=dtype, device=device)
 

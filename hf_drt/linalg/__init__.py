@@ -1,6 +1,7 @@
 """Matrices only: the SVD and its cheap ways, weighed by inputs too, spectra and ranks, polar factors, Tucker and CP."""
 
 from hf_drt.linalg.cp import cp, cp_limit, equal_norms, khatri_rao
+from hf_drt.linalg.fisher import fisher_truncation, fisher_values
 from hf_drt.linalg.polar import STEPS as POLAR_STEPS
 from hf_drt.linalg.polar import polar, polar_map
 from hf_drt.linalg.spectral import (
@@ -24,7 +25,14 @@ from hf_drt.linalg.truncation import (
     truncated_svd,
 )
 from hf_drt.linalg.tucker import tucker2
-from hf_drt.linalg.weighted import SHRINKAGE, input_root, shrunk, weighted_product, weighted_truncation
+from hf_drt.linalg.weighted import (
+    SHRINKAGE,
+    input_root,
+    shrunk,
+    weighted_directions,
+    weighted_product,
+    weighted_truncation,
+)
 
 __all__ = [
     "GRAM_UP_TO",
@@ -39,6 +47,8 @@ __all__ = [
     "effective_rank",
     "equal_norms",
     "factored_singular_values",
+    "fisher_truncation",
+    "fisher_values",
     "full_precision",
     "gram_singular_values",
     "input_root",
@@ -53,6 +63,7 @@ __all__ = [
     "truncated_svd",
     "truncation_error",
     "tucker2",
+    "weighted_directions",
     "weighted_product",
     "weighted_truncation",
     "working_dtype",

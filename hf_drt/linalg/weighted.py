@@ -9,10 +9,11 @@ that inverse is never needed: W is projected on the leading directions of its ou
 import torch
 from torch import Tensor
 
-from hf_drt.linalg.spectral import LinAlgError, full_precision, working_dtype
-from hf_drt.linalg.truncation import Truncation, truncated_product, truncated_svd
+from hf_drt.linalg.spectral import GRAM_FROM, LinAlgError, full_precision, svd, working_dtype
+from hf_drt.linalg.truncation import EXCESS, Truncation, truncated_product, truncated_svd
 
 SHRINKAGE = 0.01
+GRAM_INPUTS = 512  # inputs from which a wide matrix is decomposed by the second moments of its outputs
 
 
 def shrunk(C: Tensor, shrinkage: float = SHRINKAGE) -> Tensor:
@@ -72,6 +73,61 @@ def _eigen_root(C: Tensor) -> Tensor:
 
 @torch.no_grad()
 @full_precision()
+def weighted_directions(W: Tensor, C: Tensor, shrinkage: float = SHRINKAGE) -> tuple[Tensor, Tensor]:
+    """``U (m, k)`` and ``s (k,)`` of the SVD ``U diag(s) V^T`` of ``W S``, k = min(m, n): the outputs' leading
+    directions and the root mean squares along them, with ``S S^T`` = :func:`shrunk` C. A truncation of rank r, weighed
+    by the inputs, leaves ``u u^T W`` out for each direction u after the first r.
+
+    Of a W with many more inputs than outputs it takes no second ``n x n`` matrix. Large matrices in float32 are
+    decomposed by a Gram matrix in float64: their s are right to 1e-7 of the largest.
+
+    Raises:
+        ValueError: As :func:`shrunk`, or C does not fit W.
+    """
+    _check_fits(W, C)
+    A = W.detach().to(working_dtype(W.dtype))
+    if _is_wide(A):
+        values, U = torch.linalg.eigh(_output_moments(A, C, shrinkage))
+        return U.flip(1).to(A), values.flip(0).clamp_min(0).sqrt().to(A)
+    outputs = A @ input_root(C, shrinkage).to(A)
+    if A.shape[0] < A.shape[1] or A.shape[1] < GRAM_FROM or A.dtype == torch.float64:
+        parts = svd(outputs)
+        return parts.U, parts.S
+    double = outputs.double()
+    values, V = torch.linalg.eigh(double.mT @ double)
+    del double
+    s = values.flip(0).clamp_min(0).sqrt().to(A)
+    # A direction that rounding alone has made is of no length, and of no weight with its value beside.
+    return outputs @ V.flip(1).to(A) / s.clamp_min(torch.finfo(s.dtype).eps * s[0].clamp_min(1e-30)), s
+
+
+def _is_wide(A: Tensor) -> bool:
+    return A.shape[1] >= max(GRAM_INPUTS, 2 * A.shape[0])
+
+
+def _output_moments(A: Tensor, C: Tensor, shrinkage: float) -> Tensor:
+    """``A C A^T (m, m)`` in float64, C shrunk as :func:`shrunk` does, but with no copy of it."""
+    mean = C.diagonal().double().mean().item()
+    if not (mean > 0 and C.shape[0] == C.shape[1] and torch.isfinite(C.sum()) and 0 <= shrinkage <= 1):
+        A = A.double() @ input_root(C, shrinkage).double()  # says what is wrong with it, or it is zero
+        return A @ A.mT
+    plain = A.double() @ A.mT.double()
+    return torch.lerp((A @ C.to(A)).double() @ A.mT.double() / mean, plain, shrinkage)
+
+
+def _leading_outputs(A: Tensor, C: Tensor, rank: int, shrinkage: float) -> Truncation | None:
+    """:func:`weighted_truncation` of a wide matrix, from the second moments of its outputs; None where what is left out
+    is too little to be told from rounding, as in :mod:`hf_drt.linalg.truncation`."""
+    values, U = torch.linalg.eigh(_output_moments(A, C, shrinkage))
+    total, rest = values.sum(), values[:-rank].clamp_min(0).sum()
+    if not 2 * rank * torch.finfo(A.dtype).eps * values[-1] <= EXCESS * rest:
+        return None
+    Q = U[:, -rank:].to(A)
+    return truncated_product(Q, Q.mT @ A, rank)._replace(error=(rest / total).sqrt().to(A))
+
+
+@torch.no_grad()
+@full_precision()
 def weighted_truncation(W: Tensor, C: Tensor, rank: int, shrinkage: float = SHRINKAGE) -> Truncation:
     """The matrix ``U diag(S) Vh`` of the given rank with the least ``||(W - U diag(S) Vh) C^(1/2)||_F``, C shrunk.
 
@@ -90,6 +146,8 @@ def weighted_truncation(W: Tensor, C: Tensor, rank: int, shrinkage: float = SHRI
     """
     _check_fits(W, C)
     A = W.detach().to(working_dtype(W.dtype))
+    if _is_wide(A) and 1 <= rank < len(A) and (parts := _leading_outputs(A, C, rank, shrinkage)) is not None:
+        return parts
     outputs = truncated_svd(A @ input_root(C, shrinkage).to(A), rank)
     Q = torch.linalg.qr(outputs.U).Q
     return truncated_product(Q, Q.mT @ A, rank)._replace(error=outputs.error)

@@ -1,7 +1,7 @@
 """Which layers of a model change form, and how a layer is put in the place of another."""
 
 from hf_drt.targets.attention import attention_split, join_attention, split_attention
-from hf_drt.targets.blocks import is_checkpointing_layer
+from hf_drt.targets.blocks import block_roots, is_checkpointing_layer
 from hf_drt.targets.experts import copies
 from hf_drt.targets.presence import present_layer
 from hf_drt.targets.selection import Selection, find_targets, is_layer
@@ -12,6 +12,7 @@ __all__ = [
     "Selection",
     "Swap",
     "attention_split",
+    "block_roots",
     "copies",
     "find_targets",
     "is_checkpointing_layer",

@@ -10,6 +10,7 @@ from hf_drt.linalg import (
     singular_values,
     truncated_svd,
     truncation_error,
+    weighted_directions,
     weighted_product,
     weighted_truncation,
 )
@@ -160,3 +161,46 @@ def test_of_a_product_without_forming_it(shape):
 def test_what_is_no_second_moment_is_refused(C, shrinkage, message):
     with pytest.raises(ValueError, match=message):
         weighted_truncation(random(6, 4), C, 2, shrinkage)
+
+
+# Of a wide matrix by its outputs' second moments, of a large tall one by a Gram matrix, of others by the SVD.
+DIRECTIONS = [(12, 20), (20, 12), (24, 640), (300, 160), (160, 192)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", DIRECTIONS, ids=str)
+def test_directions_of_the_outputs_and_their_sizes(shape, dtype):
+    W, C = random(*shape), moments(shape[1])
+    U, s = weighted_directions(W.to(dtype), C.to(dtype))
+    values = torch.linalg.eigvalsh(W @ shrunk(C) @ W.mT)
+    k = min(shape)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-8
+    torch.testing.assert_close(s.double(), values.flip(0)[:k].clamp_min(0).sqrt(), rtol=tolerance, atol=1e-6)
+    for rank in (1, 6, k - 1):
+        left = W - U[:, :rank].double() @ (U[:, :rank].double().mT @ W)
+        optimum = values.flip(0)[rank:].clamp_min(0).sum()
+        torch.testing.assert_close((left @ shrunk(C) * left).sum(), optimum, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(U.mT @ U, torch.eye(k, dtype=dtype), rtol=0, atol=5e-4)
+
+
+@pytest.mark.parametrize("C", [torch.zeros(640, 640), moments(640)[:, :1].double() @ moments(640)[:1].double()])
+def test_of_wide_matrices_with_no_input_and_with_one(C):
+    W, C = random(24, 640), C.double() @ C.double().mT
+    U, s = weighted_directions(W, C)
+    torch.testing.assert_close(s, torch.linalg.svdvals(W @ input_root(C)), rtol=1e-6, atol=1e-8)
+    P = matrix(weighted_truncation(W, C, 5))
+    torch.testing.assert_close(P, U[:, :5] @ U[:, :5].mT @ W, rtol=1e-6, atol=1e-8)
+
+
+def test_a_wide_matrix_of_low_rank_keeps_its_value():
+    """What is left out is too little for the outputs' second moments to tell from rounding."""
+    W, C = (random(24, 4) @ random(4, 640, seed=3)).float(), moments(640).float()
+    parts = weighted_truncation(W, C, 4)
+    torch.testing.assert_close(matrix(parts), W, rtol=1e-4, atol=1e-4)
+    assert parts.error < 1e-4
+
+
+@pytest.mark.parametrize("wrong", [torch.full((640, 640), torch.nan), -torch.eye(640), torch.ones(2, 640)])
+def test_what_is_no_second_moment_of_many_inputs_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"second moments"):
+        weighted_directions(torch.randn(24, 640), wrong)

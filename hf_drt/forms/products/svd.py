@@ -56,9 +56,9 @@ class Svd(TwoFactors):
             return self._split(form.rank, adapter, source)
         k, narrow, C = _kept(form, source), source.narrow, None if form.adapts else source.covariance
         if C is not None and narrow is not None:
-            return weighted_product(*source.factors(narrow), C, k)
+            return stacked_truncation(weighted_product, *source.factors(narrow), C, rank=k)
         if C is not None:
-            return weighted_truncation(source.matrix(), C, k)
+            return stacked_truncation(weighted_truncation, source.matrix(), C, rank=k)
         if narrow is not None:
             return stacked_truncation(truncated_product, *source.factors(narrow), rank=k)
         return stacked_truncation(truncated_svd, source.matrix(), rank=k)

@@ -1,0 +1,130 @@
+"""The second moments that a compression goes by, gathered of all layers at once or of one block at a time."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from hf_drt.compress.layers import truncated_parts
+from hf_drt.compress.objective import Loss
+from hf_drt.covariance import checked_batches, covariances_of, output_gradients_of
+from hf_drt.forms import Form, layer_of, prepare, stack_count
+from hf_drt.forms import form_of as _form_of
+from hf_drt.targets import Swap, attention_split, block_roots, replace
+
+
+class Moments(NamedTuple):
+    """Second moments of one layer.
+
+    Attributes:
+        C: Of its inputs.
+        G: Of the loss's gradients at its outputs; None where they do not count, or it has none.
+    """
+
+    C: Tensor | None = None
+    G: Tensor | None = None
+
+
+class Inputs:
+    """Second moments of the inputs of a model's layers on calibration batches, as they are asked for.
+
+    Args:
+        model: In which the layers are.
+        names: Of the layers, in the model's order.
+        calibration: Batches; None for a compression by weights alone, which has no moments.
+        sequential: Gather those of one group of layers at a time, with the model as it is by then; else all at once, of
+            the model as it is first.
+
+    Attributes:
+        groups: The layers by block, a layer outside of blocks by itself, if ``sequential``; else all in one.
+        batches: The calibration; those of an iterator are kept where they are needed more than once.
+
+    Raises:
+        TypeError: The calibration cannot be iterated over.
+    """
+
+    def __init__(
+        self, model: nn.Module, names: list[str], calibration: Iterable[Any] | None, sequential: bool, again: bool
+    ):
+        self._model, self._sequential = model, sequential
+        self.groups = _by_block(model, names) if sequential else [names]
+        self.batches: Any = calibration
+        if calibration is not None and (again or sequential):
+            self.batches = list(checked_batches(calibration))
+        self._kept: dict[str, dict[str, Tensor]] = {}
+
+    def of(self, names: Iterable[str], loss: Loss | None = None) -> dict[str, Moments]:
+        """Those of some layers of one group, by name, which the caller may take out; with a loss ``G`` too."""
+        names = list(names)
+        if self.batches is None or not names:
+            return {}
+        inputs = self._asked(names, "C", lambda some: self._gathered(some, self._last(some)))
+        outputs = {} if loss is None else self._asked(names, "G", lambda some: self._gradients(some, loss))
+        return {name: Moments(inputs[name], outputs.get(name)) for name in names if name in inputs}
+
+    def _asked(
+        self, names: list[str], kind: str, gather: Callable[[list[str]], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        if self._sequential:
+            return gather(names)
+        if kind not in self._kept:
+            self._kept[kind] = gather(self.groups[0])
+        return self._kept[kind]
+
+    def _gradients(self, names: list[str], loss: Loss) -> dict[str, Tensor]:
+        with attention_split(self._model):
+            return output_gradients_of(self._model, self._layers(names), self.batches, loss)
+
+    def _gathered(self, names: list[str], last: str | None) -> dict[str, Tensor]:
+        # Packed attention does not call its projections as layers, and does so for as long as it is split.
+        with attention_split(self._model):
+            module = None if last is None else self._model.get_submodule(last)
+            return covariances_of(self._model, self._layers(names), self.batches, module)
+
+    def _layers(self, names: Iterable[str]) -> dict[str, nn.Module]:
+        return {name: layer_of(self._model, name) for name in names}
+
+    def _last(self, names: list[str]) -> str | None:
+        """The block that a group's layers are in, or the layer itself; None of fused experts, and of all layers."""
+        if not self._sequential:
+            return None
+        root = _root(names[0], list(block_roots(self._model)))
+        return root if root != names[0] or stack_count(layer_of(self._model, root)) is None else None
+
+
+def _root(name: str, roots: list[str]) -> str:
+    return next((root for root in roots if name.startswith(f"{root}.")), name)
+
+
+def _by_block(model: nn.Module, names: list[str]) -> list[list[str]]:
+    roots, groups = list(block_roots(model)), {}
+    for name in names:
+        groups.setdefault(_root(name, roots), []).append(name)
+    return list(groups.values())
+
+
+@contextmanager
+def tried(model: nn.Module, forms: dict[str, Form], inputs: Inputs, loss: Loss | None) -> Iterator[None]:
+    """Within, the model computes with its layers truncated to these forms; each layer is back in its place after.
+
+    Args:
+        forms: By name, of the layers that lose something by them.
+        loss: By which outputs are weighed; None for inputs alone.
+    """
+    undo: list[Swap] = []
+    with attention_split(model):
+        try:
+            for group in inputs.groups:
+                changing = [n for n in group if n in forms and _form_of(layer_of(model, n)) != forms[n]]
+                moments = inputs.of(changing, loss)
+                for name in changing:
+                    layer, form = layer_of(model, name), forms[name]
+                    parts = truncated_parts(layer, form, *moments.pop(name, Moments()))
+                    new = prepare(layer, form, parts=parts).module
+                    replace(model, [Swap(name, layer, new)])
+                    undo.append(Swap(name, new, layer))
+            yield
+        finally:
+            for swap in reversed(undo):
+                replace(model, [swap])
