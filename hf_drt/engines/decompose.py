@@ -117,8 +117,8 @@ def _taken(engine: Engine, job: Job, owner: int, own: dict[int, Parts], index: i
         return part
     if part is None:
         like = next(job.module.parameters())
-        own = {name: p for name, p in job.module.named_parameters() if name != "bias"}
-        dtype, device = decomposed_dtype(own), engine.device(like)
+        tensors = {name: p for name, p in job.module.named_parameters() if name != "bias"}
+        dtype, device = decomposed_dtype(tensors), engine.device(like)
         part = tuple(torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
     for tensor in part:
         dist.broadcast(tensor, src=owner)

@@ -218,6 +218,7 @@ class AdapterLinear(LowRankLinear):
     In ``form.dtype`` where that is set, widened for each product: in int8 it holds codes, and ``base_scale`` the scale
     of each row of W, in float32 and of the same layout."""
 
+    form: Adapter  # pyright: ignore[reportIncompatibleVariableOverride]
     base: nn.Parameter
 
     @property

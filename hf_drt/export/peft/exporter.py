@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_drt.checkpoint import undeclared
 from hf_drt.export.dense import check_no_factors
@@ -13,7 +13,7 @@ from hf_drt.export.merge import dense_state_dict, presented
 from hf_drt.export.peft.files import CONFIG_NAME, WEIGHTS_NAME
 from hf_drt.export.peft.save import base_state_dict, check_adapters, write_adapter
 from hf_drt.export.written import Written
-from hf_drt.forms import AdapterLinear, is_projection, stack_count
+from hf_drt.forms import AdapterLinear, LowRankLinear, is_projection, stack_count
 from hf_drt.registry import EXPORTERS
 from hf_drt.schedule import Phase
 
@@ -76,7 +76,7 @@ model = PeftModel.from_pretrained(base, "{repository}")"""
         if saving.writes:
             saving.files.make_room(self.files)
         if saving.state is None:
-            with presented(model, lambda layer: layer.whole_base()):
+            with presented(model, _base):
                 saving.save(str(base), None)
         else:
             with undeclared(model):
@@ -91,6 +91,12 @@ model = PeftModel.from_pretrained(base, "{repository}")"""
     def verify(self, written: Written, model: nn.Module) -> None:
         """The base is dense."""
         check_no_factors(written, model)
+
+
+def _base(layer: LowRankLinear) -> Tensor:
+    """That of an adapter, as others have been refused."""
+    assert isinstance(layer, AdapterLinear)
+    return layer.whole_base()
 
 
 EXPORTERS.add("adapter", AdapterExporter())
