@@ -45,9 +45,9 @@ ALLOWED = {
     "trainer":    {"activations", "checkpoint", "config", "controller", "ema", "engines", "export", "forms", "optim",
                    "planning", "precision", "registry", "schedule", "targets", "transition"},
     "report":     {"checkpoint", "schedule"},
-    "cli":        {"activations", "checkpoint", "config", "controller", "doctor", "ema", "export", "forms", "inspect",
-                   "messages", "optim", "planning", "precision", "registry", "report", "schedule", "simulate", "tables",
-                   "trainer"},
+    "cli":        {"activations", "checkpoint", "compress", "config", "controller", "doctor", "ema", "export", "forms",
+                   "inspect", "messages", "optim", "planning", "precision", "registry", "report", "schedule",
+                   "simulate", "tables", "trainer"},
     "run":        {"config", "native_format", "trainer"},
     "trl":        {"trainer"},
 }

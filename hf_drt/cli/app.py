@@ -13,6 +13,7 @@ COMMANDS = {
     "report": "What one or several runs did, as one HTML page.",
     "inspect": "What is in a checkpoint: forms, ranks and spectra.",
     "export": "Write a checkpoint as a dense, native or PEFT model.",
+    "compress": "Make a trained model smaller, calibrated on texts.",
     "compare": "How two checkpoints differ: logits and weights.",
     "doctor": "What holds on this machine, and what does not.",
 }

@@ -1,6 +1,5 @@
 """``hf-drt export``: a checkpoint as a dense or a native model, a PEFT one, or one in linear pairs."""
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +7,7 @@ import typer
 from torch import Tensor, nn
 from typer import Option
 
+from hf_drt.cli.folders import copy_beside, refuse_full
 from hf_drt.cli.output import progress
 from hf_drt.cli.source import load, local_folder, read_config
 from hf_drt.ema import AVERAGE_NAME, read_average
@@ -16,12 +16,6 @@ from hf_drt.forms import Adapter
 from hf_drt.inspect import read_checkpoint
 from hf_drt.messages import some
 from hf_drt.registry import EXPORTERS
-
-# What lies beside the weights of a model and belongs to it; a checkpoint's optimizer, states and card do not.
-_BESIDE = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*",
-    "preprocessor_config.json", "processor_config.json", "feature_extractor*",
-)  # fmt: skip
 
 
 def export(
@@ -40,8 +34,7 @@ def export(
     if average and format != "dense":
         raise typer.BadParameter(f"an average is dense, got --format {format}.", param_hint="--average")
     folder = local_folder(source)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists and is not an empty folder. Give another target, or remove it.")
+    refuse_full(target)
     if folder.is_dir() and RANKS in vars(read_config(str(folder))):
         raise ValueError(
             f"{source} is in linear pairs, of which no other form is made. Export the checkpoint that it was made of."
@@ -63,7 +56,7 @@ def export(
 
         written = save_export(model, str(target), format, save)
         tick()
-        _copy_beside(folder, target)
+        copy_beside(folder, target)
         tick()
     what = "the average of its weights" if average else found.kind
     typer.echo(f"{source}: {what}, written to {target} as {written}")
@@ -77,8 +70,3 @@ def _take(model: nn.Module, averages: dict[str, Tensor]) -> None:
     """
     if foreign := model.load_state_dict(averages, strict=False).unexpected_keys:
         raise ValueError(f"{AVERAGE_NAME} is of another model: it has {some(foreign)}, which the model lacks.")
-
-
-def _copy_beside(folder: Path, target: Path) -> None:
-    for path in sorted({path for pattern in _BESIDE for path in folder.glob(pattern) if path.is_file()}):
-        shutil.copy(path, target / path.name)

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
 from hf_drt.checkpoint import STATE_NAME, CheckpointError, read_state
-from hf_drt.export import RANKS, paired_base, paired_class
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _PREFIX = "AutoModelFor"
@@ -96,6 +95,8 @@ def model_class(config: PretrainedConfig, task: str | None) -> type:
     for name in config.architectures or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
+    from hf_drt.export import RANKS, paired_base, paired_class  # here, since it imports torchao where that is installed
+
     if RANKS in vars(config) and (base := paired_base(config.architectures)) is not None:
         return paired_class(base)  # hf_drt's own: no code of the folder is run
     raise ValueError(

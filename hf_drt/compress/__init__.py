@@ -2,6 +2,16 @@
 
 from hf_drt.compress.allocation import Curve, allocate
 from hf_drt.compress.compression import compress, plan_compression
+from hf_drt.compress.criteria import ALLOCATIONS
 from hf_drt.compress.result import Compression, LayerCompression, Trial
 
-__all__ = ["Compression", "Curve", "LayerCompression", "Trial", "allocate", "compress", "plan_compression"]
+__all__ = [
+    "ALLOCATIONS",
+    "Compression",
+    "Curve",
+    "LayerCompression",
+    "Trial",
+    "allocate",
+    "compress",
+    "plan_compression",
+]

@@ -1,7 +1,6 @@
 """A trained model's layers as factors, for a smaller and faster model: truncated where their spectrum allows it."""
 
 import logging
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace as with_fields
 from functools import partial
@@ -24,8 +23,6 @@ from hf_drt.targets import split_attention
 from hf_drt.transition import exchange_layers
 
 logger = logging.getLogger(__name__)
-DEEP, LARGE = 0.95, 0.05  # from which share of the parameters, and which relative error, weights alone are warned of
-EXPECT = "SmolLM2-135M, cut so to 0.8, was hardly better than guessing (docs/compression.md)."
 
 
 def compress(
@@ -92,7 +89,8 @@ def compress(
     choice = chosen(model, request)
     plan = choice.plan
     before = _measured(model, evaluate)
-    _warn_of_weights_alone(plan)
+    if plan.warning is not None:
+        logger.warning("%s Give calibration=batches.", plan.warning)
     split_attention(model, [layer.name for layer in plan.layers])
     _carried_out(model, choice)
     declare(model)
@@ -141,20 +139,6 @@ def _carried_out(model: nn.Module, choice: Choice) -> None:
 
 def _prepared(form: Form, moments: dict[str, Moments], name: str, layer: nn.Module) -> Conversion:
     return prepare(layer, form, parts=truncated_parts(layer, form, *moments.pop(name, Moments())))
-
-
-def _warn_of_weights_alone(plan: Compression) -> None:
-    """A deep cut without calibration ends in a model that is of little use; it must not do so in silence."""
-    error = math.sqrt(plan.squared_error / len(plan.layers))
-    if plan.calibrated or plan.flops > DEEP or error < LARGE:
-        return
-    logger.warning(
-        "%.2f of the target layers' parameters are kept, by the weights alone (relative error %.2f on average): expect "
-        "a model that has to be trained again. %s Give calibration=batches.",
-        plan.flops,
-        error,
-        EXPECT,
-    )
 
 
 @torch.no_grad()

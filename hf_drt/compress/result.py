@@ -1,9 +1,12 @@
 """What a compression does, or has done: by layer, in all, and as a table."""
 
+import math
 from dataclasses import dataclass
 
 from hf_drt.forms import Factored, Form
 from hf_drt.tables import plain_table
+
+DEEP, LARGE = 0.95, 0.05  # from which share of the parameters, and which relative error, weights alone are warned of
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,18 @@ class Compression:
     def loss_difference(self) -> float | None:
         """What it costs: ``evaluate`` after minus before."""
         return None if self.loss is None else self.loss[1] - self.loss[0]
+
+    @property
+    def warning(self) -> str | None:
+        """What to expect of a deep cut without calibration, which ends in a model that is of little use; else None."""
+        error = math.sqrt(self.squared_error / len(self.layers))
+        if self.calibrated or self.flops > DEEP or error < LARGE:
+            return None
+        return (
+            f"{self.flops:.2f} of the target layers' parameters are kept, by the weights alone (relative error "
+            f"{error:.2f} on average): expect a model that has to be trained again. SmolLM2-135M, cut so to 0.8, was "
+            "hardly better than guessing (docs/compression.md). Calibrate it on texts or batches like those it is for."
+        )
 
     def __str__(self) -> str:
         columns = ("layer", "out x in", "rank", "error", "before", "after", "share")

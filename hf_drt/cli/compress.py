@@ -1,0 +1,122 @@
+"""``hf-drt compress``: a trained model made smaller, by calibration on texts."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+from typer import Option
+
+from hf_drt.cli.folders import copy_beside, refuse_full
+from hf_drt.cli.output import print_json, progress
+from hf_drt.cli.source import load, local_folder
+from hf_drt.cli.texts import text_batches
+from hf_drt.compress import ALLOCATIONS, Compression
+from hf_drt.compress import compress as compressed
+from hf_drt.export import save_export
+
+FORMATS = ("native", "dense", "linear-pairs")
+_ROWS = 8  # samples of a batch
+
+
+def compress(
+    source: Annotated[str, typer.Argument(help="Folder of a trained model, or a repository on the Hub.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; it must not exist, or be empty.")],
+    parameters: Annotated[
+        float | None, Option(help="Share of the target layers' parameters to keep, between 0 and 1.")
+    ] = None,
+    energy: Annotated[float | None, Option(help="Or: share of each layer's squared norm to keep.")] = None,
+    rank_ratio: Annotated[float | None, Option(help="Or: rank as a share of min(out, in).")] = None,
+    rank: Annotated[int | None, Option(help="Or: the rank of all layers.")] = None,
+    calibration: Annotated[
+        str | None, Option(help="Texts like those the model is for: .txt, .jsonl with 'text', or a data set.")
+    ] = None,
+    evaluation: Annotated[str | None, Option(help="Other such texts: the loss on them, before and after.")] = None,
+    samples: Annotated[int, Option(min=1, help="Of each of the two, at most.")] = 64,
+    length: Annotated[int, Option(min=1, help="Tokens of a sample.")] = 512,
+    allocation: Annotated[str | None, Option(help=f"How a budget is shared out: {', '.join(ALLOCATIONS)}.")] = None,
+    sequential: Annotated[bool, Option("--sequential", help="Block by block, for want of memory.")] = False,
+    include: Annotated[list[str] | None, Option(help="Patterns of layers; several times for several.")] = None,
+    exclude: Annotated[list[str] | None, Option(help="Patterns of layers that stay as they are.")] = None,
+    format: Annotated[str, Option(help=f"What is written: {', '.join(FORMATS)}.")] = "native",
+    task: Annotated[str | None, Option(help="E.g. causal-lm; by default what the configuration says.")] = None,
+    json: Annotated[bool, Option("--json", help="JSON in place of tables.")] = False,
+) -> None:
+    """Make a trained model smaller: its layers as factors, by exactly one of --parameters, --energy, --rank-ratio and
+    --rank.
+
+    Tokenizer and processor files are copied along.
+    """
+    if format not in FORMATS:
+        raise typer.BadParameter(f"must be one of {', '.join(FORMATS)}, got '{format}'.", param_hint="--format")
+    folder = local_folder(source)
+    refuse_full(target)
+    with progress("compress", 4) as tick:
+        model: Any = load(folder, task)
+        tick()
+        sizes = (samples, length)
+        batches = None if calibration is None else _batches(calibration, folder, model, *sizes)
+        others = None if evaluation is None else _batches(evaluation, folder, model, *sizes)
+        tick()
+        result = compressed(
+            model, parameters=parameters, energy=energy, rank_ratio=rank_ratio, rank=rank, calibration=batches,
+            allocation=allocation, sequential=sequential, include=include, exclude=exclude,
+            evaluate=None if others is None else lambda model: _loss(model, others),
+        )  # fmt: skip
+        tick()
+        save_export(model, str(target), format, lambda where, state: model.save_pretrained(where, state_dict=state))
+        copy_beside(folder, target)
+        tick()
+    _report(result, target, format, json)
+
+
+def _batches(texts: str, folder: Path, model: nn.Module, samples: int, length: int) -> list[dict[str, Any]]:
+    return text_batches(texts, folder, _is_causal(model), samples, length, _ROWS)
+
+
+def _is_causal(model: nn.Module) -> bool:
+    name = type(model).__name__
+    return "CausalLM" in name or "LMHead" in name
+
+
+def _loss(model: nn.Module, batches: list[dict[str, Any]]) -> float:
+    """Mean over the batches of the model's own loss.
+
+    Raises:
+        ValueError: It has none.
+    """
+    losses = []
+    for batch in batches:
+        labels = {"labels": batch["input_ids"]} if _is_causal(model) else {}
+        with torch.no_grad():
+            loss = getattr(model(**batch, **labels), "loss", None)
+        if loss is None:
+            raise ValueError("the texts of --evaluation give no loss: they have no 'label'. Add it, or leave it out.")
+        losses.append(float(loss))
+    return sum(losses) / len(losses)
+
+
+def _report(result: Compression, target: Path, format: str, json: bool) -> None:
+    warning = result.warning and f"{result.warning} Give --calibration."
+    if json:
+        layers = [
+            {
+                "name": layer.name, "shape": layer.shape, "rank": layer.rank, "error": layer.error,
+                "parameters": layer.parameters,
+            }
+            for layer in result.layers
+        ]  # fmt: skip
+        print_json(
+            {
+                "criterion": result.criterion, "allocation": result.allocation, "parameters": result.parameters,
+                "model_parameters": result.model_parameters, "trials": [asdict(trial) for trial in result.trials],
+                "loss": result.loss, "layers": layers, "warning": warning,
+            }
+        )  # fmt: skip
+        return
+    typer.echo(str(result))
+    if warning:
+        typer.echo(f"warning: {warning}", err=True)
+    typer.echo(f"written to {target} as {format}")

@@ -1,0 +1,131 @@
+"""``hf-drt compress``: a folder of a trained model, and texts, to a folder of a smaller one."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from hf_drt.compress import compress
+from hf_drt.forms import Dense, Factored, form_of
+
+WORDS = " ".join(f"w{(i * i + i // 7) % tiny.VOCAB}" for i in range(600))
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A small Llama, its tokenizer, and texts."""
+    folder = tmp_path / "model"
+    tiny.llama().save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(tiny.VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w0").save_pretrained(folder)
+    (tmp_path / "texts.txt").write_text(WORDS)
+    return folder
+
+
+def short(folder, target, *flags):
+    return ("compress", folder, target, "--samples", "8", "--length", "16", *flags)
+
+
+def test_it_does_what_the_function_does_on_the_same_tokens(hf_drt, source, tmp_path):
+    texts = ("--calibration", tmp_path / "texts.txt", "--evaluation", tmp_path / "texts.txt")
+    result = hf_drt(*short(source, tmp_path / "small", "--parameters", "0.6", *texts))
+    assert result.code == 0, result.err
+    model = AutoModelForCausalLM.from_pretrained(source)
+    ids = torch.tensor([int(word[1:]) for word in WORDS.split()][: 8 * 16]).view(8, 16)
+
+    def loss(model):
+        return float(model(input_ids=ids, labels=ids).loss)
+
+    expected = compress(model, parameters=0.6, calibration=[{"input_ids": ids}], evaluate=loss)
+    assert str(expected) in result.out
+    assert f"written to {tmp_path / 'small'} as native" in result.out
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert torch.equal(tiny.logits(written, {"input_ids": ids}), tiny.logits(model.eval(), {"input_ids": ids}))
+    assert (tmp_path / "small" / "tokenizer.json").is_file()
+    assert result.err == ""
+
+
+def test_without_calibration_it_warns_and_says_what_to_expect(hf_drt, source, tmp_path):
+    result = hf_drt("compress", source, tmp_path / "small", "--rank", "4", "--format", "dense", "--json")
+    assert result.code == 0, result.err
+    told = json.loads(result.out)
+    assert told["criterion"] == "rank=4"
+    assert "expect a model that has to be trained again" in told["warning"]
+    assert told["warning"].endswith("Give --calibration.")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    W = loaded.model.layers[0].mlp.up_proj.weight
+    assert torch.linalg.matrix_rank(W.float()) == 4
+    plain = hf_drt("compress", source, tmp_path / "plain", "--rank", "4")
+    assert plain.err.startswith("warning: ")
+
+
+def test_rows_of_other_models_have_labels_and_lengths_of_their_own(hf_drt, source, tmp_path):
+    folder = tmp_path / "classifier"
+    BertForSequenceClassification(tiny.bert().config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    rows = [{"text": " ".join(WORDS.split()[i : i + 3 + i % 5]), "label": i % 2} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
+    for texts in ("rows.jsonl", "rows"):
+        flags = ("--calibration", tmp_path / texts, "--evaluation", tmp_path / texts, "--parameters", "0.7", "--json")
+        result = hf_drt(*short(folder, tmp_path / f"small-{texts}", *flags))
+        assert result.code == 0, result.err
+        told = json.loads(result.out)
+        assert [trial["allocation"] for trial in told["trials"]] == ["dense", "harm", "uniform"]
+        assert told["loss"][0] > 0
+    unlabelled = [{"text": row["text"]} for row in rows]
+    (tmp_path / "plain.jsonl").write_text("\n".join(map(json.dumps, unlabelled)))
+    flags = ("--evaluation", tmp_path / "plain.jsonl", "--parameters", "0.7")
+    result = hf_drt(*short(folder, tmp_path / "none", *flags))
+    assert (result.code, "--evaluation give no loss: they have no 'label'" in result.err) == (1, True), result.err
+    assert not (tmp_path / "none").exists()
+
+
+def test_layers_are_chosen_by_patterns(hf_drt, source, tmp_path):
+    flags = ("--rank", "4", "--include", "mlp", "--exclude", "down_proj$")
+    assert hf_drt("compress", source, tmp_path / "small", *flags).code == 0
+    block = AutoModelForCausalLM.from_pretrained(tmp_path / "small").model.layers[0]
+    layers = (block.mlp.up_proj, block.mlp.down_proj, block.self_attn.q_proj)
+    assert [form_of(layer) for layer in layers] == [Factored(4), Dense(), Dense()]
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (("--rank", "4", "--format", "gguf"), 2, "must be one of native, dense, linear-pairs, got 'gguf'"),
+        ((), 1, "give exactly one of rank, rank_ratio, energy, parameters; got none"),
+        (("--rank", "4", "--parameters", "0.5"), 1, "got rank and parameters"),
+        (("--parameters", "1.5"), 1, "parameters must be a share"),
+        (("--parameters", "0.5", "--allocation", "harm"), 1, "needs calibration batches"),
+        (("--parameters", "0.5", "--calibration", "nowhere.csv"), 1, "no texts can be read from nowhere.csv"),
+        (("--parameters", "0.5", "--calibration", "{}/texts.csv"), 1, "is neither a .txt nor a .jsonl file"),
+        (("--parameters", "0.5", "--calibration", "{}/bad.jsonl"), 1, "line 2 of"),
+        (("--parameters", "0.5", "--calibration", "{}/keys.jsonl"), 1, "row 1 of"),
+        (("--parameters", "0.5", "--calibration", "{}/few.txt"), 1, "fewer than 16 tokens of text"),
+    ],
+)
+def test_it_refuses(hf_drt, source, tmp_path, flags, code, message):
+    for name, text in (
+        ("texts.csv", WORDS), ("bad.jsonl", '{"text": "w1"}\nw2'), ("keys.jsonl", '{"words": "w1"}'),
+        ("few.txt", "w1 w2"),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(text)
+    result = hf_drt(*short(source, tmp_path / "small", *(flag.format(tmp_path) for flag in flags)))
+    assert (result.code, message in result.err) == (code, True), result.err
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_model_without_a_tokenizer_and_a_full_folder_are_refused(hf_drt, source, tmp_path):
+    flags = ("--parameters", "0.5", "--calibration", tmp_path / "texts.txt")
+    full = hf_drt(*short(source, source, *flags))
+    assert (full.code, "exists and is not an empty folder" in full.err) == (1, True)
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer_config.json").unlink()
+    result = hf_drt(*short(source, tmp_path / "small", *flags))
+    assert (result.code, "texts are for models with a tokenizer" in result.err) == (1, True), result.err
