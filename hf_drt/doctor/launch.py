@@ -18,6 +18,7 @@ SECONDS = 120  # that an engine may take, beside what it compiles
 DENSE = "dense.pt"  # in the folder of a trial: W of all layers, after all steps
 _PATIENCE = 3  # seconds that a process has, when it is ended, to put things in order
 _PACKAGES = str(Path(__file__).parents[2])
+_RANK = re.compile(r"^\[rank\d+\]: ?")  # which torch.distributed puts before the lines of a traceback
 _ERROR = re.compile(r"^[\w.]*(Error|Exception|Interrupt|Exit)\b")
 
 
@@ -98,7 +99,11 @@ def run(words: Sequence[str], processes: int, folder: Path, seconds: float) -> s
     extension is compiled they are not (:mod:`hf_drt.doctor.extensions`).
     """
     paths = [_PACKAGES, *filter(None, [os.environ.get("PYTHONPATH")])]
-    group = {"WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    # Accelerate wants to know an address, though the processes have found each other before it asks.
+    group = {
+        "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths),
+    }  # fmt: skip
     outputs = [folder / f"output-{rank}.txt" for rank in range(processes)]
     running: dict[int, subprocess.Popen] = {}
     try:
@@ -156,6 +161,7 @@ def _ended(code: int) -> str:
 
 def _last_words(output: Path) -> str:
     """The line that names an error, or the last one that a process has printed."""
-    lines = [line.strip() for line in output.read_text(errors="replace").splitlines() if line.strip()]
+    text = output.read_text(errors="replace")
+    lines = [line for line in (_RANK.sub("", line).strip() for line in text.splitlines()) if line]
     errors = [line for line in lines if _ERROR.match(line)]
     return f": {(errors or lines)[-1][:300]}" if lines else ""

@@ -33,6 +33,10 @@ def test_processes_that_end_well_have_nothing_to_tell(tmp_path):
     ("text", "told"),
     [
         ("raise ValueError('no gloo here')", "process 1 ended with 1: ValueError: no gloo here"),
+        (
+            "print('[rank1]: KeyError: 7\\n[rank1]:W1130 a warning'); sys.exit(1)",
+            "process 1 ended with 1: KeyError: 7",
+        ),
         ("print('bye'); sys.exit(3)", "process 1 ended with 3: bye"),
         ("os.kill(os.getpid(), 9)", "process 1 was ended by SIGKILL"),
     ],
