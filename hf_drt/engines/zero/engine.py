@@ -49,7 +49,7 @@ class Zero(Engine):
         whole = {"stage3_gather_16bit_weights_on_model_save": True}
         parts = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 4096}
         return {
-            f"zero-{stage}": {
+            f"zero{stage}": {
                 "deepspeed": {
                     "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
                     "gradient_clipping": "auto", "bf16": {"enabled": "auto"},
