@@ -99,10 +99,9 @@ def run(words: Sequence[str], processes: int, folder: Path, seconds: float) -> s
     extension is compiled they are not (:mod:`hf_drt.doctor.extensions`).
     """
     paths = [_PACKAGES, *filter(None, [os.environ.get("PYTHONPATH")])]
-    # Accelerate wants to know an address, though the processes have found each other before it asks.
     group = {
-        "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths),
+        "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(paths),
     }  # fmt: skip
     outputs = [folder / f"output-{rank}.txt" for rank in range(processes)]
     running: dict[int, subprocess.Popen] = {}

@@ -258,7 +258,7 @@ def test_engines_start_in_a_process_of_their_own():
     found = {f.what: f for f in examine("engines", Bench(CPU, True)).findings}
     assert {found[name].result for name in ("single", "ddp", "fsdp2")} == {Result.HELD}
     if "deepspeed" not in found:  # it is installed
-        assert {(found[f"zero{stage}"].result, found[f"zero-{stage}"].seen) for stage in (1, 2, 3)} == {
+        assert {(found[f"zero{stage}"].result, found[f"zero{stage}"].seen) for stage in (1, 2, 3)} == {
             (Result.NOT_TRIED, ByTrainer({}).left_out(CPU, quick=True))
         }
 
