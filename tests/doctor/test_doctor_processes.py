@@ -286,3 +286,31 @@ def test_a_spec_is_what_the_worker_reads(tmp_path):
     launch = import_module("hf_drt.doctor.launch")
     each_engine("start", "cpu", 1, tmp_path, ["-c", "pass"])
     assert launch.Spec(**json.loads((tmp_path / "spec.json").read_text())) == launch.Spec("start", "cpu", 1, [], False)
+
+
+@pytest.mark.slow
+def test_an_engine_begun_by_its_library_that_gives_layers_other_weights_is_found(tmp_path):
+    """ZeRO with new parameters that are a hundredth too large."""
+    pytest.importorskip("deepspeed", reason="needs the extra deepspeed")
+    script = tmp_path / "worker.py"
+    script.write_text(
+        textwrap.dedent("""
+        import os, pathlib, sys
+        import torch
+        from hf_drt.doctor.worker import main
+        from hf_drt.engines import parts_of_zero
+        Zero = parts_of_zero().Zero
+        made = Zero._made
+        Zero._made = lambda engine, W, dtype: made(engine, torch.nn.Parameter(W * 1.01, W.requires_grad), dtype)
+        main(pathlib.Path(sys.argv[1]), int(os.environ["RANK"]))
+        sys.stdout.flush()
+        os._exit(0)
+        """)
+    )
+    processes = sys.modules["hf_drt.doctor.processes"]
+    others = ["single", "ddp", "fsdp2", "zero1", "zero3"]
+    seen = each_engine("train", "cpu", 2, tmp_path, [str(script)], skip=others)
+    assert seen.errors == {}
+    dense = torch.load(tmp_path / "zero2" / "dense.pt", weights_only=True)
+    finding = processes._as_one("zero2", dense, processes._alone(CPU))
+    assert (finding.what, finding.result) == ("zero2: as one process", Result.FAILED)
