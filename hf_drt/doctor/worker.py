@@ -7,6 +7,7 @@ FOLDER holds ``spec.json`` (:class:`hf_drt.doctor.launch.Spec`). Each process wr
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -24,6 +25,7 @@ Row = dict[str, Any]
 
 def main(folder: Path, rank: int) -> None:
     """Do the task for each engine that is not skipped."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background commands ignore
     spec = Spec(**json.loads((folder / "spec.json").read_text()))
     torch.set_num_threads(1)
     device = torch.device(spec.device, rank) if spec.device != "cpu" else torch.device("cpu")

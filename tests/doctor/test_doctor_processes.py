@@ -213,7 +213,8 @@ def test_the_time_begins_anew_with_each_row(tmp_path):
 def test_a_process_that_is_ended_puts_things_in_order(tmp_path):
     lock = tmp_path / "lock"
     code = f"""
-        import pathlib, time
+        import pathlib, signal, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as the worker does
         lock = pathlib.Path({str(lock)!r})
         try:
             lock.touch()
