@@ -35,6 +35,7 @@ def run(code: str, *arguments: str) -> str:
     [
         "from hf_drt import DynamicRank, DRTConfig, Schedule, find_targets, convert, declare, Transition",
         "from hf_drt.compress import compress; from hf_drt.simulate import estimate_run",
+        "from hf_drt.doctor import examine, worker",
     ],
 )
 def test_a_hand_written_loop_does_without_transformers(statement):

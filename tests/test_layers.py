@@ -39,7 +39,7 @@ ALLOWED = {
     "simulate":   {"activations", "config", "controller", "engines", "forms", "optim", "planning", "schedule",
                    "transition"},
     "ema":        {"checkpoint", "engines", "forms", "linalg", "messages", "targets"},
-    "doctor":     {"config", "controller", "engines", "forms", "linalg", "registry", "simulate"},
+    "doctor":     {"config", "controller", "engines", "forms", "linalg", "registry", "simulate", "trainer"},
     "export":     {"checkpoint", "config", "engines", "forms", "linalg", "messages", "native_format", "registry",
                    "schedule", "tables", "targets", "transition"},
     "trainer":    {"activations", "checkpoint", "config", "controller", "ema", "engines", "export", "forms", "optim",
@@ -53,7 +53,7 @@ ALLOWED = {
 }
 STDLIB_ONLY = {"after_import", "config", "lazy", "messages", "native_format", "patterns", "registry", "renamed",
                "schedule", "tables"}
-KNOWS_TRANSFORMERS = {"trainer", "export", "run", "cli"}
+KNOWS_TRANSFORMERS = {"trainer", "export", "run", "cli", "doctor"}
 # fmt: on
 
 

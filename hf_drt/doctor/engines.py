@@ -17,7 +17,7 @@ def check_engines(bench: Bench) -> Iterator[Finding]:
         yield not_tried("engines", why)
         return
     with tempfile.TemporaryDirectory() as folder:
-        seen = each_engine("start", device, 1, Path(folder))
+        seen = each_engine("start", device, 1, Path(folder), quick=bench.quick)
     for name, row in seen.rows.items():
         if "left_out" in row:
             yield not_tried(name, row["left_out"])

@@ -43,11 +43,11 @@ class Decoder(nn.Module):
         return self.head(self.norm(x))
 
 
-def decoder(*sizes: int, seed: int = 0) -> Decoder:
+def decoder(*sizes: int, seed: int = 0, kind: type[Decoder] = Decoder) -> Decoder:
     """The same weights every time; the global generator is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Decoder(*sizes)
+        return kind(*sizes)
 
 
 def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:

@@ -14,11 +14,12 @@ from torch import Tensor
 from hf_drt.doctor.check import Bench, Finding, Result, found, not_tried
 from hf_drt.doctor.devices import devices_here
 from hf_drt.doctor.engines import no_group
-from hf_drt.doctor.launch import Seen, each_engine
+from hf_drt.doctor.launch import DENSE, Seen, each_engine
 from hf_drt.doctor.trial_loop import SAVED, STEPS, TrialLoop
 from hf_drt.engines import Single
 
 PROCESSES = 2
+_UNJOINED = ("single",)  # engines whose processes know nothing of each other
 _CLOSE = 1e-3  # relative difference of a weight from that of one process
 
 
@@ -33,17 +34,16 @@ def check_processes(bench: Bench) -> Iterator[Finding]:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        first = each_engine("train", kind, PROCESSES, folder)
-        second = each_engine("resume", kind, PROCESSES, folder) if first.rows else Seen()
+        first = each_engine("train", kind, PROCESSES, folder, skip=_UNJOINED, quick=bench.quick)
+        rest = [*_UNJOINED, *first.errors, *(engine for engine, row in first.rows.items() if "left_out" in row)]
+        second = each_engine("resume", kind, PROCESSES, folder, skip=rest) if first.rows else Seen()
         alone = _alone(torch.device(kind))
         for engine, row in first.rows.items():
-            if engine == "single":  # its processes know nothing of each other
-                continue
             if "left_out" in row:
                 yield not_tried(engine, row["left_out"])
                 continue
             yield _equal(engine, row["equal"])
-            yield _as_one(engine, torch.load(folder / f"{engine}-dense.pt", weights_only=True), alone)
+            yield _as_one(engine, torch.load(folder / engine / DENSE, weights_only=True), alone)
             yield _resumed(engine, row["digest"], second)
         for engine, error in first.errors.items():
             yield Finding(engine or "two processes", Result.FAILED, error)
@@ -76,7 +76,7 @@ def _resumed(engine: str, digest: str, second: Seen) -> Finding:
         return Finding(what, Result.FAILED, error)
     row = second.rows.get(engine, {})
     if "digests" not in row:
-        return not_tried(what, row.get("left_out", "the new processes did not come to it"))
+        return not_tried(what, "the new processes did not come to it")
     same = set(row["digests"]) == {digest}
     seen = f"saved after {SAVED} steps, new processes end with {'the same' if same else 'other'} bits"
     return found(what, same, seen)

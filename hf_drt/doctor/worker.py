@@ -7,7 +7,9 @@ FOLDER holds ``spec.json`` (:class:`hf_drt.doctor.launch.Spec`). Each process wr
 import json
 import math
 import os
+import signal
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hf_drt.doctor.check import told
-from hf_drt.doctor.launch import SECONDS, Spec
-from hf_drt.doctor.model import decoder
-from hf_drt.doctor.trial_loop import SAVED, STEPS, TrialLoop
-from hf_drt.engines import ENGINES, Engine, engine_of, import_engines
+from hf_drt.doctor.launch import DENSE, SECONDS, Spec
+from hf_drt.doctor.trials import Place, Trial, trials
 
 Row = dict[str, Any]
 
 
 def main(folder: Path, rank: int) -> None:
     """Do the task for each engine that is not skipped."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background commands ignore
     spec = Spec(**json.loads((folder / "spec.json").read_text()))
     torch.set_num_threads(1)
     device = torch.device(spec.device, rank) if spec.device != "cpu" else torch.device("cpu")
@@ -38,12 +38,12 @@ def main(folder: Path, rank: int) -> None:
             file.write(json.dumps(row) + "\n")
             file.flush()
 
-        for library, error in import_engines().items():
-            write({"engine": library, "left_out": f"not installed ({told(error)})"})
-        for name, engine in ENGINES.items():
+        for name, trial in trials():
             if name not in spec.skip:
                 write({"engine": name})
-                write({"engine": name} | TASKS[spec.task](name, engine, device, folder, spec))
+                place = Place(device, rank, spec.processes, folder / name, resumes=spec.task == "resume")
+                why = trial.left_out(device, spec.quick)
+                write({"engine": name} | (TASKS[spec.task](trial, place) if why is None else {"left_out": why}))
     dist.destroy_process_group()
 
 
@@ -56,54 +56,31 @@ def begin_group(spec: Spec, folder: Path, rank: int) -> None:
     )  # fmt: skip
 
 
-def started(name: str, engine: type[Engine], device: torch.device, folder: Path, spec: Spec) -> Row:
+def started(trial: Trial, place: Place) -> Row:
     """A step, a change of form and a step."""
-    if (why := not_begun(engine, device)) is not None:
-        return {"left_out": why}
-    losses = TrialLoop(engine, device, dist.get_rank(), dist.get_world_size()).run(0, 3)
+    losses = trial.loop(place).run(3)
     return {"losses": losses, "finite": all(map(math.isfinite, losses))}
 
 
-def trained(name: str, engine: type[Engine], device: torch.device, folder: Path, spec: Spec) -> Row:
+def trained(trial: Trial, place: Place) -> Row:
     """All steps, saved on the way; whether the processes had equal bits after each."""
-    if (why := not_begun(engine, device)) is not None:
-        return {"left_out": why}
-    loop = TrialLoop(engine, device, dist.get_rank(), dist.get_world_size())
-    equal = []
-    for step in range(STEPS):
-        if step == SAVED:
-            torch.save(loop.saved(), folder / f"{name}-{dist.get_rank()}.pt")
-        loop.step(step)
-        equal.append(len(set(gathered(loop.digest()))) == 1)
+    place.folder.mkdir(exist_ok=True)
+    loop, equal = trial.loop(place), []
+    loop.run(after=lambda: equal.append(len(set(gathered(loop.digest()))) == 1))
     dense = loop.dense()
-    if dist.get_rank() == 0:
-        torch.save(dense, folder / f"{name}-dense.pt")
+    if place.rank == 0:
+        torch.save(dense, place.folder / DENSE)
     return {"equal": equal, "digest": loop.digest()}
 
 
-def resumed(name: str, engine: type[Engine], device: torch.device, folder: Path, spec: Spec) -> Row:
+def resumed(trial: Trial, place: Place) -> Row:
     """The steps after the saved state, in a process that has not made those before."""
-    path = folder / f"{name}-{dist.get_rank()}.pt"
-    if not path.exists():
-        return {"left_out": "nothing was saved"}
-    state = torch.load(path, weights_only=True)
-    loop = TrialLoop(engine, device, dist.get_rank(), dist.get_world_size(), state)
-    loop.run(SAVED)
+    loop = trial.loop(place)
+    loop.run()
     return {"digests": gathered(loop.digest())}
 
 
-TASKS = {"start": started, "train": trained, "resume": resumed}
-
-
-def not_begun(engine: type[Engine], device: torch.device) -> str | None:
-    """Why a hand-written loop cannot begin the engine, or None."""
-    try:
-        wrapped = engine.begun(decoder(8, 8, 8, 1, 1).to(device))
-    except NotImplementedError as error:
-        return str(error)
-    if type(engine_of(wrapped)) is not engine:
-        return f"{engine.__name__} is not begun by what it inherits, and says nothing of its own (Engine.begun)"
-    return None
+TASKS: dict[str, Callable[[Trial, Place], Row]] = {"start": started, "train": trained, "resume": resumed}
 
 
 def gathered(value: str) -> list[str]:

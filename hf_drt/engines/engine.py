@@ -71,6 +71,12 @@ class Engine(ABC):
         """
         raise NotImplementedError(f"{cls.__name__} is begun by its own library, with a configuration of that")
 
+    @classmethod
+    def trainer_settings(cls) -> dict[str, dict[str, Any]]:
+        """Settings of a Trainer that begins this engine, by a name for each way; for a trial with small weights
+        (:mod:`hf_drt.doctor`), where a hand-written loop does not begin it. Empty if there are none."""
+        return {}
+
     # ---- what a process holds
 
     def device(self, tensor: Tensor) -> torch.device:

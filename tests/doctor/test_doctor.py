@@ -1,5 +1,6 @@
 """What the doctor looks at is broken here, one thing at a time: it has to find it, and name it."""
 
+import importlib.util
 import re
 import sys
 from importlib import import_module
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_drt.doctor import CHECKS, Bench, Check, Result, chosen, device_named, examine, found, not_tried
+from hf_drt.doctor import CHECKS, Bench, Check, Finding, Result, chosen, device_named, examine, found, not_tried
 from hf_drt.doctor.layers import KINDS, cases
 from hf_drt.doctor.versions import NEWEST, Requirement, compared, release, requirements
 from hf_drt.forms import PRODUCTS, Form, TwoFactors
@@ -34,12 +35,28 @@ def test_everything_holds_here(name):
     assert report.count(Result.HELD) > 0
 
 
+def beyond(finding: Finding) -> bool:
+    """Whether it was not tried for a reason that lies with the machine, as far as the test can tell by itself."""
+    reasons, A = {}, torch.randn(256, 256)
+    product = A @ A
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
+        same = torch.equal(A @ A, product)
+    if same:
+        reasons["truncated SVD, while products are in TF32 or bfloat16"] = (
+            "cpu computes products of float32 in float32 whatever is set"
+        )
+    if importlib.util.find_spec("deepspeed") is None:
+        reasons["deepspeed"] = "not installed (ModuleNotFoundError: No module named 'deepspeed')"
+    return finding == not_tried(finding.what, reasons.get(finding.what, ""))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["forms", "switch", "decompositions", "engines", "processes"])
 def test_everything_holds_in_full(name):
-    """With the compiler, 100 million parameters and two processes."""
+    """With the compiler, 100 million parameters and two processes, and ZeRO where DeepSpeed is installed."""
     report = examine(name, Bench(torch.device("cpu")))
-    assert [f for f in report.findings if f.result is not Result.HELD] == []
+    assert [f for f in report.findings if f.result is not Result.HELD and not beyond(f)] == []
     if name == "forms":
         compiled = {f.what for f in report.findings if "compile" in f.values}
         assert compiled == {case.name for case in cases() if not case.repeats}

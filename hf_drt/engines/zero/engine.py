@@ -42,6 +42,23 @@ class Zero(Engine):
     def inside(cls, module: nn.Module) -> nn.Module | None:
         return cast(Any, module).module if isinstance(module, DeepSpeedEngine) else None
 
+    @classmethod
+    def trainer_settings(cls) -> dict[str, dict[str, Any]]:
+        """Its three stages; in buckets that hold a few of the weights, and under ZeRO-3 every weight is partitioned."""
+        zero = {"reduce_bucket_size": 4096, "allgather_bucket_size": 4096}
+        whole = {"stage3_gather_16bit_weights_on_model_save": True}
+        parts = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 4096}
+        return {
+            f"zero{stage}": {
+                "deepspeed": {
+                    "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+                    "gradient_clipping": "auto", "bf16": {"enabled": "auto"},
+                    "zero_optimization": {"stage": stage} | zero | (whole | parts if stage == 3 else {}),
+                }
+            }
+            for stage in (1, 2, 3)
+        }  # fmt: skip
+
     # ---- what a process holds
 
     def held(self, tensor: Any) -> Tensor:
