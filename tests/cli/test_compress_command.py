@@ -1,6 +1,7 @@
 """``hf-drt compress``: a folder of a trained model, and texts, to a folder of a smaller one."""
 
 import json
+import sys
 
 import pytest
 import tiny
@@ -129,3 +130,11 @@ def test_a_model_without_a_tokenizer_and_a_full_folder_are_refused(hf_drt, sourc
     (source / "tokenizer_config.json").unlink()
     result = hf_drt(*short(source, tmp_path / "small", *flags))
     assert (result.code, "texts are for models with a tokenizer" in result.err) == (1, True), result.err
+
+
+def test_without_datasets_it_reads_files_alone(hf_drt, source, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    result = hf_drt(*short(source, tmp_path / "small", "--parameters", "0.5", "--calibration", "someone/texts"))
+    assert (result.code, "someone/texts is no file, and datasets, which reads others" in result.err) == (1, True)
+    texts = ("--calibration", tmp_path / "texts.txt")
+    assert hf_drt(*short(source, tmp_path / "small", "--parameters", "0.5", *texts)).code == 0
