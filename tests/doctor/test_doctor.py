@@ -37,11 +37,13 @@ def test_everything_holds_here(name):
 
 def beyond(finding: Finding) -> bool:
     """Whether it was not tried for a reason that lies with the machine, as far as the test can tell by itself."""
-    reasons, A = {}, torch.randn(256, 256)
-    product = A @ A
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
+    reasons, A, matmul = {}, torch.randn(256, 256), torch.backends.mkldnn.matmul
+    product, kept = A @ A, matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "bf16"  # not by monkeypatch, which does not see that it is an attribute
         same = torch.equal(A @ A, product)
+    finally:
+        matmul.fp32_precision = kept
     if same:
         reasons["truncated SVD, while products are in TF32 or bfloat16"] = (
             "cpu computes products of float32 in float32 whatever is set"
