@@ -132,9 +132,10 @@ def _carried_out(model: nn.Module, choice: Choice) -> None:
     for group in choice.inputs.groups:
         changing = {name: forms[name] for name in group if form_of(layer_of(model, name)) != forms[name]}
         moments = choice.inputs.of(changing, choice.loss)
-        exchange_layers(
-            model, {name: (form, partial(_prepared, form, moments, name)) for name, form in changing.items()}
-        )
+        changes = {name: (form, partial(_prepared, form, moments, name)) for name, form in changing.items()}
+        # At once nothing has changed before all is ready; one by one each old weight is free before the next is cut.
+        for part in [{name: change} for name, change in changes.items()] if choice.inputs.sequential else [changes]:
+            exchange_layers(model, part)
 
 
 def _prepared(form: Form, moments: dict[str, Moments], name: str, layer: nn.Module) -> Conversion:

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from hf_drt.compress.layers import truncated_parts
+from hf_drt.compress.layers import stored, truncated_parts
 from hf_drt.compress.objective import Loss
 from hf_drt.covariance import checked_batches, covariances_of, output_gradients_of
-from hf_drt.forms import Form, layer_of, prepare, stack_count
+from hf_drt.forms import Dense, Form, layer_of, prepare, stack_count, weight_shape
 from hf_drt.forms import form_of as _form_of
 from hf_drt.targets import Swap, attention_split, block_roots, replace
 
@@ -37,7 +37,9 @@ class Inputs:
             the model as it is first.
 
     Attributes:
-        groups: The layers by block, a layer outside of blocks by itself, if ``sequential``; else all in one.
+        groups: If ``sequential`` the layers by block, a layer outside of blocks by itself; a block's are parted where
+            their second moments would take more memory than its weights. Else all in one.
+        sequential: As given.
         batches: The calibration; those of an iterator are kept where they are needed more than once.
 
     Raises:
@@ -47,7 +49,7 @@ class Inputs:
     def __init__(
         self, model: nn.Module, names: list[str], calibration: Iterable[Any] | None, sequential: bool, again: bool
     ):
-        self._model, self._sequential = model, sequential
+        self._model, self.sequential = model, sequential
         self.groups = _by_block(model, names) if sequential else [names]
         self.batches: Any = calibration
         if calibration is not None and (again or sequential):
@@ -66,7 +68,7 @@ class Inputs:
     def _asked(
         self, names: list[str], kind: str, gather: Callable[[list[str]], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        if self._sequential:
+        if self.sequential:
             return gather(names)
         if kind not in self._kept:
             self._kept[kind] = gather(self.groups[0])
@@ -87,7 +89,7 @@ class Inputs:
 
     def _last(self, names: list[str]) -> str | None:
         """The block that a group's layers are in, or the layer itself; None of fused experts, and of all layers."""
-        if not self._sequential:
+        if not self.sequential:
             return None
         root = _root(names[0], list(block_roots(self._model)))
         return root if root != names[0] or stack_count(layer_of(self._model, root)) is None else None
@@ -101,7 +103,22 @@ def _by_block(model: nn.Module, names: list[str]) -> list[list[str]]:
     roots, groups = list(block_roots(model)), {}
     for name in names:
         groups.setdefault(_root(name, roots), []).append(name)
-    return list(groups.values())
+    return [part for group in groups.values() for part in _parted(model, group)]
+
+
+def _parted(model: nn.Module, group: list[str]) -> Iterator[list[str]]:
+    """The layers of a block, in order, so that each part's second moments are no larger than the block's weights,
+    unless those of one layer are."""
+    layers = {name: layer_of(model, name) for name in group}
+    room = sum(stored(Dense(), weight_shape(layer)) for layer in layers.values())
+    part, taken = [], 0
+    for name, layer in layers.items():
+        size = (stack_count(layer) or 1) * weight_shape(layer).d_in ** 2
+        if part and taken + size > room:
+            yield part
+            part, taken = [], 0
+        part, taken = [*part, name], taken + size
+    yield part
 
 
 @contextmanager

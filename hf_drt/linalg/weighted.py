@@ -111,8 +111,12 @@ def _output_moments(A: Tensor, C: Tensor, shrinkage: float) -> Tensor:
     if not (mean > 0 and C.shape[0] == C.shape[1] and torch.isfinite(C.sum()) and 0 <= shrinkage <= 1):
         A = A.double() @ input_root(C, shrinkage).double()  # says what is wrong with it, or it is zero
         return A @ A.mT
-    plain = A.double() @ A.mT.double()
-    return torch.lerp((A @ C.to(A)).double() @ A.mT.double() / mean, plain, shrinkage)
+    total = A.new_zeros(len(A), len(A), dtype=torch.float64)
+    for start in range(0, A.shape[1], GRAM_INPUTS):  # a part of the columns at a time: little beside C is held
+        part = slice(start, start + GRAM_INPUTS)
+        weighed = (A @ C[:, part].to(A)).mul_((1 - shrinkage) / mean).add_(A[:, part], alpha=shrinkage)
+        total.addmm_(weighed.double(), A[:, part].double().mT)
+    return total
 
 
 def _leading_outputs(A: Tensor, C: Tensor, rank: int, shrinkage: float) -> Truncation | None:
