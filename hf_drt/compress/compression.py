@@ -25,7 +25,7 @@ from hf_drt.transition import exchange_layers
 
 logger = logging.getLogger(__name__)
 DEEP, LARGE = 0.95, 0.05  # from which share of the parameters, and which relative error, weights alone are warned of
-EXPECT = "SmolLM2-135M, cut so to 0.8, was hardly better than guessing (docs/compression.md)."
+EXPECT = "SmolLM2-135M, cut so to 0.8, was hardly better than guessing (recipes/compress_lm.py measures it)."
 
 
 def compress(
