@@ -23,7 +23,7 @@ ONNX = needs("onnx", "onnxscript", "onnxruntime")
 
 @pytest.fixture(scope="module")
 def forms(tmp_path_factory):
-    return runtimes.save_both(tmp_path_factory.mktemp("models"), width=64, rank_ratio=0.25)
+    return runtimes.save_both(tmp_path_factory.mktemp("models"), width=256, rank_ratio=0.25)
 
 
 @pytest.mark.parametrize(

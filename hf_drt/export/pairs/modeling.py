@@ -24,15 +24,15 @@ class LinearPair(nn.Sequential):
 
     @property
     def bias(self) -> torch.Tensor | None:
-        return self[1].bias
+        return self[1].bias  # type: ignore[return-value]
 
 
 class LinearPairs:
     """Mixed into a model's class: the layers that ``config.linear_pairs`` names are pairs of the ranks given there."""
 
     def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        put_pairs(self, config.linear_pairs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        put_pairs(self, config.linear_pairs)  # type: ignore[arg-type]
 
 
 def put_pairs(model: nn.Module, ranks: dict[str, int]) -> None:
