@@ -106,7 +106,7 @@ class Compression:
         return (
             f"{self.flops:.2f} of the target layers' parameters are kept, by the weights alone (relative error "
             f"{error:.2f} on average): expect a model that has to be trained again. SmolLM2-135M, cut so to 0.8, was "
-            "hardly better than guessing (recipes/compress_lm.py). Calibrate it on texts or batches like those it is for."
+            "hardly better than guessing (recipes/compress_lm.py). Calibrate it on texts or batches like its own."
         )
 
     def __str__(self) -> str:
