@@ -86,6 +86,15 @@ def resnet(**changes) -> nn.Module:
     return _seeded(lambda: T.ResNetForImageClassification(config))
 
 
+# By kind, the class that loads such a model from its folder.
+AUTO: dict[str, type] = {
+    "llama": T.AutoModelForCausalLM,
+    "gpt2": T.AutoModelForCausalLM,
+    "bert": T.AutoModelForMaskedLM,
+    "t5": T.AutoModelForSeq2SeqLM,
+    "vit": T.AutoModelForImageClassification,
+    "mixtral": T.AutoModelForCausalLM,
+}
 MODELS: dict[str, Callable[[], nn.Module]] = {"llama": llama, "gpt2": gpt2, "bert": bert, "t5": t5, "vit": vit}
 
 

@@ -22,14 +22,6 @@ from hf_drt.targets import Swap, replace
 
 ROOT = Path(__file__).parents[2]
 FILE = "modeling_linear_pairs.py"
-AUTO = {
-    "llama": T.AutoModelForCausalLM,
-    "gpt2": T.AutoModelForCausalLM,
-    "bert": T.AutoModelForMaskedLM,
-    "t5": T.AutoModelForSeq2SeqLM,
-    "vit": T.AutoModelForImageClassification,
-    "mixtral": T.AutoModelForCausalLM,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +41,7 @@ def factored(kind: str = "llama", rank: int = 4, model: nn.Module | None = None)
 
 
 def load(folder: Path, kind: str = "llama", **options) -> nn.Module:
-    return AUTO[kind].from_pretrained(folder, trust_remote_code=True, **options)
+    return tiny.AUTO[kind].from_pretrained(folder, trust_remote_code=True, **options)
 
 
 def linears(model: nn.Module) -> int:
@@ -142,7 +134,7 @@ def test_the_dtype_is_kept_and_may_be_chosen(tmp_path):
     for dtype, expected in (("auto", torch.bfloat16), (torch.float32, torch.float32)):
         loaded = load(tmp_path / "pairs", dtype=dtype)
         assert {p.dtype for p in loaded.parameters()} == {expected}
-        assert kit.difference(loaded, AUTO["llama"].from_pretrained(tmp_path / "native", dtype=dtype)) == 0
+        assert kit.difference(loaded, tiny.AUTO["llama"].from_pretrained(tmp_path / "native", dtype=dtype)) == 0
 
 
 def test_config_json_has_the_ranks_and_the_file_holds_what_is_small(tmp_path):

@@ -22,15 +22,6 @@ from hf_drt import Adapter, Dense, DRTConfig, DynamicRank, Factored, convert, fo
 from hf_drt.forms import LowRankLinear
 from hf_drt.planning.origin import is_pretrained
 
-AUTO = {
-    "llama": T.AutoModelForCausalLM,
-    "gpt2": T.AutoModelForCausalLM,
-    "bert": T.AutoModelForMaskedLM,
-    "t5": T.AutoModelForSeq2SeqLM,
-    "vit": T.AutoModelForImageClassification,
-    "mixtral": T.AutoModelForCausalLM,
-}
-
 
 @pytest.fixture
 def no_report(caplog):
@@ -48,7 +39,7 @@ def test_a_model_in_mixed_forms_loads_as_it_was_and_saves_to_the_same_bytes(tmp_
     model = mixed(kind)
     assert {type(form) for form in forms(model).values()} == {Dense, Factored, Adapter}
     model.save_pretrained(tmp_path / "a")
-    loaded = AUTO[kind].from_pretrained(tmp_path / "a")
+    loaded = tiny.AUTO[kind].from_pretrained(tmp_path / "a")
     loaded.save_pretrained(tmp_path / "b")
     assert type(loaded) is type(model)
     assert forms(loaded) == forms(model)
@@ -63,7 +54,7 @@ def test_a_model_in_mixed_forms_loads_as_it_was_and_saves_to_the_same_bytes(tmp_
 def test_what_trains_is_what_trained_before(tmp_path, kind):
     model = mixed(kind)
     model.save_pretrained(tmp_path)
-    loaded = AUTO[kind].from_pretrained(tmp_path)
+    loaded = tiny.AUTO[kind].from_pretrained(tmp_path)
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     assert {name: p.requires_grad for name, p in loaded.named_parameters()} == trainable
     assert not all(trainable.values())
@@ -138,7 +129,7 @@ def test_the_base_model_takes_a_head_models_checkpoint_and_back(tmp_path, kind):
     assert not [key for key in info["unexpected_keys"] if key.rpartition(".")[0] in forms(model)]
     assert torch.equal(hidden(base, kind), hidden(model, kind))
     base.save_pretrained(tmp_path / "b")
-    again = AUTO[kind].from_pretrained(tmp_path / "b")
+    again = tiny.AUTO[kind].from_pretrained(tmp_path / "b")
     assert torch.equal(hidden(again, kind), hidden(model, kind))
     assert forms(again) == forms(model)
 
@@ -211,7 +202,7 @@ def test_shards(tmp_path, kind):
     model = mixed(kind)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
-    assert difference(AUTO[kind].from_pretrained(tmp_path), model, kind) == 0
+    assert difference(tiny.AUTO[kind].from_pretrained(tmp_path), model, kind) == 0
 
 
 def test_subfolder_and_variant(tmp_path):
@@ -256,13 +247,13 @@ def test_layers_on_the_disk(tmp_path):
 def test_dtype(tmp_path, kind):
     model = mixed(kind)
     model.save_pretrained(tmp_path / "a")
-    loaded = AUTO[kind].from_pretrained(tmp_path / "a", dtype=torch.bfloat16)
+    loaded = tiny.AUTO[kind].from_pretrained(tmp_path / "a", dtype=torch.bfloat16)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     assert difference(loaded, model, kind) == 0
     loaded.save_pretrained(tmp_path / "b")
-    again = AUTO[kind].from_pretrained(tmp_path / "b", dtype="auto")
+    again = tiny.AUTO[kind].from_pretrained(tmp_path / "b", dtype="auto")
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
     assert difference(again, loaded, kind) == 0
 
@@ -337,7 +328,7 @@ def test_transformers_that_does_not_know_the_format_raises(tmp_path, kind, head,
     mixed(kind).save_pretrained(tmp_path)
     monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "hf_drt")
     with pytest.raises(RuntimeError, match="You set `ignore_mismatched_sizes` to `False`"):
-        (AUTO[kind] if head else T.AutoModel).from_pretrained(tmp_path)
+        (tiny.AUTO[kind] if head else T.AutoModel).from_pretrained(tmp_path)
 
 
 def test_what_a_user_without_hf_drt_sees(tmp_path):

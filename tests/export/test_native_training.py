@@ -16,7 +16,6 @@ from hf_drt import Adapter, DRTConfig, DRTTrainer, DynamicRank, Factored, find_t
 from hf_drt.checkpoint.declaration import declaration
 
 CYCLE = "adapter:4@0 factored:4@2 dense@4 factored:6@6"
-AUTO = {"llama": T.AutoModelForCausalLM, "vit": T.AutoModelForImageClassification, "mixtral": T.AutoModelForCausalLM}
 
 
 def trainer(folder, model, kind="llama", cls=DRTTrainer, **changes):
@@ -35,14 +34,14 @@ def test_a_run_on_a_loaded_model_is_that_on_the_model_in_memory(tmp_path, kind):
     model = kit.MODELS[kind]()
     trainer(tmp_path / "first", model, kind, drt_schedule="factored:4@0 adapter:6@2", max_steps=4).train()
     model.save_pretrained(tmp_path / "native")
-    loaded = AUTO[kind].from_pretrained(tmp_path / "native")
+    loaded = tiny.AUTO[kind].from_pretrained(tmp_path / "native")
     assert set(forms(loaded).values()) == {Adapter(6)}
     for name, again in (("a", model), ("b", loaded)):
         trainer(tmp_path / name, again, kind).train()
     assert set(forms(loaded).values()) == {Factored(6)}
     assert equal(loaded, model)
     loaded.save_pretrained(tmp_path / "c")
-    assert difference(AUTO[kind].from_pretrained(tmp_path / "c"), loaded, kind) == 0
+    assert difference(tiny.AUTO[kind].from_pretrained(tmp_path / "c"), loaded, kind) == 0
 
 
 def test_a_loaded_model_resumes_bitwise(tmp_path):
@@ -124,13 +123,13 @@ def test_a_plain_trainer_trains_and_saves_a_loaded_model(tmp_path):
 # ---- what the trainer writes
 
 
-@pytest.mark.parametrize("kind", AUTO)
+@pytest.mark.parametrize("kind", tiny.AUTO)
 @pytest.mark.parametrize("last", ["factored", "adapter", "dense"])
 def test_checkpoints_load_natively_in_every_phase(tmp_path, kind, last):
     model = kit.MODELS[kind]()
     schedule = f"factored:4@0 dense@1 {last}:4@2" if last != "dense" else "factored:4@0 dense@1"
     trainer(tmp_path, model, kind, drt_schedule=schedule, max_steps=3, save_strategy="steps", save_steps=3).train()
-    loaded = AUTO[kind].from_pretrained(tmp_path / "checkpoint-3")
+    loaded = tiny.AUTO[kind].from_pretrained(tmp_path / "checkpoint-3")
     assert forms(loaded) == forms(model)
     assert equal(loaded, model)
 
@@ -144,26 +143,26 @@ def test_the_best_model_is_declared_in_its_own_form(tmp_path):
     assert t.model.config.quantization_config == declaration(t.model)
 
 
-@pytest.mark.parametrize("kind", AUTO)
+@pytest.mark.parametrize("kind", tiny.AUTO)
 def test_save_model_writes_what_a_plain_model_writes(tmp_path, kind):
     kit.MODELS[kind]().save_pretrained(tmp_path / "plain")
     mixed(kind).save_pretrained(tmp_path / "native")
     for name, model in (
         ("new", kit.MODELS[kind]()),
-        ("pretrained", AUTO[kind].from_pretrained(tmp_path / "plain")),
-        ("native", AUTO[kind].from_pretrained(tmp_path / "native")),
+        ("pretrained", tiny.AUTO[kind].from_pretrained(tmp_path / "plain")),
+        ("native", tiny.AUTO[kind].from_pretrained(tmp_path / "native")),
     ):
         t = trainer(tmp_path / "run", model, kind, drt_schedule="adapter:4@0 factored:4@1", max_steps=2)
         t.train()
         t.args.drt_export = "dense"
         t.save_model(tmp_path / name)
         assert model.config.quantization_config == declaration(model)  # the model itself keeps its form
-        t = trainer(tmp_path / "run", AUTO[kind].from_pretrained(tmp_path / name), kind, drt_export="dense")
+        t = trainer(tmp_path / "run", tiny.AUTO[kind].from_pretrained(tmp_path / name), kind, drt_export="dense")
         t.save_model(tmp_path / f"{name}-0")  # before training, too
         for folder in (f"{name}-0", name):
             assert "quantization_config" not in json.loads((tmp_path / folder / "config.json").read_text())
             assert shapes(tmp_path / folder) == shapes(tmp_path / "plain")
-        assert difference(AUTO[kind].from_pretrained(tmp_path / name), model, kind) <= 1e-5
+        assert difference(tiny.AUTO[kind].from_pretrained(tmp_path / name), model, kind) <= 1e-5
 
 
 def shapes(folder) -> dict[str, list[int]]:

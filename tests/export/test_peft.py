@@ -18,13 +18,6 @@ from hf_drt.targets.surgery import Swap, replace
 
 peft = pytest.importorskip("peft")
 
-AUTO = {
-    "llama": T.AutoModelForCausalLM,
-    "gpt2": T.AutoModelForCausalLM,
-    "bert": T.AutoModelForMaskedLM,
-    "t5": T.AutoModelForSeq2SeqLM,
-    "vit": T.AutoModelForImageClassification,
-}
 FORMS = [Adapter(2), Adapter(4, 8.0, "principal"), Adapter(3, 5.5), Adapter(4), Dense()]
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
 
@@ -75,11 +68,11 @@ def test_peft_computes_what_the_model_does(kind, tmp_path):
 
     config = json.loads((tmp_path / "adapter" / CONFIG_NAME).read_text())
     assert config["fan_in_fan_out"] == (kind == "gpt2")
-    base = AUTO[kind].from_pretrained(tmp_path / "base")
+    base = tiny.AUTO[kind].from_pretrained(tmp_path / "base")
     assert all(torch.equal(value, base.state_dict()[key]) for key, value in base_state_dict(model).items())
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert difference(theirs, model, inputs) == 0
-    assert difference(AUTO[kind].from_pretrained(tmp_path / "adapter"), model, inputs) == 0
+    assert difference(tiny.AUTO[kind].from_pretrained(tmp_path / "adapter"), model, inputs) == 0
 
     merged, dense = theirs.merge_and_unload().state_dict(), dense_state_dict(model)
     assert merged.keys() == dense.keys()

@@ -2,21 +2,12 @@
 
 import pytest
 import torch
+from drawn_moments import moments, random
 from torch import Tensor
 
 from hf_drt.linalg import fisher_truncation, fisher_values, shrunk, weighted_truncation
 
 shapes = pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)], ids=str)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def moments(n: int, samples: int = 400, seed: int = 5) -> Tensor:
-    X = random(samples, n, seed=seed) * torch.logspace(0, -1.5, n, dtype=torch.float64)
-    X = X @ torch.linalg.qr(random(n, n, seed=seed + 1)).Q
-    return X.mT @ X / samples
 
 
 def case(shape):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from drawn_moments import moments, random
 from torch import Tensor
 
 from hf_drt.linalg import (
@@ -17,17 +18,6 @@ from hf_drt.linalg import (
 
 SHAPES = [(12, 20), (20, 12), (160, 192)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def moments(n: int, samples: int = 1000, seed: int = 5) -> Tensor:
-    """Of inputs whose directions differ by a factor of 30 in size."""
-    X = random(samples, n, seed=seed) * torch.logspace(0, -1.5, n, dtype=torch.float64)
-    X = X @ torch.linalg.qr(random(n, n, seed=seed + 1)).Q
-    return X.mT @ X / samples
 
 
 def loss(W: Tensor, P: Tensor, C: Tensor) -> Tensor:
