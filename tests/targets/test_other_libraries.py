@@ -63,7 +63,7 @@ MODELS = {
     "conditional unet": (
         conditional_unet,
         lambda: {"sample": picture(4, 8), "timestep": steps(), "encoder_hidden_states": torch.randn(2, 6, 16)},
-        73,
+        74,
         24,
     ),
     "unet": (unet, lambda: {"sample": picture(3, 8), "timestep": steps()}, 41, 12),
