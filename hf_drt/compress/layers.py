@@ -29,7 +29,7 @@ from hf_drt.linalg import (
     input_root,
     singular_values,
     truncation_error,
-    weighted_directions,
+    weighted_values,
 )
 
 
@@ -127,7 +127,7 @@ def _of_matrix(W: Tensor, C: Tensor | None, G: Tensor | None) -> tuple[Tensor, f
     if C is None:
         return singular_values(W), 1.0
     if G is None:
-        return weighted_directions(W, C)[1], _mean_of(C)
+        return weighted_values(W, C), _mean_of(C)
     return fisher_values(W, C, G), _mean_of(C) * _mean_of(G)
 
 

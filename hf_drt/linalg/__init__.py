@@ -29,9 +29,9 @@ from hf_drt.linalg.weighted import (
     SHRINKAGE,
     input_root,
     shrunk,
-    weighted_directions,
     weighted_product,
     weighted_truncation,
+    weighted_values,
 )
 
 __all__ = [
@@ -63,8 +63,8 @@ __all__ = [
     "truncated_svd",
     "truncation_error",
     "tucker2",
-    "weighted_directions",
     "weighted_product",
     "weighted_truncation",
+    "weighted_values",
     "working_dtype",
 ]

@@ -75,6 +75,29 @@ def truncated_product(U: Tensor, V: Tensor, rank: int) -> Truncation:
     return Truncation(Q_u @ core.U, core.S, core.Vh @ Q_v.mT, core.error)
 
 
+def projected(Q: Tensor, R: Tensor) -> Truncation:
+    """The SVD of ``Q R`` with ``Q (m, r)`` orthonormal and ``R (r, n)``, of which nothing is left out.
+
+    By the eigenvectors E of ``R R^T`` in float64, where that is accurate enough: ``Q E`` and ``E^T R`` give ``Q R``
+    whatever they are, so that only values below 1e-7 of the largest lose orthogonality, and not the product.
+    """
+    if len(R) < GRAM_FROM or R.dtype == torch.float64:
+        return truncated_product(Q, R, len(R))
+    gram = R.new_zeros(len(R), len(R), dtype=torch.float64)
+    for part in R.split(2 * GRAM_FROM, dim=1):  # so that R is not held once more in float64
+        part = part.double()
+        gram.addmm_(part, part.mT)
+    E = torch.linalg.eigh(gram).eigenvectors.flip(1).to(R)
+    del gram
+    Vh = E.mT @ R
+    S = torch.linalg.vector_norm(Vh, dim=1)
+    S, order = S.sort(descending=True)
+    if not torch.equal(order, torch.arange(len(order), device=order.device)):  # of values next to each other
+        E, Vh = E[:, order], Vh[order]
+    Vh /= S.clamp_min(torch.finfo(S.dtype).tiny)[:, None]
+    return Truncation(Q @ E, S, Vh, S.new_zeros(()))
+
+
 def balanced(parts: Truncation) -> tuple[Tensor, Tensor]:
     """``(U sqrt(S), sqrt(S) Vh)``: both factors carry the square root of the spectrum (Khodak et al. 2021)."""
     root = parts.S.sqrt()

@@ -9,11 +9,19 @@ that inverse is never needed: W is projected on the leading directions of its ou
 import torch
 from torch import Tensor
 
-from hf_drt.linalg.spectral import GRAM_FROM, LinAlgError, full_precision, svd, working_dtype
-from hf_drt.linalg.truncation import EXCESS, Truncation, truncated_product, truncated_svd
+from hf_drt.linalg.spectral import GRAM_FROM, LinAlgError, full_precision, singular_values, working_dtype
+from hf_drt.linalg.truncation import (
+    EXCESS,
+    RANDOMIZED_UP_TO,
+    Truncation,
+    projected,
+    truncated_product,
+    truncated_svd,
+)
 
 SHRINKAGE = 0.01
 GRAM_INPUTS = 512  # inputs from which a wide matrix is decomposed by the second moments of its outputs
+GRAM_PART = 512  # rows or columns whose products are held at a time: little beside C
 
 
 def shrunk(C: Tensor, shrinkage: float = SHRINKAGE) -> Tensor:
@@ -41,8 +49,11 @@ def shrunk(C: Tensor, shrinkage: float = SHRINKAGE) -> Tensor:
             f"second moments of inputs, of shape {tuple(C.shape)}, must be finite, with a trace of at least 0; they "
             "hold inf or nan, or are no second moments. Look for inputs that overflow, or truncate by the weight alone."
         )
-    identity = torch.eye(len(C), dtype=C.dtype, device=C.device)
-    return torch.lerp(C / mean, identity, shrinkage) if mean > 0 else identity
+    if mean == 0:
+        return torch.eye(len(C), dtype=C.dtype, device=C.device)
+    C = C / mean  # the one copy: large moments are shrunk in it
+    C.mul_(1 - shrinkage).diagonal().add_(shrinkage)
+    return C
 
 
 @torch.no_grad()
@@ -73,13 +84,12 @@ def _eigen_root(C: Tensor) -> Tensor:
 
 @torch.no_grad()
 @full_precision()
-def weighted_directions(W: Tensor, C: Tensor, shrinkage: float = SHRINKAGE) -> tuple[Tensor, Tensor]:
-    """``U (m, k)`` and ``s (k,)`` of the SVD ``U diag(s) V^T`` of ``W S``, k = min(m, n): the outputs' leading
-    directions and the root mean squares along them, with ``S S^T`` = :func:`shrunk` C. A truncation of rank r, weighed
-    by the inputs, leaves ``u u^T W`` out for each direction u after the first r.
+def weighted_values(W: Tensor, C: Tensor, shrinkage: float = SHRINKAGE) -> Tensor:
+    """``s (min(m, n),)``, descending: the singular values of ``W S`` with ``S S^T`` = :func:`shrunk` C. The squares of
+    those after the first r, summed, are what :func:`weighted_truncation` to rank r leaves out.
 
-    Of a W with many more inputs than outputs it takes no second ``n x n`` matrix. Large matrices in float32 are
-    decomposed by a Gram matrix in float64: their s are right to 1e-7 of the largest.
+    Of large matrices in float32 by a Gram matrix in float64, right to 1e-7 of the largest; of a W with many more inputs
+    than outputs without a second ``n x n`` matrix.
 
     Raises:
         ValueError: As :func:`shrunk`, or C does not fit W.
@@ -87,53 +97,96 @@ def weighted_directions(W: Tensor, C: Tensor, shrinkage: float = SHRINKAGE) -> t
     _check_fits(W, C)
     A = W.detach().to(working_dtype(W.dtype))
     if _is_wide(A):
-        values, U = torch.linalg.eigh(_output_moments(A, C, shrinkage))
-        return U.flip(1).to(A), values.flip(0).clamp_min(0).sqrt().to(A)
-    outputs = A @ input_root(C, shrinkage).to(A)
-    if A.shape[0] < A.shape[1] or A.shape[1] < GRAM_FROM or A.dtype == torch.float64:
-        parts = svd(outputs)
-        return parts.U, parts.S
-    double = outputs.double()
-    values, V = torch.linalg.eigh(double.mT @ double)
-    del double
-    s = values.flip(0).clamp_min(0).sqrt().to(A)
-    # A direction that rounding alone has made is of no length, and of no weight with its value beside.
-    return outputs @ V.flip(1).to(A) / s.clamp_min(torch.finfo(s.dtype).eps * s[0].clamp_min(1e-30)), s
+        squares, _ = _of_outputs(A, C, shrinkage, len(A) // 2, vectors=False)
+    elif _is_small(A):
+        return singular_values(A @ input_root(C, shrinkage).to(A))
+    else:
+        squares = torch.linalg.eigvalsh(_smaller_gram(A, input_root(C, shrinkage).to(A)))
+    return squares.flip(0).clamp_min(0).sqrt().to(A)
 
 
 def _is_wide(A: Tensor) -> bool:
     return A.shape[1] >= max(GRAM_INPUTS, 2 * A.shape[0])
 
 
-def _output_moments(A: Tensor, C: Tensor, shrinkage: float) -> Tensor:
-    """``A C A^T (m, m)`` in float64, C shrunk as :func:`shrunk` does, but with no copy of it."""
+def _is_small(A: Tensor) -> bool:
+    """Or in a dtype that no Gram matrix is accurate enough for."""
+    return min(A.shape) < GRAM_FROM or A.dtype == torch.float64
+
+
+def _smaller_gram(A: Tensor, S: Tensor) -> Tensor:
+    """In float64 ``(A S)^T A S (n, n)``, of a wide matrix ``A S (A S)^T (m, m)``; a part of ``A S`` at a time."""
+    tall = A.shape[0] >= A.shape[1]
+    parts = (part @ S for part in A.split(GRAM_PART)) if tall else (A @ part for part in S.split(GRAM_PART, dim=1))
+    total = A.new_zeros(min(A.shape), min(A.shape), dtype=torch.float64)
+    for part in parts:
+        part = part.double()
+        total.addmm_(*((part.mT, part) if tall else (part, part.mT)))
+    return total
+
+
+def _of_outputs(A: Tensor, C: Tensor, shrinkage: float, rank: int, vectors: bool = True) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, rising, and eigenvectors of the second moments of a wide matrix's outputs.
+
+    From products in float32, unless what is left out beyond the rank is too little to be told from rounding, as in
+    :mod:`hf_drt.linalg.truncation`; then from products in float64.
+    """
+    for dtype in (A.dtype, torch.float64):
+        total = _output_moments(A, C, shrinkage, dtype)
+        values, Q = torch.linalg.eigh(total) if vectors else (torch.linalg.eigvalsh(total), total)
+        rest = values[: len(A) - rank].clamp_min(0).sum()
+        if dtype == torch.float64 or 2 * rank * torch.finfo(dtype).eps * values[-1] <= EXCESS * rest:
+            break
+    return values, Q
+
+
+def _output_moments(A: Tensor, C: Tensor, shrinkage: float, dtype: torch.dtype) -> Tensor:
+    """``A C A^T (m, m)`` in float64, of ``A C`` in ``dtype``; C shrunk as :func:`shrunk` does, but with no copy."""
     mean = C.diagonal().double().mean().item()
     if not (mean > 0 and C.shape[0] == C.shape[1] and torch.isfinite(C.sum()) and 0 <= shrinkage <= 1):
         A = A.double() @ input_root(C, shrinkage).double()  # says what is wrong with it, or it is zero
         return A @ A.mT
     total = A.new_zeros(len(A), len(A), dtype=torch.float64)
-    for start in range(0, A.shape[1], GRAM_INPUTS):  # a part of the columns at a time: little beside C is held
-        part = slice(start, start + GRAM_INPUTS)
-        weighed = (A @ C[:, part].to(A)).mul_((1 - shrinkage) / mean).add_(A[:, part], alpha=shrinkage)
+    for some in range(0, A.shape[1], GRAM_PART):
+        part = slice(some, some + GRAM_PART)
+        if dtype == A.dtype:
+            weighed = A @ C[:, part].to(A)
+        else:
+            weighed = A.new_zeros(len(A), C[0, part].numel(), dtype=dtype)
+            for left, right in zip(A.split(GRAM_PART, dim=1), C[:, part].split(GRAM_PART), strict=True):
+                weighed.addmm_(left.to(dtype), right.to(dtype))
+        weighed.mul_((1 - shrinkage) / mean).add_(A[:, part], alpha=shrinkage)
         total.addmm_(weighed.double(), A[:, part].double().mT)
     return total
 
 
-def _leading_outputs(A: Tensor, C: Tensor, rank: int, shrinkage: float) -> Truncation | None:
-    """:func:`weighted_truncation` of a wide matrix, from the second moments of its outputs; None where what is left out
-    is too little to be told from rounding, as in :mod:`hf_drt.linalg.truncation`."""
-    values, U = torch.linalg.eigh(_output_moments(A, C, shrinkage))
-    total, rest = values.sum(), values[:-rank].clamp_min(0).sum()
-    if not 2 * rank * torch.finfo(A.dtype).eps * values[-1] <= EXCESS * rest:
-        return None
-    Q = U[:, -rank:].to(A)
-    return truncated_product(Q, Q.mT @ A, rank)._replace(error=(rest / total).sqrt().to(A))
+def _leading(A: Tensor, C: Tensor, rank: int, shrinkage: float) -> tuple[Tensor, Tensor]:
+    """The outputs' leading directions ``Q (m, rank)``, orthonormal, and the relative error of what is left out."""
+    wide, limit = _is_wide(A), min(A.shape)
+    if not 1 <= rank <= limit or not wide and (_is_small(A) or rank <= RANDOMIZED_UP_TO * limit):
+        outputs = truncated_svd(A @ input_root(C, shrinkage).to(A), rank)
+        return torch.linalg.qr(outputs.U).Q, outputs.error
+    if wide:
+        squares, Q = _of_outputs(A, C, shrinkage, rank)
+        Q = Q[:, -rank:].to(A)
+    else:
+        S = input_root(C, shrinkage).to(A)
+        squares, Q = torch.linalg.eigh(_smaller_gram(A, S))
+        Q = Q[:, -rank:].to(A)
+        if A.shape[0] >= A.shape[1]:  # they are directions of the weighed inputs
+            Q = torch.linalg.qr(A @ (S @ Q)).Q
+    squares = squares.clamp_min(0)
+    tiny = torch.finfo(torch.float64).tiny
+    return Q, (squares[: limit - rank].sum() / squares.sum().clamp_min(tiny)).sqrt().to(A)
 
 
 @torch.no_grad()
 @full_precision()
 def weighted_truncation(W: Tensor, C: Tensor, rank: int, shrinkage: float = SHRINKAGE) -> Truncation:
     """The matrix ``U diag(S) Vh`` of the given rank with the least ``||(W - U diag(S) Vh) C^(1/2)||_F``, C shrunk.
+
+    Large matrices in float32 are decomposed by a Gram matrix in float64, on the smaller side of W. Beside W, C and the
+    result about the memory of C is needed, and of a W with many more inputs than outputs 4 to 5 times ``m^2``.
 
     Args:
         W: ``(m, n)``.
@@ -150,11 +203,8 @@ def weighted_truncation(W: Tensor, C: Tensor, rank: int, shrinkage: float = SHRI
     """
     _check_fits(W, C)
     A = W.detach().to(working_dtype(W.dtype))
-    if _is_wide(A) and 1 <= rank < len(A) and (parts := _leading_outputs(A, C, rank, shrinkage)) is not None:
-        return parts
-    outputs = truncated_svd(A @ input_root(C, shrinkage).to(A), rank)
-    Q = torch.linalg.qr(outputs.U).Q
-    return truncated_product(Q, Q.mT @ A, rank)._replace(error=outputs.error)
+    Q, error = _leading(A, C, rank, shrinkage)
+    return projected(Q, Q.mT @ A)._replace(error=error)
 
 
 @torch.no_grad()
