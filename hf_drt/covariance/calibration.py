@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_drt.covariance.experts import ExpertMoments, stacks_of, told
-from hf_drt.covariance.gathering import Gathering
+from hf_drt.covariance.input_sums import InputSums
 from hf_drt.engines import engine_of
 from hf_drt.forms import place_of
 
@@ -28,7 +28,8 @@ def covariances_of(
             before it.
 
     Returns:
-        ``(n, n)`` by name, in float32 or better; of grouped convolutions ``(groups, n, n)``. Of fused experts
+        ``(n, n)`` by name, in float32 or better, the same tensor for layers that share their input: not to be changed
+        in place. Of grouped convolutions ``(groups, n, n)``. Of fused experts
         ``(E, n, n)``, of expert e the sum over the tokens that are routed to it, divided by the number of all tokens:
         so the most used weigh most. A layer that had no input is left out, with a warning.
 
@@ -38,24 +39,20 @@ def covariances_of(
     """
     stacks = stacks_of(layers)
     plain = {name: layer for name, layer in layers.items() if name not in stacks}
-    gathering, engine = Gathering(training=False, shared=False), engine_of(model)
-    moments = ExpertMoments(stacks)
-    try:
-        with (
-            evaluating(model),
-            told(model, stacks, moments.add, lambda name, expert, y: y),
-            tokens_counted(model, stacks) as tokens,
-            stopping_after(last) as one_pass,
-        ):
-            for batch in checked_batches(batches):
-                gathering.follow(plain, engine)
-                with one_pass():
-                    call(model, batch)
-        means = {name: C.div_(tokens[name]) for name, C in moments.sums.items() if tokens[name]}
-        found = gathering.taken(keep=False) | means if plain else means
-        return {name: found[name] for name in layers if name in found}
-    finally:
-        gathering.drop()
+    inputs, experts = InputSums(plain, engine_of(model)), ExpertMoments(stacks)
+    with (
+        evaluating(model),
+        told(model, stacks, experts.add, lambda name, expert, y: y),
+        tokens_counted(model, stacks) as tokens,
+        stopping_after(last) as one_pass,
+        inputs.watching(),
+    ):
+        for batch in checked_batches(batches):
+            with one_pass():
+                call(model, batch)
+            inputs.end_pass()
+    found = inputs.means() | {name: C.div_(tokens[name]) for name, C in experts.sums.items() if tokens[name]}
+    return {name: found[name] for name in layers if name in found}
 
 
 def checked_batches(batches: Any) -> Iterator[Any]:

@@ -22,21 +22,16 @@ class Gathering:
     """Sums of ``x x^T`` of layers' inputs, in the forward passes between :meth:`follow` and :meth:`taken`.
 
     An input counts once: not where a checkpointed block repeats its forward pass, which happens in the backward pass.
-    With ``training`` only those of layers in training mode count, so that an evaluation in between adds nothing. Each
-    process sees inputs of its own; at the end of every update they are added up over all, which end with the same bits.
+    Only those of layers in training mode count, so that an evaluation in between adds nothing. Each process sees inputs
+    of its own; at the end of every update they are added up over all, which end with the same bits.
 
     While hooks are there, what torch.compile has compiled runs eagerly: its graphs would pass by hooks that are newer
     than they are, in silence.
 
     Takes ``4 n^2`` bytes for a layer of n inputs, twice that on several processes.
-
-    Args:
-        training: Whether layers count in training mode alone.
-        shared: Whether the sums are those of all processes, if there are several.
     """
 
-    def __init__(self, training: bool = True, shared: bool = True):
-        self._training, self._shared = training, shared
+    def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._shares: dict[str, Tensor] = {}  # of this update, where there are several processes
@@ -74,7 +69,7 @@ class Gathering:
                 "model and the settings of the run that gathered them."
             )
         self._sums = {name: self._sums[name].to(empty[name].device) for name in layers}
-        several = self._shared and is_joined() and dist.get_world_size() > 1
+        several = is_joined() and dist.get_world_size() > 1
         self._shares = {name: torch.zeros_like(tensor) for name, tensor in self._sums.items()} if several else {}
         self._seen = dict.fromkeys(layers, 0)
 
@@ -92,7 +87,7 @@ class Gathering:
     ) -> None:
         """The hook. One that a copy of a model has brought along is of no gathering any more."""
         repeated = torch._C._current_graph_task_id() != -1  # in a backward pass
-        if opened is not self._open or repeated or (self._training and not layer.training):
+        if opened is not self._open or repeated or not layer.training:
             return
         x = args[0] if args else next(iter(kwargs.values()))
         self._seen[name] += add_moments((self._shares or self._sums)[name], layer, x)
@@ -115,10 +110,9 @@ class Gathering:
             self._counts[name] += int(count)
             self._seen[name] = 0
 
-    def taken(self, keep: bool = True) -> dict[str, Tensor]:
+    def taken(self) -> dict[str, Tensor]:
         """``E[x x^T]``, ``(n, n)`` or of grouped convolutions ``(groups, n, n)``, of every layer that had an input. The
-        hooks are gone; the sums stay until :meth:`drop`, unless ``keep`` is False: no memory is taken then. Collective
-        where sums are shared."""
+        hooks are gone; the sums stay until :meth:`drop`. Collective where sums are shared."""
         self.fold()
         self._close()
         if unseen := [name for name, count in self._counts.items() if not count]:
@@ -128,8 +122,7 @@ class Gathering:
                 len(unseen),
                 unseen[0],
             )
-        sums = self._sums if keep else {name: self._sums.pop(name) for name in list(self._sums)}
-        sums = {name: _mean(sums[name], count, keep) for name, count in self._counts.items() if count}
+        sums = {name: self._sums[name] / count for name, count in self._counts.items() if count}
         return {name: C[0] if len(C) == 1 else C for name, C in sums.items()}
 
     def drop(self) -> None:
@@ -162,10 +155,6 @@ class Gathering:
         self.drop()
         self._sums = {key.removeprefix(_SUM): value.clone() for key, value in state.items() if key.startswith(_SUM)}
         self._counts = {name: int(state[_COUNT + name]) for name in self._sums}
-
-
-def _mean(total: Tensor, count: int, keep: bool) -> Tensor:
-    return total / count if keep else total.div_(count)
 
 
 def _shapes(sums: Mapping[str, Tensor]) -> dict[str, torch.Size]:

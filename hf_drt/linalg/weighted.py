@@ -163,7 +163,7 @@ def _output_moments(A: Tensor, C: Tensor, shrinkage: float, dtype: torch.dtype) 
 def _leading(A: Tensor, C: Tensor, rank: int, shrinkage: float) -> tuple[Tensor, Tensor]:
     """The outputs' leading directions ``Q (m, rank)``, orthonormal, and the relative error of what is left out."""
     wide, limit = _is_wide(A), min(A.shape)
-    if not 1 <= rank <= limit or not wide and (_is_small(A) or rank <= RANDOMIZED_UP_TO * limit):
+    if not 1 <= rank <= limit or (not wide and (_is_small(A) or rank <= RANDOMIZED_UP_TO * limit)):
         outputs = truncated_svd(A @ input_root(C, shrinkage).to(A), rank)
         return torch.linalg.qr(outputs.U).Q, outputs.error
     if wide:

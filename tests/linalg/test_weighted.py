@@ -153,7 +153,7 @@ def test_what_is_no_second_moment_is_refused(C, shrinkage, message):
         weighted_truncation(random(6, 4), C, 2, shrinkage)
 
 
-# Of a wide matrix by its outputs' second moments, of other large ones in float32 by a Gram matrix, of others by the SVD.
+# Of a wide one by its outputs' second moments, of other large ones in float32 by a Gram matrix, of others by the SVD.
 LARGE = [(12, 20), (20, 12), (24, 640), (300, 160), (160, 192), (192, 160), (160, 640)]
 
 
@@ -174,8 +174,8 @@ def test_the_values_and_the_optimum_of_every_rank(shape, dtype):
         torch.testing.assert_close(parts.error.double(), (rest / squares.sum()).sqrt(), rtol=3e-3, atol=1e-5)
         assert (parts.S.diff() <= 0).all()
         for vectors in (parts.U.mT, parts.Vh):
-            unit = torch.eye(rank, dtype=dtype)
-            torch.testing.assert_close(vectors @ vectors.mT, unit, rtol=0, atol=5e-4 if dtype == torch.float32 else 1e-7)
+            unit, wrong = torch.eye(rank, dtype=dtype), 5e-4 if dtype == torch.float32 else 1e-7
+            torch.testing.assert_close(vectors @ vectors.mT, unit, rtol=0, atol=wrong)
 
 
 @pytest.mark.parametrize("C", [torch.zeros(640, 640), moments(640)[:, :1].double() @ moments(640)[:1].double()])
