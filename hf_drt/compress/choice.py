@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import nn
 
 from hf_drt.compress.criteria import forms_for
-from hf_drt.compress.inputs import Inputs, Moments, tried
+from hf_drt.compress.inputs import Inputs, Moments, Ready, tried
 from hf_drt.compress.layers import TargetLayer, measured_layer
 from hf_drt.compress.objective import Loss, has_loss, mean_loss, model_loss
 from hf_drt.compress.request import Request
@@ -22,11 +22,13 @@ class Choice(NamedTuple):
 
     Attributes:
         loss: By which layers' outputs are weighed as they are truncated; None for inputs alone.
+        ready: Conversions that the trial of this plan has made, where there was memory to keep them.
     """
 
     plan: Compression
     inputs: Inputs
     loss: Loss | None
+    ready: dict[str, Ready]
 
 
 def chosen(model: nn.Module, request: Request) -> Choice:
@@ -38,11 +40,11 @@ def chosen(model: nn.Module, request: Request) -> Choice:
     loss = _loss(model, request, inputs) if request.may_harm else None
     (name, value), multiple = request.criterion, request.rank_multiple
     if loss is not None:
-        layers, forms, allocation, trials = _better(model, inputs, request, loss)
+        layers, forms, allocation, trials, ready = _better(model, inputs, request, loss)
         loss = loss if allocation == "harm" else None
     else:
         allocation = request.allocation or "error" if name == "parameters" else None
-        layers, trials = _measured_layers(model, inputs, None)[0], ()
+        layers, trials, ready = _measured_layers(model, inputs, None), (), {}
         forms = forms_for(layers, name, value, multiple, allocation)
     if all(form == layer.form for form, layer in zip(forms, layers, strict=True)):
         raise ValueError(
@@ -54,7 +56,7 @@ def chosen(model: nn.Module, request: Request) -> Choice:
     saved = sum(before - after for before, after in (result.parameters for result in results))
     calibrated = request.calibration is not None
     plan = Compression(f"{name}={value}", results, (total, total - saved), None, calibrated, allocation, trials)
-    return Choice(plan, inputs, loss)
+    return Choice(plan, inputs, loss, ready)
 
 
 def _loss(model: nn.Module, request: Request, inputs: Inputs) -> Loss | None:
@@ -70,43 +72,39 @@ def _loss(model: nn.Module, request: Request, inputs: Inputs) -> Loss | None:
     return None
 
 
-def _measured_layers(model: nn.Module, inputs: Inputs, loss: Loss | None) -> tuple[list[TargetLayer], ...]:
+def _measured_layers(model: nn.Module, inputs: Inputs, loss: Loss | None) -> list[TargetLayer]:
     """The layers weighed by their inputs, and with a loss by their outputs too.
 
     Group by group; within one the largest covariances go first, so that no other is there as they are decomposed.
     """
-    by_inputs: dict[str, TargetLayer] = {}
-    by_loss: dict[str, TargetLayer] = {}
+    found: dict[str, TargetLayer] = {}
     for group in inputs.groups:
         moments = inputs.of(group, loss)
         with attention_split(model):
             sizes = {name: 0 if C is None else C.numel() for name, (C, _) in moments.items()}
             for name in sorted(group, key=lambda name: -sizes.get(name, 0)):
-                C, G = moments.pop(name, Moments())
-                by_inputs[name] = measured_layer(name, layer_of(model, name), C)
-                if G is not None:
-                    by_loss[name] = measured_layer(name, layer_of(model, name), C, G)
-                del C, G
-    names = [name for group in inputs.groups for name in group]
-    return [by_inputs[name] for name in names], [by_loss.get(name, by_inputs[name]) for name in names]
+                found[name] = measured_layer(name, layer_of(model, name), *moments.pop(name, Moments()))
+    return [found[name] for group in inputs.groups for name in group]
 
 
 def _better(
     model: nn.Module, inputs: Inputs, request: Request, loss: Loss
-) -> tuple[list[TargetLayer], list[Form], str, tuple[Trial, ...]]:
+) -> tuple[list[TargetLayer], list[Form], str, tuple[Trial, ...], dict[str, Ready]]:
     """By harm, or in equal shares by inputs alone: what has the lower loss on the calibration, in a trial of each."""
-    by_inputs, by_loss = _measured_layers(model, inputs, loss)
-    ways = {"harm": (by_loss, loss), "uniform": (by_inputs, None)}
-    dense = mean_loss(model, inputs.batches, loss)
-    trials = [_trial("dense", by_inputs, [layer.form for layer in by_inputs], dense)]
-    plans: dict[str, list[Form]] = {}
-    for allocation, (layers, weighing) in ways.items():
-        forms = plans[allocation] = forms_for(layers, *request.criterion, request.rank_multiple, allocation)
-        lossy = {layer.name: form for layer, form in zip(layers, forms, strict=True) if layer.error(form) > 0}
-        with tried(model, lossy, inputs, weighing):
-            trials.append(_trial(allocation, layers, forms, mean_loss(model, inputs.batches, loss)))
-    taken = min(trials[1:], key=lambda trial: trial.loss).allocation
-    return ways[taken][0], plans[taken], taken, tuple(trials)
+    layers = _measured_layers(model, inputs, loss)
+    dense = mean_loss(model, inputs.batches, loss) if inputs.loss is None else inputs.loss
+    trials = [_trial("dense", layers, [layer.form for layer in layers], dense)]
+    taken, forms, ready = "", [], {}
+    for allocation, weighing in (("harm", loss), ("uniform", None)):
+        new = forms_for(layers, *request.criterion, request.rank_multiple, allocation)
+        lossy = {layer.name: form for layer, form in zip(layers, new, strict=True) if form != layer.whole}
+        with tried(model, lossy, inputs, weighing) as made:
+            trials.append(_trial(allocation, layers, new, mean_loss(model, inputs.batches, loss)))
+        if not taken or trials[-1].loss < trials[-2].loss:
+            taken, forms, ready = allocation, new, {} if inputs.sequential else made
+    if taken == "uniform":  # whose errors are those of outputs that nothing else weighs
+        layers = _measured_layers(model, inputs, None)
+    return layers, forms, taken, tuple(trials), ready
 
 
 def _trial(allocation: str, layers: list[TargetLayer], forms: list[Form], loss: float) -> Trial:

@@ -131,14 +131,19 @@ def _carried_out(model: nn.Module, choice: Choice) -> None:
     forms = {layer.name: layer.form for layer in choice.plan.layers}
     for group in choice.inputs.groups:
         changing = {name: forms[name] for name in group if form_of(layer_of(model, name)) != forms[name]}
-        moments = choice.inputs.of(changing, choice.loss)
-        changes = {name: (form, partial(_prepared, form, moments, name)) for name, form in changing.items()}
+        moments = choice.inputs.of([name for name in changing if name not in choice.ready], choice.loss)
+        changes = {name: (form, partial(_prepared, choice, form, moments, name)) for name, form in changing.items()}
         # At once nothing has changed before all is ready; one by one each old weight is free before the next is cut.
         for part in [{name: change} for name, change in changes.items()] if choice.inputs.sequential else [changes]:
             exchange_layers(model, part)
 
 
-def _prepared(form: Form, moments: dict[str, Moments], name: str, layer: nn.Module) -> Conversion:
+def _prepared(choice: Choice, form: Form, moments: dict[str, Moments], name: str, layer: nn.Module) -> Conversion:
+    ready = choice.ready.pop(name, None)
+    if ready is not None and ready.layer is layer and ready.form == form:
+        return ready.conversion
+    if ready is not None:  # of a part of packed attention, which is split anew
+        moments = choice.inputs.of([name], choice.loss)
     return prepare(layer, form, parts=truncated_parts(layer, form, *moments.pop(name, Moments())))
 
 

@@ -1,15 +1,15 @@
 """The second moments that a compression goes by, gathered of all layers at once or of one block at a time."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from hf_drt.compress.layers import stored, truncated_parts
-from hf_drt.compress.objective import Loss
-from hf_drt.covariance import checked_batches, covariances_of, output_gradients_of
-from hf_drt.forms import Dense, Form, layer_of, prepare, stack_count, weight_shape
+from hf_drt.compress.objective import Loss, finite_mean
+from hf_drt.covariance import checked_batches, covariances_of, sensitivity_of
+from hf_drt.forms import Conversion, Dense, Form, layer_of, prepare, stack_count, weight_shape
 from hf_drt.forms import form_of as _form_of
 from hf_drt.targets import Swap, attention_split, block_roots, replace
 
@@ -41,6 +41,7 @@ class Inputs:
             their second moments would take more memory than its weights. Else all in one.
         sequential: As given.
         batches: The calibration; those of an iterator are kept where they are needed more than once.
+        loss: The mean over the batches of the loss that was first asked for, when it was; None before.
 
     Raises:
         TypeError: The calibration cannot be iterated over.
@@ -54,35 +55,35 @@ class Inputs:
         self.batches: Any = calibration
         if calibration is not None and (again or sequential):
             self.batches = list(checked_batches(calibration))
-        self._kept: dict[str, dict[str, Tensor]] = {}
+        self.loss: float | None = None
+        self._kept: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
 
     def of(self, names: Iterable[str], loss: Loss | None = None) -> dict[str, Moments]:
         """Those of some layers of one group, by name, which the caller may take out; with a loss ``G`` too."""
         names = list(names)
         if self.batches is None or not names:
             return {}
-        inputs = self._asked(names, "C", lambda some: self._gathered(some, self._last(some)))
-        outputs = {} if loss is None else self._asked(names, "G", lambda some: self._gradients(some, loss))
-        return {name: Moments(inputs[name], outputs.get(name)) for name in names if name in inputs}
-
-    def _asked(
-        self, names: list[str], kind: str, gather: Callable[[list[str]], dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
         if self.sequential:
-            return gather(names)
-        if kind not in self._kept:
-            self._kept[kind] = gather(self.groups[0])
-        return self._kept[kind]
+            kept = self._gathered(names, loss)
+        else:
+            if self._kept is None or (loss is not None and not self._kept[1]):
+                self._kept = self._gathered(self.groups[0], loss)
+            kept = self._kept
+        C, G = kept
+        return {name: Moments(C[name], None if loss is None else G.get(name)) for name in names if name in C}
 
-    def _gradients(self, names: list[str], loss: Loss) -> dict[str, Tensor]:
-        with attention_split(self._model):
-            return output_gradients_of(self._model, self._layers(names), self.batches, loss)
-
-    def _gathered(self, names: list[str], last: str | None) -> dict[str, Tensor]:
+    def _gathered(self, names: list[str], loss: Loss | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """C, and with a loss G."""
         # Packed attention does not call its projections as layers, and does so for as long as it is split.
         with attention_split(self._model):
-            module = None if last is None else self._model.get_submodule(last)
-            return covariances_of(self._model, self._layers(names), self.batches, module)
+            layers, last = self._layers(names), self._last(names)
+            if loss is None:
+                module = None if last is None else self._model.get_submodule(last)
+                return covariances_of(self._model, layers, self.batches, module), {}
+            C, G, losses = sensitivity_of(self._model, layers, self.batches, loss)
+        if self.loss is None:
+            self.loss = finite_mean(losses)
+        return C, G
 
     def _layers(self, names: Iterable[str]) -> dict[str, nn.Module]:
         return {name: layer_of(self._model, name) for name in names}
@@ -121,15 +122,27 @@ def _parted(model: nn.Module, group: list[str]) -> Iterator[list[str]]:
     yield part
 
 
+class Ready(NamedTuple):
+    """A layer's conversion that a trial has made, not in force."""
+
+    layer: nn.Module
+    form: Form
+    conversion: Conversion
+
+
 @contextmanager
-def tried(model: nn.Module, forms: dict[str, Form], inputs: Inputs, loss: Loss | None) -> Iterator[None]:
+def tried(model: nn.Module, forms: dict[str, Form], inputs: Inputs, loss: Loss | None) -> Iterator[dict[str, Ready]]:
     """Within, the model computes with its layers truncated to these forms; each layer is back in its place after.
 
     Args:
         forms: By name, of the layers that lose something by them.
         loss: By which outputs are weighed; None for inputs alone.
+
+    Yields:
+        The conversions by name.
     """
     undo: list[Swap] = []
+    made: dict[str, Ready] = {}
     with attention_split(model):
         try:
             for group in inputs.groups:
@@ -138,10 +151,11 @@ def tried(model: nn.Module, forms: dict[str, Form], inputs: Inputs, loss: Loss |
                 for name in changing:
                     layer, form = layer_of(model, name), forms[name]
                     parts = truncated_parts(layer, form, *moments.pop(name, Moments()))
-                    new = prepare(layer, form, parts=parts).module
+                    made[name] = Ready(layer, form, prepare(layer, form, parts=parts))
+                    new = made[name].conversion.module
                     replace(model, [Swap(name, layer, new)])
                     undo.append(Swap(name, new, layer))
-            yield
+            yield made
         finally:
             for swap in reversed(undo):
                 replace(model, [swap])

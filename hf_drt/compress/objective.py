@@ -62,6 +62,10 @@ def has_loss(model: nn.Module, batches: Sequence[Any]) -> bool:
 def mean_loss(model: nn.Module, batches: Sequence[Any], loss: Loss) -> float:
     """Over the batches, in evaluation mode; infinite where it is no number, which nothing is worse than."""
     with evaluating(model):
-        values = [float(loss(model, batch)) for batch in batches]
-    mean = math.fsum(values) / len(values)
+        return finite_mean([float(loss(model, batch)) for batch in batches])
+
+
+def finite_mean(losses: Sequence[float]) -> float:
+    """The mean; infinite where it is no number."""
+    mean = math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.inf
     return mean if math.isfinite(mean) else math.inf

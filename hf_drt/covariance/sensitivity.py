@@ -1,31 +1,48 @@
-"""How the loss depends on layers' outputs: second moments of its gradients there, by one backward pass a batch."""
+"""How the loss depends on layers: second moments of their inputs and of its gradients at their outputs."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hf_drt.covariance.calibration import checked_batches, evaluating, tokens_counted
 from hf_drt.covariance.experts import ExpertMoments, stacks_of, told
+from hf_drt.covariance.input_sums import InputSums
 from hf_drt.covariance.moments import empty_moments
+from hf_drt.engines import engine_of
 from hf_drt.forms import layout_of
 from hf_drt.linalg import full_precision
 
 
-def output_gradients_of(
+class Sensitivity(NamedTuple):
+    """What :func:`sensitivity_of` finds.
+
+    Attributes:
+        C: ``E[x x^T]`` of layers' inputs by name, as :func:`hf_drt.covariance.covariances_of` gives it.
+        G: ``E[g g^T]`` of the loss's gradients at their outputs: ``(out, out)`` by name, of fused experts
+            ``(E, out, out)``. A layer without a gradient is left out.
+        losses: Of the batches, in their order.
+    """
+
+    C: dict[str, Tensor]
+    G: dict[str, Tensor]
+    losses: list[float]
+
+
+def sensitivity_of(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     batches: Iterable[Any],
     loss: Callable[[nn.Module, Any], Tensor],
-) -> dict[str, Tensor]:
-    """``G = E[g g^T]`` of layers, with g the gradient of the summed loss with respect to one output of the layer.
+) -> Sensitivity:
+    """How the loss depends on layers' weights, by one forward and backward pass of each batch.
 
-    With ``C = E[x x^T]`` of its inputs, a change D of its weight raises the mean loss by about ``1/2 tr(D C D^T G)``:
-    the second-order term with the empirical Fisher matrix in place of the Hessian, and its Kronecker factors in place
-    of it (K-FAC, Martens and Grosse 2015). The first-order term is left out: of a trained model it is small, and of
-    either sign.
+    With ``C = E[x x^T]`` and ``G = E[g g^T]``, g the gradient of the summed loss with respect to one output, a change D
+    of a layer's weight raises the mean loss by about ``1/2 tr(D C D^T G)``: the second-order term with the empirical
+    Fisher matrix in place of the Hessian, and its Kronecker factors in place of it (K-FAC, Martens and Grosse 2015).
+    The first-order term is left out: of a trained model it is small, and of either sign.
 
     Args:
         model: In evaluation mode; its parameters get no gradients, and its modules' modes are put back.
@@ -34,16 +51,16 @@ def output_gradients_of(
         loss: Of the model and a batch, the mean over positions, or samples.
 
     Returns:
-        ``(out, out)`` by name, of fused experts ``(E, out, out)``, scaled so that with their C the formula holds. A
-        layer without a gradient is left out.
+        G scaled so that with C the formula holds.
     """
-    sums = _Sums(model, layers)
+    sums, losses = _Sums(model, layers), []
     with evaluating(model), _frozen(model), sums.watching():
         for batch in checked_batches(batches):
             with torch.enable_grad():
                 value = loss(model, batch)
             sums.end_batch(value)
-    return sums.means()
+            losses.append(float(value.detach()))
+    return Sensitivity(sums.inputs(), sums.means(), losses)
 
 
 class _Sums:
@@ -57,7 +74,8 @@ class _Sums:
         self._plain = {name: layer for name, layer in layers.items() if name not in self._stacks}
         self._sums = {name: empty_moments(m, next(m.parameters()).device, outputs=True) for name, m in layers.items()}
         self._experts = ExpertMoments(self._stacks, outputs=True)
-        self._seen: list[tuple[str, Tensor]] = []
+        self._inputs, self._expert_inputs = InputSums(self._plain, engine_of(model)), ExpertMoments(self._stacks)
+        self._all_tokens = dict.fromkeys(self._stacks, 0)
         self._batches = 0
 
     @contextmanager
@@ -70,7 +88,8 @@ class _Sums:
                     return self._watched(y, lambda g: self._add(name, layer, g))
 
                 undo.callback(layer.register_forward_hook(hook).remove)
-            undo.enter_context(told(self._model, self._stacks, lambda name, expert, x: None, self._of_expert))
+            undo.enter_context(self._inputs.watching())
+            undo.enter_context(told(self._model, self._stacks, self._expert_inputs.add, self._of_expert))
             self._tokens = undo.enter_context(tokens_counted(self._model, self._stacks))
             yield
 
@@ -102,8 +121,16 @@ class _Sums:
             self._sums[name] += self._experts.sums[name] * weight[:, None, None].to(self._sums[name])
             self._experts.sums[name].zero_()
             self._experts.counts[name].zero_()
+            self._all_tokens[name] += self._tokens[name]
             self._tokens[name] = 0
+        self._inputs.end_pass()
         self._batches += 1
+
+    def inputs(self) -> dict[str, Tensor]:
+        """``C`` by name."""
+        tokens = self._all_tokens
+        means = {name: C.div_(tokens[name]) for name, C in self._expert_inputs.sums.items() if tokens[name]}
+        return self._inputs.means() | means
 
     def means(self) -> dict[str, Tensor]:
         """Over the batches; a layer whose sum is zero is left out."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_drt.linalg.spectral import full_precision, working_dtype
-from hf_drt.linalg.truncation import Truncation, truncated_product
-from hf_drt.linalg.weighted import input_root
+from hf_drt.linalg.truncation import Truncation, projected
+from hf_drt.linalg.weighted import input_root, smaller_gram
 
 OUTPUT_SHRINKAGE = 0.1  # of G: gradients of a few thousand positions say less of a direction than its inputs do
 
@@ -22,7 +22,8 @@ def fisher_values(W: Tensor, C: Tensor, G: Tensor) -> Tensor:
     """Singular values of ``L^T W S``, descending, C and G shrunk and scaled to a mean diagonal of 1
     (:func:`hf_drt.linalg.shrunk`): the squares of those after the first r, summed, are what a truncation to rank r
     leaves out."""
-    return _side(W, C, G)[0]
+    A, S, L = _roots(W, C, G)
+    return torch.linalg.eigvalsh(smaller_gram(L.mT @ A, S)).flip(0).clamp_min(0).sqrt().to(A)
 
 
 @torch.no_grad()
@@ -43,21 +44,21 @@ def fisher_truncation(W: Tensor, C: Tensor, G: Tensor, rank: int) -> Truncation:
     """
     if not 1 <= rank <= min(W.shape):
         raise ValueError(f"rank must lie in 1..{min(W.shape)} for a matrix of shape {tuple(W.shape)}, got {rank}.")
-    values, left, right = _side(W, C, G)
-    squares = values.double().square()
-    error = (squares[rank:].sum() / squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)).sqrt().to(values)
-    return truncated_product(left[:, :rank], right[:rank], rank)._replace(error=error)
+    A, S, L = _roots(W, C, G)
+    squares, Q = torch.linalg.eigh(smaller_gram(L.mT @ A, S))
+    squares, Q = squares.flip(0).clamp_min(0), Q.flip(1)[:, :rank].to(A)
+    # Of the smaller Gram matrix, so that only one of L and S is undone.
+    if A.shape[0] < A.shape[1]:
+        left, R = torch.linalg.qr(torch.linalg.solve_triangular(L.mT, Q, upper=True))
+        right = R @ (Q.mT @ L.mT @ A)
+    else:
+        left, R = torch.linalg.qr(A @ (S @ Q))
+        right = R @ torch.linalg.solve_triangular(S.mT, Q, upper=True).mT
+    error = (squares[rank:].sum() / squares.sum().clamp_min(torch.finfo(squares.dtype).tiny)).sqrt().to(A)
+    return projected(left, right)._replace(error=error)
 
 
-def _side(W: Tensor, C: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The values, and ``left (m, k)`` and ``right (k, n)`` with ``W = left right``, the first r of which are the best
-    of rank r. From eigenvectors of the smaller Gram matrix in float64, so that only one of L and S is undone."""
+def _roots(W: Tensor, C: Tensor, G: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """W, S and L in one dtype, float32 or better."""
     A = W.detach().to(working_dtype(W.dtype))
-    S, L = input_root(C).to(A), input_root(G, OUTPUT_SHRINKAGE).to(A)
-    M = (L.mT @ (A @ S)).double()
-    wide = A.shape[0] <= A.shape[1]
-    squares, Q = torch.linalg.eigh(M @ M.mT if wide else M.mT @ M)
-    values, Q = squares.flip(0).clamp_min(0).sqrt().to(A), Q.flip(1).to(A)
-    if wide:
-        return values, torch.linalg.solve(L.mT, Q), Q.mT @ (L.mT @ A)
-    return values, A @ (S @ Q), torch.linalg.solve(S.mT, Q).mT
+    return A, input_root(C).to(A), input_root(G, OUTPUT_SHRINKAGE).to(A)

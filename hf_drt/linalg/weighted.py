@@ -59,8 +59,8 @@ def shrunk(C: Tensor, shrinkage: float = SHRINKAGE) -> Tensor:
 @torch.no_grad()
 @full_precision()
 def input_root(C: Tensor, shrinkage: float = SHRINKAGE) -> Tensor:
-    """``S (n, n)`` with ``S S^T`` = :func:`shrunk` C: its Cholesky factor, or made of its eigenvectors where rounding
-    leaves it with an eigenvalue below zero.
+    """``S (n, n)``, lower triangular, with ``S S^T`` = :func:`shrunk` C: its Cholesky factor, or made of its
+    eigenvectors where rounding leaves it with an eigenvalue below zero.
 
     The singular values of ``W S`` are those that a truncation of W, weighed by its inputs, leaves out.
 
@@ -79,7 +79,7 @@ def _eigen_root(C: Tensor) -> Tensor:
         values, Q = torch.linalg.eigh(A)
     except LinAlgError:
         values, Q = torch.linalg.eigh(A.cpu())
-    return (Q * values.clamp_min(0).sqrt()).to(C)
+    return torch.linalg.qr((Q * values.clamp_min(0).sqrt()).mT, mode="r").R.mT.to(C)
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def weighted_values(W: Tensor, C: Tensor, shrinkage: float = SHRINKAGE) -> Tenso
     elif _is_small(A):
         return singular_values(A @ input_root(C, shrinkage).to(A))
     else:
-        squares = torch.linalg.eigvalsh(_smaller_gram(A, input_root(C, shrinkage).to(A)))
+        squares = torch.linalg.eigvalsh(smaller_gram(A, input_root(C, shrinkage).to(A)))
     return squares.flip(0).clamp_min(0).sqrt().to(A)
 
 
@@ -114,7 +114,7 @@ def _is_small(A: Tensor) -> bool:
     return min(A.shape) < GRAM_FROM or A.dtype == torch.float64
 
 
-def _smaller_gram(A: Tensor, S: Tensor) -> Tensor:
+def smaller_gram(A: Tensor, S: Tensor) -> Tensor:
     """In float64 ``(A S)^T A S (n, n)``, of a wide matrix ``A S (A S)^T (m, m)``; a part of ``A S`` at a time."""
     tall = A.shape[0] >= A.shape[1]
     parts = (part @ S for part in A.split(GRAM_PART)) if tall else (A @ part for part in S.split(GRAM_PART, dim=1))
@@ -171,7 +171,7 @@ def _leading(A: Tensor, C: Tensor, rank: int, shrinkage: float) -> tuple[Tensor,
         Q = Q[:, -rank:].to(A)
     else:
         S = input_root(C, shrinkage).to(A)
-        squares, Q = torch.linalg.eigh(_smaller_gram(A, S))
+        squares, Q = torch.linalg.eigh(smaller_gram(A, S))
         Q = Q[:, -rank:].to(A)
         if A.shape[0] >= A.shape[1]:  # they are directions of the weighed inputs
             Q = torch.linalg.qr(A @ (S @ Q)).Q

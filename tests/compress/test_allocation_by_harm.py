@@ -12,7 +12,7 @@ from torch import nn
 from hf_drt import Dense, Factored, effective_weight, find_targets, form_of
 from hf_drt.compress import compress, plan_compression
 from hf_drt.compress.layers import measured_layer, truncated_parts
-from hf_drt.covariance import covariances_of, output_gradients_of
+from hf_drt.covariance import covariances_of, sensitivity_of
 from hf_drt.forms import FactoredLinear, layer_of
 from hf_drt.linalg import shrunk
 
@@ -103,7 +103,7 @@ def test_a_layer_on_which_the_loss_does_not_depend_is_cut_first_and_one_that_it_
 
 def test_the_harm_of_a_rank_is_the_second_order_term_of_the_truncation_that_is_made(trained):
     targets = find_targets(trained).targets
-    C, G = covariances_of(trained, targets, batches()), output_gradients_of(trained, targets, batches(), loss_of)
+    C, G = covariances_of(trained, targets, batches()), sensitivity_of(trained, targets, batches(), loss_of).G
     for name, module in targets.items():
         layer = measured_layer(name, module, C[name], G[name])
         W = effective_weight(module).double()
@@ -134,6 +134,28 @@ def test_the_plan_is_what_is_done_and_touches_nothing(trained):
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert compress(model, parameters=0.6, rank_multiple=2, calibration=iter(batches())) == plan
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_nothing_is_computed_twice_where_all_moments_are_kept(trained, monkeypatch, sequential):
+    """One forward pass to look for a loss, one a batch for the moments, one a batch for each trial; one truncation a
+    layer for each trial."""
+    from hf_drt.compress import compression, inputs
+
+    model, calls, cut = copy.deepcopy(trained), [], []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    for module in (compression, inputs):
+        real = module.truncated_parts
+        monkeypatch.setattr(module, "truncated_parts", lambda *args, real=real: cut.append(1) or real(*args))
+    result = compress(model, parameters=0.6, rank_multiple=2, calibration=batches(), sequential=sequential)
+    factored = sum(layer.rank is not None for layer in result.layers)
+    if not sequential:
+        assert len(calls) == 1 + 3 * len(batches())
+        assert len(cut) <= factored + len(result.layers)
+        assert result.allocation == "harm"
+    else:  # block by block a trial's factors are not kept
+        assert len(calls) > 1 + 3 * len(batches())
+        assert len(cut) > factored + len(result.layers)
 
 
 def test_a_trial_that_fails_leaves_the_model_alone(trained):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import transformers as T
 
 from hf_drt import Adapter, Factored, convert, find_targets
-from hf_drt.covariance import covariances_of, output_gradients_of
+from hf_drt.covariance import covariances_of, sensitivity_of
 from hf_drt.forms import layer_of
 from hf_drt.targets.surgery import Swap, replace
 
@@ -65,7 +65,7 @@ def test_weights_that_are_stored_transposed_and_experts_that_see_all_tokens(cls)
     names = [name for name in find_targets(model).targets if "experts" in name]
     assert len(names) == 2
     layers = {name: layer_of(model, name) for name in names}
-    C, G = covariances_of(model, layers, [tiny.batch()]), output_gradients_of(model, layers, [tiny.batch()], loss_of)
+    C, G = covariances_of(model, layers, [tiny.batch()]), sensitivity_of(model, layers, [tiny.batch()], loss_of).G
     for name in names:
         assert C[name].shape == (4, layers[name].in_features, layers[name].in_features)
         assert G[name].shape == (4, layers[name].out_features, layers[name].out_features)
@@ -88,7 +88,7 @@ def test_gradients_at_the_outputs_are_those_of_autograd_and_parameters_get_none(
     model, batches = tiny.llama().train(), [tiny.batch(rows=4), tiny.batch(rows=8)]
     targets = find_targets(model).targets
     model.model.norm.weight.requires_grad_(False)
-    found = output_gradients_of(model, targets, batches, loss_of)
+    found = sensitivity_of(model, targets, batches, loss_of).G
     asking = [p.requires_grad for p in model.parameters()]
     assert asking.count(False) == 1
     assert all(p.grad is None for p in model.parameters())
@@ -108,7 +108,7 @@ def test_of_convolutions_positions_count_and_channels_are_the_outputs():
     targets = find_targets(model).targets
     generator = torch.Generator().manual_seed(0)
     batch = {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator), "labels": torch.tensor([0, 1])}
-    found = output_gradients_of(model, targets, [batch], loss_of)
+    found = sensitivity_of(model, targets, [batch], loss_of).G
     for name, g in gradients_by_hand(model, list(targets), batch).items():
         rows = g.movedim(1, -1).flatten(0, -2)
         torch.testing.assert_close(found[name], len(rows) * rows.T @ rows, rtol=1e-3, atol=1e-6)
@@ -121,8 +121,8 @@ def test_the_second_order_estimate_is_exact_for_one_linear_layer_and_squared_err
     layer = torch.nn.Linear(6, 4, bias=False)
     model = torch.nn.Sequential(layer)
     y = model(x).detach() + noise
-    (G,) = output_gradients_of(model, {"0": layer}, [x], lambda m, b: 0.5 * (m(b) - y).square().sum(1).mean()).values()
-    (C,) = covariances_of(model, {"0": layer}, [x]).values()
+    found = sensitivity_of(model, {"0": layer}, [x], lambda m, b: 0.5 * (m(b) - y).square().sum(1).mean())
+    C, G = found.C["0"], found.G["0"]
     D = 0.1 * torch.randn(4, 6)
     rise = 0.5 * (x @ D.T).square().sum(1).mean()
     assert (0.5 * torch.trace(D @ C @ D.T @ G)).item() == pytest.approx(rise.item(), rel=0.05)
@@ -141,3 +141,19 @@ def test_a_pass_ends_after_the_last_block_that_is_asked_for():
     assert len(calls) == 4, "the first pass is whole, as it counts how often the block is called"
     assert all(torch.equal(whole[name], C) for name, C in stopped.items())
     assert len(first._forward_hooks) == 0
+
+
+@pytest.mark.parametrize("make", [tiny.llama, mixtral], ids=["linear layers", "fused experts"])
+def test_one_pass_gives_the_inputs_moments_and_the_losses_too(make):
+    model = make().eval()
+    layers = {name: layer_of(model, name) for name in find_targets(model).targets}
+    batches = [tiny.batch(), tiny.batch(rows=3)]
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    found = sensitivity_of(model, layers, batches, loss_of)
+    assert len(calls) == 2
+    C = covariances_of(model, layers, batches)
+    assert set(found.C) == set(C)
+    for name in C:
+        torch.testing.assert_close(found.C[name], C[name], rtol=1e-6, atol=1e-7)
+    assert found.losses == pytest.approx([loss_of(model, batch).item() for batch in batches], rel=1e-6)
