@@ -143,7 +143,7 @@ def test_a_pass_ends_after_the_last_block_that_is_asked_for():
     assert len(first._forward_hooks) == 0
 
 
-@pytest.mark.parametrize("make", [tiny.llama, mixtral], ids=["linear layers", "fused experts"])
+@pytest.mark.parametrize("make", [tiny.llama, tiny.mixtral], ids=["linear layers", "fused experts"])
 def test_one_pass_gives_the_inputs_moments_and_the_losses_too(make):
     model = make().eval()
     layers = {name: layer_of(model, name) for name in find_targets(model).targets}
