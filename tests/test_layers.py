@@ -44,16 +44,17 @@ ALLOWED = {
                    "schedule", "tables", "targets", "transition"},
     "trainer":    {"activations", "checkpoint", "config", "controller", "ema", "engines", "export", "forms", "optim",
                    "planning", "precision", "registry", "schedule", "targets", "transition"},
+    "recovery":   {"compress", "covariance", "forms", "linalg", "tables", "targets", "trainer"},
     "report":     {"checkpoint", "schedule"},
     "cli":        {"activations", "checkpoint", "compress", "config", "controller", "doctor", "ema", "export", "forms",
-                   "inspect", "messages", "optim", "planning", "precision", "registry", "report", "schedule",
-                   "simulate", "tables", "trainer"},
+                   "inspect", "messages", "optim", "planning", "precision", "recovery", "registry", "report",
+                   "schedule", "simulate", "tables", "trainer"},
     "run":        {"config", "native_format", "trainer"},
     "trl":        {"trainer"},
 }
 STDLIB_ONLY = {"after_import", "config", "lazy", "messages", "native_format", "patterns", "registry", "renamed",
                "schedule", "tables"}
-KNOWS_TRANSFORMERS = {"trainer", "export", "run", "cli", "doctor"}
+KNOWS_TRANSFORMERS = {"trainer", "export", "run", "cli", "doctor", "recovery"}
 # fmt: on
 
 

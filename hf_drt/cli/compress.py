@@ -1,6 +1,7 @@
 """``hf-drt compress``: a trained model made smaller, by calibration on texts."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +17,10 @@ from hf_drt.cli.texts import text_batches
 from hf_drt.compress import ALLOCATIONS, Compression
 from hf_drt.compress import compress as compressed
 from hf_drt.export import save_export
+from hf_drt.recovery import DTYPES, Recovery, compress_and_recover
 
 FORMATS = ("native", "dense", "linear-pairs")
-_ROWS = 8  # samples of a batch
+_ROWS = 2  # samples of a batch, which is an update of a recovery
 
 
 def compress(
@@ -38,6 +40,12 @@ def compress(
     length: Annotated[int, Option(min=1, help="Tokens of a sample.")] = 512,
     allocation: Annotated[str | None, Option(help=f"How a budget is shared out: {', '.join(ALLOCATIONS)}.")] = None,
     sequential: Annotated[bool, Option("--sequential", help="Block by block, for want of memory.")] = False,
+    recover_steps: Annotated[
+        int | None, Option(min=0, help="Then fit the factors, and train them for so many updates, on the calibration.")
+    ] = None,
+    recover_dtype: Annotated[
+        str | None, Option(help=f"What that training computes in: {', '.join(DTYPES)}. Unset: {DTYPES[0]}.")
+    ] = None,
     include: Annotated[list[str] | None, Option(help="Patterns of layers; several times for several.")] = None,
     exclude: Annotated[list[str] | None, Option(help="Patterns of layers that stay as they are.")] = None,
     format: Annotated[str, Option(help=f"What is written: {', '.join(FORMATS)}.")] = "native",
@@ -51,16 +59,21 @@ def compress(
     """
     if format not in FORMATS:
         raise typer.BadParameter(f"must be one of {', '.join(FORMATS)}, got '{format}'.", param_hint="--format")
+    _check_recovery(recover_steps, recover_dtype, calibration)
     folder = local_folder(source)
     refuse_full(target)
-    with progress("compress", 4) as tick:
+    with progress("compress", 4 + (recover_steps or 0)) as tick:
         model: Any = load(folder, task)
         tick()
         sizes = (samples, length)
         batches = None if calibration is None else _batches(calibration, folder, model, *sizes)
         others = None if evaluation is None else _batches(evaluation, folder, model, *sizes)
         tick()
-        result = compressed(
+        made_smaller: Any = compressed
+        if recover_steps is not None:
+            options = {"dtype": recover_dtype or DTYPES[0], "progress": lambda done, steps: tick()}
+            made_smaller = partial(compress_and_recover, recover_steps=recover_steps, recover_options=options)
+        result = made_smaller(
             model, parameters=parameters, energy=energy, rank_ratio=rank_ratio, rank=rank, calibration=batches,
             allocation=allocation, sequential=sequential, include=include, exclude=exclude,
             evaluate=None if others is None else lambda model: _loss(model, others),
@@ -70,6 +83,15 @@ def compress(
         copy_beside(folder, target)
         tick()
     _report(result, target, format, json)
+
+
+def _check_recovery(steps: int | None, dtype: str | None, calibration: str | None) -> None:
+    if steps is not None and calibration is None:
+        raise typer.BadParameter("needs --calibration, texts to recover on.", param_hint="--recover-steps")
+    if dtype is not None and not steps:
+        raise typer.BadParameter("has no effect without updates. Give --recover-steps.", param_hint="--recover-dtype")
+    if dtype is not None and dtype not in DTYPES:
+        raise typer.BadParameter(f"must be one of {', '.join(DTYPES)}, got '{dtype}'.", param_hint="--recover-dtype")
 
 
 def _batches(texts: str, folder: Path, model: nn.Module, samples: int, length: int) -> list[dict[str, Any]]:
@@ -98,25 +120,40 @@ def _loss(model: nn.Module, batches: list[dict[str, Any]]) -> float:
     return sum(losses) / len(losses)
 
 
-def _report(result: Compression, target: Path, format: str, json: bool) -> None:
-    warning = result.warning and f"{result.warning} Give --calibration."
+def _report(result: Compression | Recovery, target: Path, format: str, json: bool) -> None:
+    recovery = result if isinstance(result, Recovery) else None
+    compression: Any = result if recovery is None else recovery.compression
+    warning = compression.warning and f"{compression.warning} Give --calibration."
     if json:
-        layers = [
-            {
-                "name": layer.name, "shape": layer.shape, "rank": layer.rank, "error": layer.error,
-                "parameters": layer.parameters,
-            }
-            for layer in result.layers
-        ]  # fmt: skip
-        print_json(
-            {
-                "criterion": result.criterion, "allocation": result.allocation, "parameters": result.parameters,
-                "model_parameters": result.model_parameters, "trials": [asdict(trial) for trial in result.trials],
-                "loss": result.loss, "layers": layers, "warning": warning,
-            }
-        )  # fmt: skip
+        told = _compression_json(compression) | {"warning": warning}
+        print_json(told if recovery is None else told | {"recovery": _recovery_json(recovery)})
         return
-    typer.echo(str(result))
+    typer.echo(str(compression))
+    if recovery is not None:
+        typer.echo(f"\n{recovery}")
     if warning:
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(f"written to {target} as {format}")
+
+
+def _compression_json(result: Compression) -> dict[str, Any]:
+    layers = [
+        {
+            "name": layer.name, "shape": layer.shape, "rank": layer.rank, "error": layer.error,
+            "parameters": layer.parameters,
+        }
+        for layer in result.layers
+    ]  # fmt: skip
+    return {
+        "criterion": result.criterion, "allocation": result.allocation, "parameters": result.parameters,
+        "model_parameters": result.model_parameters, "trials": [asdict(trial) for trial in result.trials],
+        "loss": result.loss, "layers": layers,
+    }  # fmt: skip
+
+
+def _recovery_json(recovery: Recovery) -> dict[str, Any]:
+    return {
+        "steps": recovery.steps, "regained": recovery.regained, "losses": recovery.losses,
+        "stages": [asdict(stage) for stage in recovery.stages],
+        "layers": [asdict(layer) for layer in recovery.layers],
+    }  # fmt: skip

@@ -3,6 +3,7 @@
 from hf_drt.compress.allocation import Curve, allocate
 from hf_drt.compress.compression import compress, plan_compression
 from hf_drt.compress.criteria import ALLOCATIONS
+from hf_drt.compress.objective import Loss, has_loss, mean_loss, model_loss
 from hf_drt.compress.result import Compression, LayerCompression, Trial
 
 __all__ = [
@@ -10,8 +11,12 @@ __all__ = [
     "Compression",
     "Curve",
     "LayerCompression",
+    "Loss",
     "Trial",
     "allocate",
     "compress",
+    "has_loss",
+    "mean_loss",
+    "model_loss",
     "plan_compression",
 ]

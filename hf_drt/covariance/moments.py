@@ -48,11 +48,19 @@ def add_moments(total: Tensor, layer: nn.Module, x: Tensor) -> int:
     Returns:
         How many inputs it was: positions of all samples, of a convolution those of its output.
     """
-    count = 0
+    return add_cross_moments(total, layer, x, x)
+
+
+@torch.no_grad()
+@full_precision()
+def add_cross_moments(total: Tensor, layer: nn.Module, x: Tensor, other: Tensor) -> int:
+    """Add ``sum x y^T`` to ``total`` in place, with y the inputs ``other``, of the shape of x; else as
+    :func:`add_moments`."""
+    count, both = 0, [x.detach()] if other is x else [x.detach(), other.detach()]
     with torch.autocast(total.device.type, enabled=False):
-        for X in _columns(layer, x.detach()):
-            X = X.to(total)
-            total.baddbmm_(X, X.mT)
+        for columns in zip(*(_columns(layer, each) for each in both), strict=True):
+            X, Y = (part.to(total) for part in (columns[0], columns[-1]))
+            total.baddbmm_(X, Y.mT)
             count += X.shape[-1]
     return count
 

@@ -4,6 +4,7 @@ from hf_drt.linalg.cp import cp, cp_limit, equal_norms, khatri_rao
 from hf_drt.linalg.fisher import fisher_truncation, fisher_values
 from hf_drt.linalg.polar import STEPS as POLAR_STEPS
 from hf_drt.linalg.polar import polar, polar_map
+from hf_drt.linalg.refit import refitted
 from hf_drt.linalg.spectral import (
     LinAlgError,
     effective_rank,
@@ -55,6 +56,7 @@ __all__ = [
     "khatri_rao",
     "polar",
     "polar_map",
+    "refitted",
     "retained_energy",
     "shrunk",
     "singular_values",

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BertForSequenceClassification, Pr
 
 from hf_drt.compress import compress
 from hf_drt.forms import Dense, Factored, form_of
+from hf_drt.recovery import compress_and_recover
 
 WORDS = " ".join(f"w{(i * i + i // 7) % tiny.VOCAB}" for i in range(600))
 
@@ -32,23 +33,67 @@ def short(folder, target, *flags):
     return ("compress", folder, target, "--samples", "8", "--length", "16", *flags)
 
 
+def token_pairs():
+    """The texts as the command reads them: eight samples, and batches of two."""
+    ids = torch.tensor([int(word[1:]) for word in WORDS.split()][: 8 * 16]).view(8, 16)
+    return ids, [{"input_ids": pair} for pair in ids.split(2)]
+
+
+def mean_loss(model):
+    return sum(float(model(**batch, labels=batch["input_ids"]).loss) for batch in token_pairs()[1]) / 4
+
+
 def test_it_does_what_the_function_does_on_the_same_tokens(hf_drt, source, tmp_path):
     texts = ("--calibration", tmp_path / "texts.txt", "--evaluation", tmp_path / "texts.txt")
     result = hf_drt(*short(source, tmp_path / "small", "--parameters", "0.6", *texts))
     assert result.code == 0, result.err
     model = AutoModelForCausalLM.from_pretrained(source)
-    ids = torch.tensor([int(word[1:]) for word in WORDS.split()][: 8 * 16]).view(8, 16)
-
-    def loss(model):
-        return float(model(input_ids=ids, labels=ids).loss)
-
-    expected = compress(model, parameters=0.6, calibration=[{"input_ids": ids}], evaluate=loss)
+    ids, batches = token_pairs()
+    expected = compress(model, parameters=0.6, calibration=batches, evaluate=mean_loss)
     assert str(expected) in result.out
     assert f"written to {tmp_path / 'small'} as native" in result.out
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert torch.equal(tiny.logits(written, {"input_ids": ids}), tiny.logits(model.eval(), {"input_ids": ids}))
     assert (tmp_path / "small" / "tokenizer.json").is_file()
     assert result.err == ""
+
+
+def test_recovery_does_what_the_function_does(hf_drt, source, tmp_path):
+    texts = ("--calibration", tmp_path / "texts.txt", "--evaluation", tmp_path / "texts.txt")
+    flags = (*texts, "--parameters", "0.6", "--recover-steps", "5")
+    result = hf_drt(*short(source, tmp_path / "small", *flags))
+    assert result.code == 0, result.err
+    model = AutoModelForCausalLM.from_pretrained(source)
+    _, batches = token_pairs()
+    expected = compress_and_recover(model, parameters=0.6, calibration=batches, recover_steps=5, evaluate=mean_loss)
+    assert str(expected.compression) in result.out
+    assert f"recovered {expected.losses[2]:.4f}" in result.out
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert torch.equal(tiny.logits(written, batches[0]), tiny.logits(model.eval(), batches[0]))
+    told = json.loads(hf_drt(*short(source, tmp_path / "again", *flags, "--json")).out)
+    assert told["recovery"]["losses"] == pytest.approx(expected.losses)
+    assert told["recovery"]["stages"][0]["name"] == "dense"
+    assert [layer["name"] for layer in told["recovery"]["layers"]] == [layer.name for layer in expected.layers]
+    half = hf_drt(*short(source, tmp_path / "half", *flags, "--recover-dtype", "bf16"))
+    assert half.code == 0, half.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--recover-steps", "5"), "--recover-steps: needs --calibration, texts to recover on."),
+        (("--recover-dtype", "bf16"), "--recover-dtype: has no effect without updates. Give --recover-steps."),
+        (
+            ("--recover-steps", "5", "--calibration", "TEXTS", "--recover-dtype", "fp8"),
+            "--recover-dtype: must be one of fp32, bf16, got 'fp8'.",
+        ),
+    ],
+)
+def test_flags_of_a_recovery_that_do_not_go_together(hf_drt, source, tmp_path, flags, message):
+    flags = [tmp_path / "texts.txt" if flag == "TEXTS" else flag for flag in flags]
+    result = hf_drt(*short(source, tmp_path / "small", "--rank", "4", *flags))
+    assert (result.code, message in " ".join(result.err.split())) == (2, True), result.err
+    assert not (tmp_path / "small").exists()
 
 
 def test_without_calibration_it_warns_and_says_what_to_expect(hf_drt, source, tmp_path):

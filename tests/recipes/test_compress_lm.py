@@ -51,6 +51,22 @@ def test_a_run_is_resumed_and_its_table_has_a_row_for_each_way(setting, capsys):
     assert "1.000" in weight.split()
 
 
+def test_stages_on_the_way_are_recorded_once(setting, capsys, monkeypatch):
+    monkeypatch.setattr(compress_lm, "STEPS", 3)
+    compress_lm.main(["run", *setting, "--methods", "harm"])
+    compress_lm.main(["run", *setting, "--methods", "harm", "fitted", "recovered"])
+    records = [json.loads(line) for line in open(setting[1])]  # noqa: SIM115
+    assert [record["settings"]["method"] for record in records] == list(compress_lm.STAGES)
+    assert len({record["digest"] for record in records}) == 3
+    assert len({record["parameters"] for record in records}) == 1
+    fitted, recovered = (record["distances"] for record in records[1:])
+    assert list(fitted) == ["dense", "compressed", "least squares"]
+    assert recovered["compressed"] == pytest.approx(min(fitted["compressed"], fitted["least squares"]), rel=1e-4)
+    capsys.readouterr()
+    compress_lm.main(["run", *setting, "--methods", "harm", "fitted", "recovered"])
+    assert capsys.readouterr().out == ""
+
+
 def test_the_documents_of_evaluation_are_none_of_calibration():
     documents = [str(i % 9) + f" {i // 9}" * 7 for i in range(60)]
     calibration, evaluation = compress_lm.drawn(documents, _Whole(), 0, (64, 64), 8)
