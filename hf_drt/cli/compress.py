@@ -1,5 +1,6 @@
 """``hf-drt compress``: a trained model made smaller, by calibration on texts."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,12 +15,14 @@ from hf_drt.cli.folders import copy_beside, refuse_full
 from hf_drt.cli.output import print_json, progress
 from hf_drt.cli.source import load, local_folder
 from hf_drt.cli.texts import text_batches
-from hf_drt.compress import ALLOCATIONS, Compression
+from hf_drt.compress import ALLOCATIONS, Compression, LossCurve, loss_curve
 from hf_drt.compress import compress as compressed
 from hf_drt.export import save_export
 from hf_drt.recovery import DTYPES, Recovery, compress_and_recover
 
 FORMATS = ("native", "dense", "linear-pairs")
+SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+PICTURES = (".svg", ".png", ".pdf")
 _ROWS = 2  # samples of a batch, which is an update of a recovery
 
 
@@ -46,6 +49,9 @@ def compress(
     recover_dtype: Annotated[
         str | None, Option(help=f"What that training computes in: {', '.join(DTYPES)}. Unset: {DTYPES[0]}.")
     ] = None,
+    curve: Annotated[
+        Path | None, Option(help="Picture to write, .svg, .png or .pdf: the loss at budgets from 0.9 to 0.4 besides.")
+    ] = None,
     include: Annotated[list[str] | None, Option(help="Patterns of layers; several times for several.")] = None,
     exclude: Annotated[list[str] | None, Option(help="Patterns of layers that stay as they are.")] = None,
     format: Annotated[str, Option(help=f"What is written: {', '.join(FORMATS)}.")] = "native",
@@ -60,6 +66,7 @@ def compress(
     if format not in FORMATS:
         raise typer.BadParameter(f"must be one of {', '.join(FORMATS)}, got '{format}'.", param_hint="--format")
     _check_recovery(recover_steps, recover_dtype, calibration)
+    draw = None if curve is None else _drawing(curve, parameters, calibration)
     folder = local_folder(source)
     refuse_full(target)
     with progress("compress", 4 + (recover_steps or 0)) as tick:
@@ -69,6 +76,11 @@ def compress(
         batches = None if calibration is None else _batches(calibration, folder, model, *sizes)
         others = None if evaluation is None else _batches(evaluation, folder, model, *sizes)
         tick()
+        found = None
+        if draw is not None:
+            found = loss_curve(
+                model, [*SHARES, parameters], batches, evaluation=others, include=include, exclude=exclude
+            )
         made_smaller: Any = compressed
         if recover_steps is not None:
             options = {"dtype": recover_dtype or DTYPES[0], "progress": lambda done, steps: tick()}
@@ -82,7 +94,31 @@ def compress(
         save_export(model, str(target), format, lambda where, state: model.save_pretrained(where, state_dict=state))
         copy_beside(folder, target)
         tick()
-    _report(result, target, format, json)
+    if draw is not None and found is not None:
+        draw(found, result)
+    _report(result, found, target, format, json)
+
+
+def _drawing(path: Path, parameters: float | None, calibration: str | None) -> Callable[[LossCurve, Any], None]:
+    """What draws the curve, with the model that was made."""
+    if parameters is None or calibration is None:
+        raise typer.BadParameter("is of budgets: give --parameters and --calibration.", param_hint="--curve")
+    if path.suffix not in PICTURES:
+        given = f"must end in one of {', '.join(PICTURES)}, got '{path}'."
+        raise typer.BadParameter(given, param_hint="--curve")
+    try:
+        from hf_drt.report import write_size_curve
+    except ImportError as error:
+        raise ImportError(f"--curve needs the package '{error.name}': pip install 'hf-drt[report]'.") from None
+
+    def draw(curve: LossCurve, result: Compression | Recovery) -> None:
+        compression = result.compression if isinstance(result, Recovery) else result
+        losses = result.losses if isinstance(result, Recovery) else None
+        marks = {} if compression is None or losses is None else {"recovered": (compression.parameters[1], losses[2])}
+        sizes, values = [point.parameters for point in curve.points], [point.loss for point in curve.points]
+        write_size_curve(sizes, values, marks, path)
+
+    return draw
 
 
 def _check_recovery(steps: int | None, dtype: str | None, calibration: str | None) -> None:
@@ -120,17 +156,21 @@ def _loss(model: nn.Module, batches: list[dict[str, Any]]) -> float:
     return sum(losses) / len(losses)
 
 
-def _report(result: Compression | Recovery, target: Path, format: str, json: bool) -> None:
+def _report(result: Compression | Recovery, curve: LossCurve | None, target: Path, format: str, json: bool) -> None:
     recovery = result if isinstance(result, Recovery) else None
     compression: Any = result if recovery is None else recovery.compression
     warning = compression.warning and f"{compression.warning} Give --calibration."
     if json:
         told = _compression_json(compression) | {"warning": warning}
+        if curve is not None:
+            told["curve"] = [point._asdict() for point in curve.points]
         print_json(told if recovery is None else told | {"recovery": _recovery_json(recovery)})
         return
     typer.echo(str(compression))
     if recovery is not None:
         typer.echo(f"\n{recovery}")
+    if curve is not None:
+        typer.echo(f"\nloss by budget, before any recovery\n{curve}")
     if warning:
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(f"written to {target} as {format}")

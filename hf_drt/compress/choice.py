@@ -44,7 +44,7 @@ def chosen(model: nn.Module, request: Request) -> Choice:
         loss = loss if allocation == "harm" else None
     else:
         allocation = request.allocation or "error" if name == "parameters" else None
-        layers, trials, ready = _measured_layers(model, inputs, None), (), {}
+        layers, trials, ready = measured_layers(model, inputs, None), (), {}
         forms = forms_for(layers, name, value, multiple, allocation)
     if all(form == layer.form for form, layer in zip(forms, layers, strict=True)):
         raise ValueError(
@@ -72,7 +72,7 @@ def _loss(model: nn.Module, request: Request, inputs: Inputs) -> Loss | None:
     return None
 
 
-def _measured_layers(model: nn.Module, inputs: Inputs, loss: Loss | None) -> list[TargetLayer]:
+def measured_layers(model: nn.Module, inputs: Inputs, loss: Loss | None) -> list[TargetLayer]:
     """The layers weighed by their inputs, and with a loss by their outputs too.
 
     Group by group; within one the largest covariances go first, so that no other is there as they are decomposed.
@@ -91,7 +91,7 @@ def _better(
     model: nn.Module, inputs: Inputs, request: Request, loss: Loss
 ) -> tuple[list[TargetLayer], list[Form], str, tuple[Trial, ...], dict[str, Ready]]:
     """By harm, or in equal shares by inputs alone: what has the lower loss on the calibration, in a trial of each."""
-    layers = _measured_layers(model, inputs, loss)
+    layers = measured_layers(model, inputs, loss)
     dense = mean_loss(model, inputs.batches, loss) if inputs.loss is None else inputs.loss
     trials = [_trial("dense", layers, [layer.form for layer in layers], dense)]
     taken, forms, ready = "", [], {}
@@ -103,7 +103,7 @@ def _better(
         if not taken or trials[-1].loss < trials[-2].loss:
             taken, forms, ready = allocation, new, {} if inputs.sequential else made
     if taken == "uniform":  # whose errors are those of outputs that nothing else weighs
-        layers = _measured_layers(model, inputs, None)
+        layers = measured_layers(model, inputs, None)
     return layers, forms, taken, tuple(trials), ready
 
 

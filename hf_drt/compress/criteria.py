@@ -53,10 +53,15 @@ def _energy_rank(layer: TargetLayer, share: float, multiple: int) -> int:
     return multiple * math.ceil(enough / multiple)
 
 
+def least_of(layers: list[TargetLayer], multiple: int) -> int:
+    """Parameters of the layers at the least rank."""
+    return sum(stored(layer.options(multiple)[0], layer.shape) for layer in layers)
+
+
 def _by_budget(layers: list[TargetLayer], value: float, multiple: int, allocation: str) -> list[Form]:
     dense = sum(stored(Dense(), layer.shape) for layer in layers)
     budget = value if isinstance(value, int) else int(value * dense)
-    least = sum(stored(layer.options(multiple)[0], layer.shape) for layer in layers)
+    least = least_of(layers, multiple)
     if budget < least:
         raise ValueError(
             f"a budget of {budget:,} parameters is too small: at rank {multiple}, the least that rank_multiple allows, "

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from hf_drt.linalg.spectral import full_precision, working_dtype
 
-SHRINKAGE = 0.01
+SHRINKAGE = 4.0
+"""Of SmolLM2 at 0.6 of its blocks' weights, on 3,584 tokens: the divergence from the dense model on other text fell
+from 0.651 to 0.643, 0.620 and 0.611 with 0.2, 1 and 4; on the same text the smallest was best."""
 
 
 @torch.no_grad()

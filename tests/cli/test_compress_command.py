@@ -10,7 +10,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from hf_drt.compress import compress
+from hf_drt.compress import compress, loss_curve
 from hf_drt.forms import Dense, Factored, form_of
 from hf_drt.recovery import compress_and_recover
 
@@ -78,9 +78,28 @@ def test_recovery_does_what_the_function_does(hf_drt, source, tmp_path):
     assert half.code == 0, half.err
 
 
+def test_the_curve_is_drawn_and_told(hf_drt, source, tmp_path):
+    pytest.importorskip("matplotlib")
+    texts = ("--calibration", tmp_path / "texts.txt", "--evaluation", tmp_path / "texts.txt")
+    flags = (*texts, "--parameters", "0.75", "--recover-steps", "2", "--curve")
+    result = hf_drt(*short(source, tmp_path / "small", *flags, tmp_path / "curve.svg"))
+    assert result.code == 0, result.err
+    model, (_, batches) = AutoModelForCausalLM.from_pretrained(source), token_pairs()
+    expected = loss_curve(model, [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.75], batches, evaluation=batches)
+    assert f"loss by budget, before any recovery\n{expected}" in result.out
+    assert "<!-- recovered -->" in (tmp_path / "curve.svg").read_text()
+    told = json.loads(hf_drt(*short(source, tmp_path / "again", *flags, tmp_path / "again.png", "--json")).out)
+    assert [point["share"] for point in told["curve"]] == [1.0, 0.9, 0.8, 0.75, 0.7, 0.6, 0.5]  # 0.4 is too small
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--curve", "curve.svg"), "--curve: is of budgets: give --parameters and --calibration."),
+        (
+            ("--curve", "curve.txt", "--parameters", "0.6", "--calibration", "TEXTS"),
+            "--curve: must end in one of .svg, .png, .pdf, got 'curve.txt'.",
+        ),
         (("--recover-steps", "5"), "--recover-steps: needs --calibration, texts to recover on."),
         (("--recover-dtype", "bf16"), "--recover-dtype: has no effect without updates. Give --recover-steps."),
         (
