@@ -147,7 +147,7 @@ def test_nothing_is_computed_twice_where_all_moments_are_kept(trained, monkeypat
     for module in (compression, inputs):
         real = module.truncated_parts
         monkeypatch.setattr(module, "truncated_parts", lambda *args, real=real: cut.append(1) or real(*args))
-    result = compress(model, parameters=0.6, rank_multiple=2, calibration=batches(), sequential=sequential)
+    result = compress(model, parameters=0.8, rank_multiple=2, calibration=batches(), sequential=sequential)
     factored = sum(layer.rank is not None for layer in result.layers)
     if not sequential:
         assert len(calls) == 1 + 3 * len(batches())
