@@ -103,6 +103,8 @@ def _drawing(path: Path, parameters: float | None, calibration: str | None) -> C
     """What draws the curve, with the model that was made."""
     if parameters is None or calibration is None:
         raise typer.BadParameter("is of budgets: give --parameters and --calibration.", param_hint="--curve")
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {path.parent}. Make it first.", param_hint="--curve")
     if path.suffix not in PICTURES:
         given = f"must end in one of {', '.join(PICTURES)}, got '{path}'."
         raise typer.BadParameter(given, param_hint="--curve")

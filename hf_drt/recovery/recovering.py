@@ -68,8 +68,9 @@ def recover(
         seed: Of the order of batches, and of dropout.
 
     Raises:
-        ValueError: No layer is in factored form, the two models have other layers, or a value outside its interval. The
-            model is as it was.
+        ValueError: No layer is in factored form, the two models have other layers or are one, or a value is outside
+            its interval. The model is as it was. After an error in one of the steps, or an interruption, it is as
+            before that step.
     """
     _check(steps, learning_rate, dtype, least_squares)
     batches = list(checked_batches(calibration))
@@ -134,6 +135,8 @@ def _check(steps: int, learning_rate: float, dtype: str, least_squares: bool) ->
 
 def _factored(model: nn.Module, reference: nn.Module) -> list[str]:
     """The layers in factored form, which the reference has to have too."""
+    if reference is model:
+        raise ValueError("the reference is the model itself. Make a copy of the model before it is compressed.")
     layers = {name: layer_of(model, name) for name in find_targets(model).targets}
     names = [name for name, layer in layers.items() if isinstance(form_of(layer), Factored)]
     if not names:
@@ -185,7 +188,11 @@ class _Work:
         before = {name: _state(layer_of(self.model, name)) for name in self.names}
         best = min(stage.distance for stage in self.stages[1:])
         started = time.perf_counter()
-        work()
+        try:
+            work()
+        except BaseException:  # an interruption too: no layer is left half trained
+            self._put_back(before)
+            raise
         seconds = time.perf_counter() - started
         stage = self._measured(name, self.model, seconds)
         kept = stage.distance < best
@@ -198,8 +205,11 @@ class _Work:
                 stage.distance,
                 best,
             )
-            for layer, state in before.items():
-                layer_of(self.model, layer).load_state_dict(state)
+            self._put_back(before)
+
+    def _put_back(self, states: Mapping[str, dict[str, torch.Tensor]]) -> None:
+        for name, state in states.items():
+            layer_of(self.model, name).load_state_dict(state)
 
     def _measured(self, name: str, model: nn.Module, seconds: float = 0.0) -> Stage:
         far = mean_loss(model, self._aside, self._distance)
@@ -256,6 +266,8 @@ def only_trained(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     finally:
         for parameter, before in asked.items():
             parameter.requires_grad_(before)
+            if id(parameter) in own:
+                parameter.grad = None
         for module, training in modes:
             module.training = training
 

@@ -97,6 +97,10 @@ def test_the_curve_is_drawn_and_told(hf_drt, source, tmp_path):
     [
         (("--curve", "curve.svg"), "--curve: is of budgets: give --parameters and --calibration."),
         (
+            ("--curve", "nowhere/curve.svg", "--parameters", "0.6", "--calibration", "TEXTS"),
+            "--curve: there is no folder nowhere. Make it first.",
+        ),
+        (
             ("--curve", "curve.txt", "--parameters", "0.6", "--calibration", "TEXTS"),
             "--curve: must end in one of .svg, .png, .pdf, got 'curve.txt'.",
         ),

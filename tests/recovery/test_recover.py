@@ -302,7 +302,23 @@ def test_values_outside_of_their_intervals(reference, smaller, given, message):
     assert all(torch.equal(value, before[name]) for name, value in smaller.state_dict().items())
 
 
+def test_an_interruption_leaves_no_layer_half_trained(reference, smaller):
+    def interrupt(done, steps):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    before = states(smaller)
+    smaller.train()
+    with pytest.raises(KeyboardInterrupt):
+        recover(smaller, reference, CALIBRATION, steps=5, least_squares=False, progress=interrupt)
+    assert all(torch.equal(value, before[name]) for name, value in smaller.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in smaller.parameters())
+    assert smaller.training
+
+
 def test_models_that_do_not_go_together(reference, smaller):
+    with pytest.raises(ValueError, match=r"the reference is the model itself\. Make a copy of the model before"):
+        recover(smaller, smaller, CALIBRATION)
     with pytest.raises(ValueError, match="no layer of the model is in factored form: there is nothing to recover"):
         recover(copy.deepcopy(reference), reference, CALIBRATION)
     with pytest.raises(
