@@ -77,7 +77,7 @@ def compress(
         others = None if evaluation is None else _batches(evaluation, folder, model, *sizes)
         tick()
         found = None
-        if draw is not None:
+        if draw is not None and parameters is not None and batches is not None:
             found = loss_curve(
                 model, [*SHARES, parameters], batches, evaluation=others, include=include, exclude=exclude
             )

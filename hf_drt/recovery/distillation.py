@@ -57,7 +57,7 @@ def distance(outputs: Any, wanted: Any, batch: Any) -> Tensor:
             "Give the model whole, with its head, or batches that it answers with a tensor."
         )
     mask = _mask(outputs, batch)
-    return torch.stack([_one(name, *pair, mask) for name, *pair in pairs]).sum()
+    return torch.stack([_one(name, y, other, mask) for name, y, other in pairs]).sum()
 
 
 def _pairs(outputs: Any, wanted: Any) -> list[tuple[str, Tensor, Tensor]]:
