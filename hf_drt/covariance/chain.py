@@ -109,7 +109,7 @@ def _seen(model: nn.Module, names: Sequence[str], batch: Any) -> _Seen | None:
     seen = _Seen()
 
     def before(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs.get("hidden_states")
+        x: Any = args[0] if args else kwargs.get("hidden_states")
         seen.order.append(name)
         seen.inputs.append(x)
         kept = {name: _kept(value, x) for name, value in kwargs.items()}
