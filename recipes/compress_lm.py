@@ -16,8 +16,9 @@ The ways, at equal parameters of the blocks' linear layers:
 - ``weight``: ``compress(model, parameters=share)``, by the weights alone;
 - ``harm``: ``compress(model, parameters=share, calibration=batches)``, the default; ``sequential``, ``error`` and
   ``uniform`` are its other options;
-- ``fitted``: then least squares by layer; ``recovered``: then 200 updates of distillation, on the calibration text
-  alone, a sequence at a time in bfloat16. Both begin with what comes before, and record it;
+- ``fitted``: then least squares by layer; ``recovered``: then 200 updates of distillation, a sequence at a time in
+  bfloat16, on the calibration text and --training_tokens of other documents. Both begin with what comes before, and
+  record it;
 - ``svd_llm``: whitening by the inputs' Cholesky factor and equal shares (after SVD-LLM, arXiv 2403.07378);
 - ``asvd``: columns scaled by the root of the inputs' mean magnitude, equal shares (after ASVD, arXiv 2312.05821);
 - ``int8``: no rank, all linear layers of the blocks in eight bits (torchao); it has one size of its own.
@@ -32,7 +33,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,19 +75,26 @@ def by_compress(**options: Any) -> Callable[[nn.Module, float, Batches], Record]
     return way
 
 
-def in_stages(model: nn.Module, share: float, batches: Batches) -> Iterator[tuple[str, Record]]:
+def in_stages(model: nn.Module, share: float, batches: Batches, training: Batches) -> Iterator[tuple[str, Record]]:
     """``harm``, ``fitted`` and ``recovered``, of one model: what each goes on from is the one before."""
     reference = copy.deepcopy(model)
     yield "harm", by_compress()(model, share, batches)
-    rows = [
+    fitted = recover(model, reference, _rows(batches), steps=0)
+    yield "fitted", _stages(model, fitted)
+    trained = recover(
+        model, reference, _rows(batches), training=_rows(training) or None, steps=STEPS, least_squares=False,
+        dtype="bf16",
+    )  # fmt: skip
+    yield "recovered", _stages(model, trained)
+
+
+def _rows(batches: Batches) -> Batches:
+    """A batch for each sequence."""
+    return [
         dict(zip(batch, row, strict=True))
         for batch in batches
         for row in zip(*(tensor.split(1) for tensor in batch.values()), strict=True)
     ]
-    fitted = recover(model, reference, rows, steps=0)
-    yield "fitted", _stages(model, fitted)
-    trained = recover(model, reference, rows, steps=STEPS, least_squares=False, dtype="bf16")
-    yield "recovered", _stages(model, trained)
 
 
 def _stages(model: nn.Module, recovery: Recovery) -> Record:
@@ -188,10 +196,8 @@ SIZELESS = ("dense", "int8")
 # ---- data
 
 
-def drawn(
-    documents: list[str], tokenizer: Any, draw: int, counts: tuple[int, int], block: int
-) -> tuple[Batches, Batches]:
-    """Batches of calibration, and of evaluation from other documents, of about 1,024 tokens each.
+def drawn(documents: list[str], tokenizer: Any, draw: int, counts: Sequence[int], block: int) -> tuple[Batches, ...]:
+    """Batches of calibration, of evaluation and of training, each from documents of its own, of about 1,024 tokens.
 
     Raises:
         ValueError: The documents are too few.
@@ -201,6 +207,8 @@ def drawn(
 
 
 def _batches(order: Iterator[str], tokenizer: Any, count: int, block: int) -> Batches:
+    if not count:
+        return []
     ids: list[int] = []
     rows = math.ceil(count / block)
     while len(ids) < rows * block:
@@ -229,11 +237,13 @@ def runs(given: argparse.Namespace) -> Iterator[Record]:
     for draw in given.draws:
         for corpus in given.corpora:
             for method in given.methods:
+                trained = method == STAGES[-1] and given.training_tokens
+                more = {"training_tokens": given.training_tokens} if trained else {}
                 for share in (None,) if method in SIZELESS else given.shares:
                     yield {
                         "model": given.model or "smollm2-135m", "corpus": corpus, "draw": draw, "method": method,
                         "share": share, "block": given.block, "calibration_tokens": given.calibration_tokens,
-                        "evaluation_tokens": given.evaluation_tokens,
+                        "evaluation_tokens": given.evaluation_tokens, **more,
                     }  # fmt: skip
 
 
@@ -250,9 +260,9 @@ def run(given: argparse.Namespace) -> None:
     for number, settings in enumerate(left, start=1):
         corpus = settings["corpus"]
         texts.setdefault(corpus, CORPORA[corpus](cache))
-        counts = (settings["calibration_tokens"], settings["evaluation_tokens"])
-        calibration, evaluation = drawn(texts[corpus], tokenizer, settings["draw"], counts, settings["block"])
-        for record in measured(folder, settings, calibration, evaluation):
+        counts = [settings.get(f"{use}_tokens", 0) for use in ("calibration", "evaluation", "training")]
+        parts = drawn(texts[corpus], tokenizer, settings["draw"], counts, settings["block"])
+        for record in measured(folder, settings, *parts):
             if record["digest"] in done:
                 continue  # a stage on the way to one that is not there yet
             done.add(records.append(record)["digest"])
@@ -260,15 +270,19 @@ def run(given: argparse.Namespace) -> None:
             print(f"[{number} of {len(left)}] {describe(record['settings'])}: {told}", flush=True)
 
 
-def measured(folder: str, settings: Record, calibration: Batches, evaluation: Batches) -> Iterator[Record]:
+def measured(
+    folder: str, settings: Record, calibration: Batches, evaluation: Batches, training: Batches
+) -> Iterator[Record]:
     """One model changed in one way, or by stages up to the one that is asked for; seconds are those of a stage."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.config.use_cache = False
     dense = sum(layer.weight.numel() for layer in find_targets(model).targets.values())
     started = time.perf_counter()
-    for method, told in changed(model, settings, calibration, dense):
+    for method, told in changed(model, settings, calibration, training, dense):
         seconds = time.perf_counter() - started
         own = settings | {"method": method}
+        if method != settings["method"]:
+            own.pop("training_tokens", None)  # a stage before the training
         loss = loss_on(model, evaluation)
         yield {"digest": digest(own), "settings": own, "loss": loss, "seconds": seconds, "of": dense, **told}
         if method == settings["method"]:
@@ -276,11 +290,13 @@ def measured(folder: str, settings: Record, calibration: Batches, evaluation: Ba
         started = time.perf_counter()
 
 
-def changed(model: nn.Module, settings: Record, calibration: Batches, dense: int) -> Iterator[tuple[str, Record]]:
+def changed(
+    model: nn.Module, settings: Record, calibration: Batches, training: Batches, dense: int
+) -> Iterator[tuple[str, Record]]:
     """The model changed in place, and what is told of it."""
     method = settings["method"]
     if method in STAGES:
-        yield from in_stages(model, settings["share"], calibration)
+        yield from in_stages(model, settings["share"], calibration, training)
     elif method == "dense":
         yield method, {"parameters": dense}
     else:
@@ -295,11 +311,12 @@ def describe(settings: Record) -> str:
 
 def table(given: argparse.Namespace) -> None:
     """Loss by corpus, size and way, as means over the draws; and the rise over dense as a share of that by weights
-    alone."""
+    alone. ``recovered+N`` is with N tokens of training beside those of the calibration."""
     losses: dict[tuple, list[Record]] = {}
     for record in JsonLines(given.output).all:
         own = record["settings"]
-        losses.setdefault((own["corpus"], own["share"] or 0, own["method"]), []).append(record)
+        more = f"+{own['training_tokens']}" if "training_tokens" in own else ""
+        losses.setdefault((own["corpus"], own["share"] or 0, own["method"] + more), []).append(record)
     rows = []
     for (corpus, share, method), records in sorted(losses.items()):
         mean = statistics.mean(record["loss"] for record in records)
@@ -339,9 +356,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--block", type=int, default=256, help="Tokens of a sequence.")
     add("--calibration_tokens", type=int, default=8192)
     add("--evaluation_tokens", type=int, default=20480)
+    add("--training_tokens", type=int, default=STEPS * 256, help="Of the recovery, beside those of the calibration.")
     given = parser.parse_args(arguments)
     if bad := [share for share in given.shares if not 0 < share < 1]:
         parser.error(f"--shares must lie in (0, 1), got {bad[0]:g}.")
+    if given.training_tokens < 0:
+        parser.error(f"--training_tokens must be at least 0, got {given.training_tokens}.")
     for name in ("block", "calibration_tokens", "evaluation_tokens"):
         if getattr(given, name) < 2:
             parser.error(f"--{name} must be at least 2, got {getattr(given, name)}.")

@@ -44,7 +44,8 @@ def compress(
     allocation: Annotated[str | None, Option(help=f"How a budget is shared out: {', '.join(ALLOCATIONS)}.")] = None,
     sequential: Annotated[bool, Option("--sequential", help="Block by block, for want of memory.")] = False,
     recover_steps: Annotated[
-        int | None, Option(min=0, help="Then fit the factors, and train them for so many updates, on the calibration.")
+        int | None,
+        Option(min=0, help="Then fit the factors, and train them for so many updates, on more of the texts."),
     ] = None,
     recover_dtype: Annotated[
         str | None, Option(help=f"What that training computes in: {', '.join(DTYPES)}. Unset: {DTYPES[0]}.")
@@ -84,6 +85,8 @@ def compress(
         made_smaller: Any = compressed
         if recover_steps is not None:
             options = {"dtype": recover_dtype or DTYPES[0], "progress": lambda done, steps: tick()}
+            if recover_steps and (more := _beyond(str(calibration), folder, model, *sizes, recover_steps)):
+                options["training"] = more
             made_smaller = partial(compress_and_recover, recover_steps=recover_steps, recover_options=options)
         result = made_smaller(
             model, parameters=parameters, energy=energy, rank_ratio=rank_ratio, rank=rank, calibration=batches,
@@ -134,6 +137,12 @@ def _check_recovery(steps: int | None, dtype: str | None, calibration: str | Non
 
 def _batches(texts: str, folder: Path, model: nn.Module, samples: int, length: int) -> list[dict[str, Any]]:
     return text_batches(texts, folder, _is_causal(model), samples, length, _ROWS)
+
+
+def _beyond(texts: str, folder: Path, model: nn.Module, samples: int, length: int, steps: int) -> list[dict[str, Any]]:
+    """Batches of the texts after those of the calibration: one for each update, as far as the texts go."""
+    first = -(-samples // _ROWS)
+    return _batches(texts, folder, model, (first + steps) * _ROWS, length)[first:]
 
 
 def _is_causal(model: nn.Module) -> bool:

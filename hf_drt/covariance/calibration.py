@@ -55,8 +55,8 @@ def covariances_of(
     return {name: found[name] for name in layers if name in found}
 
 
-def checked_batches(batches: Any) -> Iterator[Any]:
-    """The batches, one after the other.
+def checked_batches(batches: Any, name: str = "calibration") -> Iterator[Any]:
+    """The batches, one after the other; errors call them by this name.
 
     Raises:
         ValueError: There is none.
@@ -64,7 +64,7 @@ def checked_batches(batches: Any) -> Iterator[Any]:
     """
     if not isinstance(batches, Iterable) or isinstance(batches, (Mapping, Tensor, str)):
         raise TypeError(
-            f"calibration must be an iterable of batches, got a {type(batches).__name__}. Of a single batch make a "
+            f"{name} must be an iterable of batches, got a {type(batches).__name__}. Of a single batch make a "
             "list: [batch]."
         )
     count = 0
@@ -72,7 +72,7 @@ def checked_batches(batches: Any) -> Iterator[Any]:
         yield batch
         count += 1
     if not count:
-        raise ValueError("calibration has no batch. An iterator that has been used up gives none: make a new one.")
+        raise ValueError(f"{name} has no batch. An iterator that has been used up gives none: make a new one.")
 
 
 @contextmanager

@@ -30,9 +30,13 @@ class DistillationTrainer(DRTTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The distance for one batch; what it is divided by is the batch's own number of positions."""
+        """The distance for one batch; what it is divided by is the batch's own number of positions.
+
+        The reference computes in the precision of the training: Accelerate's autocast is of the trained model's own
+        ``forward``, and does not reach it.
+        """
         batch = inputs.get(BATCH, inputs)
-        with torch.no_grad(), evaluating(self.reference):
+        with torch.no_grad(), evaluating(self.reference), self.accelerator.autocast():
             wanted = call(self.reference, batch)
         outputs = call(model, batch)
         loss = distance(outputs, wanted, batch)

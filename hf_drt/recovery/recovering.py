@@ -37,6 +37,7 @@ def recover(
     reference: nn.Module,
     calibration: Iterable[Any],
     *,
+    training: Iterable[Any] | None = None,
     steps: int = 200,
     learning_rate: float = LEARNING_RATE,
     least_squares: bool = True,
@@ -58,8 +59,10 @@ def recover(
     Args:
         model: With layers in factored form, such as :func:`hf_drt.compress.compress` leaves it.
         reference: The model as it was before: same structure, dense. It is not changed; memory holds both.
-        calibration: Batches as there; one is one update.
-        steps: Updates of the distillation, at least 0; the batches are gone through as often as it takes.
+        calibration: Batches as there, for both steps.
+        training: More of them, for the distillation alone. It learns a few sequences by heart within some passes: text
+            enough for one pass, a batch for each update, brings the model nearer.
+        steps: Updates of the distillation, a batch each, at least 0; the batches are gone through as often as it takes.
         learning_rate: Its highest, above 0.
         least_squares: Whether the first step is made.
         dtype: What the training computes in, 'fp32' or 'bf16' (autocast).
@@ -74,6 +77,7 @@ def recover(
     """
     _check(steps, learning_rate, dtype, least_squares)
     batches = list(checked_batches(calibration))
+    more = _more(training, steps)
     names = _factored(model, reference)
     used, aside = _divided(batches)
     with attention_split(reference):  # as it is in the model, so that layers of one name are called in both
@@ -82,7 +86,7 @@ def recover(
         if least_squares:
             work.stage("least squares", lambda: _fitted(work, used))
         if steps:
-            work.stage("training", lambda: _trained(work, used, steps, learning_rate, dtype, seed, progress))
+            work.stage("training", lambda: _trained(work, used + more, steps, learning_rate, dtype, seed, progress))
         after = work.errors()
     ranks = _ranks(model, names)
     layers = tuple(LayerRecovery(name, ranks[name], (before[name], after[name])) for name in names if name in before)
@@ -100,7 +104,7 @@ def compress_and_recover(
     """:func:`hf_drt.compress.compress`, then :func:`recover` from a copy of the model as it was; in place.
 
     Args:
-        calibration: Batches, for both.
+        calibration: Batches, for both; more for the training go into ``recover_options``.
         recover_steps: As ``steps`` there.
         recover_options: Other arguments of it.
         criterion: All other arguments of ``compress``.
@@ -131,6 +135,15 @@ def _check(steps: int, learning_rate: float, dtype: str, least_squares: bool) ->
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     if not steps and not least_squares:
         raise ValueError("steps=0 and least_squares=False leave nothing to do. Raise steps, or leave least_squares on.")
+
+
+def _more(training: Iterable[Any] | None, steps: int) -> list[Any]:
+    """Batches of the training alone."""
+    if training is None:
+        return []
+    if not steps:
+        raise ValueError("training has no effect with steps=0. Raise steps, or leave training out.")
+    return list(checked_batches(training, "training"))
 
 
 def _factored(model: nn.Module, reference: nn.Module) -> list[str]:

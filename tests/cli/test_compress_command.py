@@ -33,9 +33,10 @@ def short(folder, target, *flags):
     return ("compress", folder, target, "--samples", "8", "--length", "16", *flags)
 
 
-def token_pairs():
-    """The texts as the command reads them: eight samples, and batches of two."""
-    ids = torch.tensor([int(word[1:]) for word in WORDS.split()][: 8 * 16]).view(8, 16)
+def token_pairs(samples=8, length=16):
+    """The texts as the command reads them: samples, as many as there are, and batches of two."""
+    ids = torch.tensor([int(word[1:]) for word in WORDS.split()])
+    ids = ids[: len(ids) // length * length].view(-1, length)[:samples]
     return ids, [{"input_ids": pair} for pair in ids.split(2)]
 
 
@@ -64,8 +65,11 @@ def test_recovery_does_what_the_function_does(hf_drt, source, tmp_path):
     result = hf_drt(*short(source, tmp_path / "small", *flags))
     assert result.code == 0, result.err
     model = AutoModelForCausalLM.from_pretrained(source)
-    _, batches = token_pairs()
-    expected = compress_and_recover(model, parameters=0.6, calibration=batches, recover_steps=5, evaluate=mean_loss)
+    batches, more = token_pairs()[1], token_pairs(18)[1][4:]
+    options = {"training": more}
+    expected = compress_and_recover(
+        model, parameters=0.6, calibration=batches, recover_steps=5, recover_options=options, evaluate=mean_loss
+    )
     assert str(expected.compression) in result.out
     assert f"recovered {expected.losses[2]:.4f}" in result.out
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
@@ -90,6 +94,23 @@ def test_the_curve_is_drawn_and_told(hf_drt, source, tmp_path):
     assert "<!-- recovered -->" in (tmp_path / "curve.svg").read_text()
     told = json.loads(hf_drt(*short(source, tmp_path / "again", *flags, tmp_path / "again.png", "--json")).out)
     assert [point["share"] for point in told["curve"]] == [1.0, 0.9, 0.8, 0.75, 0.7, 0.6, 0.5]  # 0.4 is too small
+
+
+def test_a_recovery_trains_on_text_beyond_the_calibration(hf_drt, source, tmp_path):
+    flags = ("--parameters", "0.6", "--recover-steps", "3", "--evaluation", tmp_path / "texts.txt")
+    command = ("compress", source, tmp_path / "small", "--calibration", tmp_path / "texts.txt", "--length", "4")
+    result = hf_drt(*command, "--samples", "3", *flags)
+    assert result.code == 0, result.err
+    model, more = AutoModelForCausalLM.from_pretrained(source), token_pairs(10, 4)[1][2:]
+    compress_and_recover(
+        model,
+        parameters=0.6,
+        calibration=token_pairs(3, 4)[1],
+        recover_steps=3,
+        recover_options={"training": more},
+    )
+    written, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "small"), token_pairs()[1][0]
+    assert torch.equal(tiny.logits(written, ids), tiny.logits(model.eval(), ids))
 
 
 @pytest.mark.parametrize(

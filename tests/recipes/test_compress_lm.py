@@ -29,7 +29,7 @@ def setting(tmp_path, monkeypatch):
     return [
         "--output", str(tmp_path / "records.jsonl"), "--model", str(tmp_path / "model"), "--corpora", "brown",
         "--cache_dir", str(tmp_path), "--draws", "0", "--shares", "0.7", "--block", "8", "--calibration_tokens", "64",
-        "--evaluation_tokens", "64",
+        "--evaluation_tokens", "64", "--training_tokens", "64",
     ]  # fmt: skip
 
 
@@ -65,13 +65,21 @@ def test_stages_on_the_way_are_recorded_once(setting, capsys, monkeypatch):
     capsys.readouterr()
     compress_lm.main(["run", *setting, "--methods", "harm", "fitted", "recovered"])
     assert capsys.readouterr().out == ""
+    compress_lm.main(["run", *setting, "--methods", "recovered", "--training_tokens", "0"])
+    assert "[1 of 1]" in capsys.readouterr().out
+    records = [json.loads(line) for line in open(setting[1])]  # noqa: SIM115
+    assert [record["settings"].get("training_tokens") for record in records] == [None, None, 64, None]
+    compress_lm.main(["table", *setting])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[2] for row in rows[1:]] == ["fitted", "harm", "recovered", "recovered+64"]
 
 
 def test_the_documents_of_evaluation_are_none_of_calibration():
     documents = [str(i % 9) + f" {i // 9}" * 7 for i in range(60)]
-    calibration, evaluation = compress_lm.drawn(documents, _Whole(), 0, (64, 64), 8)
-    seen, other = ({row[0].item() for b in each for row in b["input_ids"]} for each in (calibration, evaluation))
-    assert not seen & other
+    parts = compress_lm.drawn(documents, _Whole(), 0, (64, 64, 64), 8)
+    seen = [{row[0].item() for batch in part for row in batch["input_ids"]} for part in parts]
+    assert len(set().union(*seen)) == sum(map(len, seen)) == 24
+    assert compress_lm.drawn(documents, _Whole(), 0, (64, 0), 8)[1] == []
     with pytest.raises(ValueError, match=r"the corpus has no 1,000 tokens left\. Ask for fewer"):
         compress_lm.drawn(documents, _Whole(), 0, (64, 1000), 8)
 

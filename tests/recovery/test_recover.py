@@ -285,9 +285,23 @@ def test_bfloat16(reference, smaller):
     assert {p.dtype for p in smaller.parameters()} == {torch.float32}
 
 
+def test_more_text_is_for_the_training_alone(reference, smaller):
+    few = CALIBRATION[:4]
+    more = [progressions(3000 + i) for i in range(56)]
+    given = {"steps": 60, "learning_rate": 3e-3}
+    twin = copy.deepcopy(smaller)
+    result = recover(smaller, reference, few, training=iter(more), **given)
+    alone = recover(twin, reference, few, **given)
+    for stage, other in zip(result.stages[:3], alone.stages[:3], strict=True):
+        assert (stage.distance, stage.loss, stage.kept) == (other.distance, other.loss, other.kept)
+    assert loss_elsewhere(smaller) < loss_elsewhere(twin)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"steps": 0, "training": [1]}, "training has no effect with steps=0. Raise steps, or leave training out."),
+        ({"training": []}, "training has no batch. An iterator that has been used up gives none: make a new one."),
         ({"steps": -1}, "steps must be a whole number of at least 0, got -1."),
         ({"steps": True}, "steps must be a whole number of at least 0, got True."),
         ({"learning_rate": 0}, "learning_rate must be above 0, got 0."),
@@ -327,3 +341,5 @@ def test_models_that_do_not_go_together(reference, smaller):
         recover(smaller, tiny.gpt2(), CALIBRATION)
     with pytest.raises(ValueError, match="calibration has no batch"):
         recover(smaller, reference, [])
+    with pytest.raises(TypeError, match=r"training must be an iterable of batches, got a dict\."):
+        recover(smaller, reference, CALIBRATION, training=CALIBRATION[0])
