@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,11 +15,12 @@ from transformers import PrinterCallback, TrainerCallback
 
 from hf_drt.compress import Loss, compress, has_loss, mean_loss, model_loss
 from hf_drt.covariance import call, checked_batches, evaluating, output_errors, whole_passes
-from hf_drt.forms import Factored, form_of, layer_of, stack_count
+from hf_drt.forms import Factored, form_of, layer_of, stack_count, weight_shape
 from hf_drt.recovery.distillation import BATCH, DistillationTrainer, distance
+from hf_drt.recovery.left_as_it_was import left_as_it_was
 from hf_drt.recovery.refit import can_be_refitted, refit
 from hf_drt.recovery.result import LayerRecovery, Recovery, Stage
-from hf_drt.targets import attention_split, find_targets
+from hf_drt.targets import attention_split, is_layer
 from hf_drt.trainer import DRTTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -137,17 +137,25 @@ def _factored(model: nn.Module, reference: nn.Module) -> list[str]:
     """The layers in factored form, which the reference has to have too."""
     if reference is model:
         raise ValueError("the reference is the model itself. Make a copy of the model before it is compressed.")
-    layers = {name: layer_of(model, name) for name in find_targets(model).targets}
-    names = [name for name, layer in layers.items() if isinstance(form_of(layer), Factored)]
+    names = [name for name, module in model.named_modules() if isinstance(form_of(module), Factored)]
     if not names:
         raise ValueError("no layer of the model is in factored form: there is nothing to recover. Compress it first.")
-    theirs = set(find_targets(reference).targets)
-    if missing := [name for name in names if name not in theirs]:
-        raise ValueError(
-            f"the reference has no target layer '{missing[0]}', which the model has in factored form. Give the model "
-            "as it was before the compression."
-        )
+    with attention_split(reference):
+        if missing := [name for name in names if not _alike(layer_of(model, name), reference, name)]:
+            raise ValueError(
+                f"the reference has no layer '{missing[0]}' of the same shape, which the model has in factored form. "
+                "Give the model as it was before the compression."
+            )
     return names
+
+
+def _alike(layer: nn.Module, reference: nn.Module, name: str) -> bool:
+    """Whether the reference, which may be frozen, has a layer of that name and shape."""
+    try:
+        other = layer_of(reference, name)
+    except AttributeError:
+        return False
+    return (is_layer(other) or stack_count(other) is not None) and weight_shape(other) == weight_shape(layer)
 
 
 def _ranks(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
@@ -159,8 +167,8 @@ def _divided(batches: list[Any]) -> tuple[list[Any], list[Any]]:
     """What is worked with, and what is kept aside to judge by."""
     if len(batches) < 4:
         return batches, batches
-    aside = batches[ASIDE // 2 :: ASIDE] or batches[-1:]
-    return [batch for batch in batches if all(batch is not other for other in aside)], aside
+    numbers = range(len(batches))[ASIDE // 2 :: ASIDE] or range(len(batches))[-1:]
+    return [batch for number, batch in enumerate(batches) if number not in numbers], [batches[i] for i in numbers]
 
 
 def _own_loss(reference: nn.Module, batches: list[Any]) -> Loss | None:
@@ -231,14 +239,15 @@ def _fitted(work: _Work, batches: Sequence[Any]) -> None:
 def _trained(
     work: _Work, batches: list[Any], steps: int, learning_rate: float, dtype: str, seed: int, progress: Progress | None
 ) -> None:
-    ranks = {f"^{re.escape(name)}$": rank for name, rank in _ranks(work.model, work.names).items()}
-    with tempfile.TemporaryDirectory() as folder, only_trained(work.model, work.names):
+    with (
+        tempfile.TemporaryDirectory() as folder, left_as_it_was(work.model), only_trained(work.model, work.names),
+        torch.enable_grad(),
+    ):  # fmt: skip
         arguments = DRTTrainingArguments(
             output_dir=folder, max_steps=steps, per_device_train_batch_size=1, learning_rate=learning_rate,
             lr_scheduler_type="cosine", warmup_steps=steps // 20, weight_decay=0.0, bf16=dtype == "bf16", seed=seed,
             use_cpu=next(work.model.parameters()).device.type == "cpu", save_strategy="no", report_to=[],
             logging_strategy="no", disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
-            drt_schedule="factored@0", drt_rank_pattern=ranks, drt_include=list(ranks), drt_export="native",
         )  # fmt: skip
         trainer = DistillationTrainer(
             model=work.model, args=arguments, train_dataset=batches, data_collator=_one_batch, reference=work.reference,

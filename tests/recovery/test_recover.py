@@ -322,7 +322,7 @@ def test_models_that_do_not_go_together(reference, smaller):
     with pytest.raises(ValueError, match="no layer of the model is in factored form: there is nothing to recover"):
         recover(copy.deepcopy(reference), reference, CALIBRATION)
     with pytest.raises(
-        ValueError, match=r"no target layer 'model\.layers\.\d.*', which the model has in factored form"
+        ValueError, match=r"no layer 'model\.layers\.\d.*' of the same shape, which the model has in factored form"
     ):
         recover(smaller, tiny.gpt2(), CALIBRATION)
     with pytest.raises(ValueError, match="calibration has no batch"):
