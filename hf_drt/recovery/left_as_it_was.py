@@ -15,7 +15,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
 
     The Trainer seeds all generators and turns ``use_cache`` off in the configuration; Accelerate puts an autocast
     around the model's ``forward``, which would stay. What an earlier trainer's Accelerate has put there is away
-    meanwhile: it would decide what this training computes in. Layers with running statistics are in evaluation mode meanwhile:
+    meanwhile: it would decide what this training computes in. Layers with running statistics are in evaluation mode:
     their statistics are those of the model as it was, by which it is judged.
     """
     config: Any = getattr(model, "config", None)

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback
 from hf_drt.compress import Loss, compress, has_loss, mean_loss, model_loss
 from hf_drt.covariance import call, checked_batches, evaluating, output_errors, whole_passes
 from hf_drt.forms import Factored, form_of, layer_of, stack_count, weight_shape
-from hf_drt.recovery.distillation import BATCH, DistillationTrainer, distance
+from hf_drt.recovery.distillation import BATCH, DistillationTrainer, Held, distance, problem_type
 from hf_drt.recovery.left_as_it_was import left_as_it_was
 from hf_drt.recovery.refit import can_be_refitted, refit
 from hf_drt.recovery.result import LayerRecovery, Recovery, Stage
@@ -224,7 +224,8 @@ class _Work:
         return Stage(name, far, None if self.loss is None else mean_loss(model, self._aside, self.loss), seconds)
 
     def _distance(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        return distance(call(model, batch), call(self.reference, batch), batch)
+        wanted = call(self.reference, batch)  # may tell the configuration what problem it is, by the labels
+        return distance(call(model, batch), wanted, batch, problem_type(self.reference))
 
 
 def _state(layer: nn.Module) -> dict[str, torch.Tensor]:
@@ -259,7 +260,7 @@ def _trained(
 
 def _one_batch(items: list[Any]) -> Mapping[str, Any]:
     (batch,) = items
-    return batch if isinstance(batch, Mapping) else {BATCH: batch}
+    return batch if isinstance(batch, Mapping) else {BATCH: Held(batch)}
 
 
 @contextmanager
