@@ -1,7 +1,9 @@
 """A compressed model brought nearer to the model that it was made of."""
 
 import copy
+import inspect
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -63,8 +65,8 @@ def recover(
         learning_rate: Its highest, above 0.
         least_squares: Whether the first step is made.
         dtype: What the training computes in, 'fp32' or 'bf16' (autocast).
-        loss: By whose gradients layers' errors are weighed, and which is told: a function of the model and a batch; the
-            model's own if None. Where there is none, errors are not weighed.
+        loss: What is told beside the distance: a function of the model and a batch; the model's own if None, where all
+            batches give one.
         seed: Of the order of batches, and of dropout.
 
     Raises:
@@ -77,7 +79,7 @@ def recover(
     names = _factored(model, reference)
     used, aside = _divided(batches)
     with attention_split(reference):  # as it is in the model, so that layers of one name are called in both
-        work = _Work(model, reference, names, aside, loss if loss is not None else _own_loss(reference, batches))
+        work = _Work(model, reference, names, aside, loss if loss is not None else _own_loss(reference, aside))
         before = work.errors()
         if least_squares:
             work.stage("least squares", lambda: _fitted(work, used))
@@ -85,7 +87,8 @@ def recover(
             work.stage("training", lambda: _trained(work, used, steps, learning_rate, dtype, seed, progress))
         after = work.errors()
     ranks = _ranks(model, names)
-    layers = tuple(LayerRecovery(name, ranks[name], (before[name], after[name])) for name in names if name in before)
+    told = [name for name in names if name in before and name in after]
+    layers = tuple(LayerRecovery(name, ranks[name], (before[name], after[name])) for name in told)
     return Recovery(layers, tuple(work.stages), steps)
 
 
@@ -106,8 +109,12 @@ def compress_and_recover(
         criterion: All other arguments of ``compress``.
 
     Raises:
-        ValueError: As of both; of the second, the model is compressed.
+        ValueError: As of both; of the second, but for a value outside its interval, the model is compressed.
+        TypeError: ``recover`` has no such argument.
     """
+    given = inspect.signature(recover).bind(model, model, (), steps=recover_steps, **recover_options or {})
+    given.apply_defaults()  # looked at now, not after a long compression
+    _check(*(given.arguments[name] for name in ("steps", "learning_rate", "dtype", "least_squares")))
     batches = list(checked_batches(calibration))
     reference = copy.deepcopy(model)
     compression = compress(model, calibration=batches, **criterion)
@@ -172,7 +179,7 @@ def _divided(batches: list[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def _own_loss(reference: nn.Module, batches: list[Any]) -> Loss | None:
-    return model_loss if has_loss(reference, batches) else None
+    return model_loss if all(has_loss(reference, [batch]) for batch in batches) else None
 
 
 # ---- the steps
@@ -185,6 +192,11 @@ class _Work:
         self.model, self.reference, self.names, self.loss = model, reference, names, loss
         self._aside = aside
         self.stages = [self._measured("dense", reference), self._measured("compressed", model)]
+        if not math.isfinite(self.stages[1].distance):
+            raise ValueError(
+                "the model's outputs, or the reference's, hold inf or nan on batches that are kept aside: there is "
+                "nothing to judge a recovery by. Look for inputs that overflow, or hold nan themselves."
+            )
 
     def errors(self) -> dict[str, float]:
         """Relative errors of the layers' outputs; fused experts have none, since they are given other tokens."""

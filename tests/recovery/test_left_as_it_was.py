@@ -8,9 +8,10 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 from hf_drt.compress import compress
-from hf_drt.recovery import recover
+from hf_drt.recovery import compress_and_recover, recover
 
 
 def pair(kind="llama", **criterion):
@@ -142,3 +143,52 @@ def test_a_plain_module_with_packed_attention():
     assert len(result.layers) == 12
     assert attributes(reference) == packed
     assert result.stages[-1].distance < result.stages[1].distance
+
+
+def test_batches_of_which_some_have_no_labels_tell_no_loss():
+    model, reference = pair("vit")
+    data = batches("vit", 4)
+    del data[-1]["labels"]  # which is kept aside
+    assert {stage.loss for stage in recover(model, reference, data, steps=2).stages} == {None}
+
+
+def test_nan_in_what_is_judged_by_is_an_error_and_nothing_has_changed():
+    model, reference = pair("vit")
+    before, data = {n: v.clone() for n, v in model.state_dict().items()}, batches("vit", 4)
+    data[-1]["pixel_values"][0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="hold inf or nan on batches that are kept aside: there is nothing to judge"):
+        recover(model, reference, data, steps=2)
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+def test_experts_that_are_modules_are_given_other_tokens():
+    """Each of a list of its own: how many rows it gets depends on the router, so on the layers before."""
+    config = SwitchTransformersConfig(
+        vocab_size=64, d_model=32, d_ff=64, d_kv=16, num_layers=2, num_decoder_layers=2, num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1, num_heads=2, num_experts=4, decoder_start_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    reference = SwitchTransformersForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for weight in (p for p in reference.parameters() if p.ndim > 1):
+            weight *= 4
+    model = copy.deepcopy(reference)
+    compress(model, rank_ratio=0.25, rank_multiple=2)
+    result = recover(model, reference, batches("t5"), steps=5, learning_rate=1e-3)
+    assert result.stages[-1].distance < result.stages[1].distance
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"recover_steps": -1}, ValueError, "steps must be a whole number of at least 0"),
+        ({"recover_options": {"dtype": "fp8"}}, ValueError, "dtype must be one of"),
+        ({"recover_options": {"lr": 1e-3}}, TypeError, "unexpected keyword argument 'lr'"),
+    ],
+)
+def test_what_recover_would_refuse_is_refused_before_the_compression(given, error, message):
+    model = tiny.llama()
+    before = attributes(model)
+    with pytest.raises(error, match=message):
+        compress_and_recover(model, calibration=batches(), rank_ratio=0.25, **given)
+    assert attributes(model) == before
