@@ -232,7 +232,7 @@ class _Work:
             layer_of(self.model, name).load_state_dict(state)
 
     def _measured(self, name: str, model: nn.Module, seconds: float = 0.0) -> Stage:
-        far = mean_loss(model, self._aside, self._distance)
+        far = max(mean_loss(model, self._aside, self._distance), 0.0)  # which rounding may leave below
         return Stage(name, far, None if self.loss is None else mean_loss(model, self._aside, self.loss), seconds)
 
     def _distance(self, model: nn.Module, batch: Any) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 from hf_drt.compress import compress
-from hf_drt.recovery import compress_and_recover, recover
+from hf_drt.recovery import compress_and_recover, recover, recovering
 
 
 def pair(kind="llama", **criterion):
@@ -192,3 +192,8 @@ def test_what_recover_would_refuse_is_refused_before_the_compression(given, erro
     with pytest.raises(error, match=message):
         compress_and_recover(model, calibration=batches(), rank_ratio=0.25, **given)
     assert attributes(model) == before
+
+
+def test_rounding_leaves_no_distance_below_zero(monkeypatch):
+    monkeypatch.setattr(recovering, "distance", lambda *given: torch.tensor(-1e-9))
+    assert {stage.distance for stage in recover(*pair(), batches(), steps=0).stages} == {0.0}
