@@ -39,7 +39,7 @@ def cross_moments(
             :class:`hf_drt.covariance.Chain`.
 
     Returns:
-        By name; a layer that had no input is left out.
+        By name; a layer that had no input is left out, and one whose calls in the two models do not go together.
     """
     layers, device = {name: model.get_submodule(name) for name in names}, next(model.parameters()).device
     sums = {name: tuple(empty_moments(layer, device) for _ in range(2)) for name, layer in layers.items()}
@@ -50,16 +50,19 @@ def cross_moments(
         counts[name] += add_cross_moments(C, layers[name], x, x)
         add_cross_moments(B, layers[name], before, x)
 
-    _in_lockstep(model, reference, list(layers), passes, lambda x, y: x, count)
+    apart = _in_lockstep(model, reference, list(layers), passes, lambda x, y: x, count)
     return {
-        name: CrossMoments(C[0] / counts[name], B[0] / counts[name]) for name, (C, B) in sums.items() if counts[name]
+        name: CrossMoments(C[0] / counts[name], B[0] / counts[name])
+        for name, (C, B) in sums.items()
+        if counts[name] and name not in apart
     }
 
 
 @torch.no_grad()
 def output_errors(model: nn.Module, reference: nn.Module, names: Iterable[str], passes: Passes) -> dict[str, float]:
     """How far the outputs of layers are from what they are in another model: ``||y' - y||_F / ||y||_F`` over all
-    batches, with all that the layers before have done to the inputs. Arguments as :func:`cross_moments`."""
+    batches, with all that the layers before have done to the inputs. Arguments, and which layers are left out, as
+    :func:`cross_moments`."""
     names = list(names)
     sums = {name: [0.0, 0.0] for name in names}
 
@@ -67,8 +70,8 @@ def output_errors(model: nn.Module, reference: nn.Module, names: Iterable[str], 
         sums[name][0] += (y.double() - before.double()).square().sum().item()
         sums[name][1] += before.double().square().sum().item()
 
-    _in_lockstep(model, reference, names, passes, lambda x, y: y, count)
-    return {name: (lost / total) ** 0.5 for name, (lost, total) in sums.items() if total > 0}
+    apart = _in_lockstep(model, reference, names, passes, lambda x, y: y, count)
+    return {n: (lost / total) ** 0.5 for n, (lost, total) in sums.items() if total > 0 and n not in apart}
 
 
 @torch.no_grad()
@@ -116,17 +119,36 @@ def _in_lockstep(
     passes: Passes,
     kept: Callable[[Tensor, Tensor], Tensor],
     count: Callable[[str, Tensor, Tensor, Tensor], None],
-) -> None:
-    """Call ``count(name, input, output, what is kept of the reference's)`` for every call of a layer in ``model``."""
+) -> set[str]:
+    """Call ``count(name, input, output, what is kept of the reference's)`` for every call of a layer in ``model``.
+
+    Returns:
+        Layers whose calls do not go together, of which what was counted means nothing: called more often in one of the
+        models, or with another number of inputs, as are experts to which other tokens are routed.
+    """
     seen: dict[str, list[Tensor]] = {name: [] for name in names}  # call by call
+
+    apart: set[str] = set()
+
+    def compare(name: str, x: Tensor, y: Tensor) -> None:
+        before = seen[name].pop(0) if seen[name] else None
+        if before is not None and before.shape == kept(x, y).shape:
+            count(name, x, y, before)
+        else:
+            apart.add(name)
+
     with (
         evaluating(model), evaluating(reference),
         _watched(reference, names, lambda name, x, y: seen[name].append(kept(x, y))),
-        _watched(model, names, lambda name, x, y: count(name, x, y, seen[name].pop(0))),
+        _watched(model, names, compare),
     ):  # fmt: skip
         for run_reference, run_model in passes:
             run_reference()
             run_model()
+            apart |= {name for name, calls in seen.items() if calls}
+            for calls in seen.values():
+                calls.clear()
+    return apart
 
 
 @contextmanager

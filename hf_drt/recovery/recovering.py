@@ -1,8 +1,9 @@
 """A compressed model brought nearer to the model that it was made of."""
 
 import copy
+import inspect
 import logging
-import re
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,11 +17,12 @@ from transformers import PrinterCallback, TrainerCallback
 
 from hf_drt.compress import Loss, compress, has_loss, mean_loss, model_loss
 from hf_drt.covariance import call, checked_batches, evaluating, output_errors, whole_passes
-from hf_drt.forms import Factored, form_of, layer_of, stack_count
-from hf_drt.recovery.distillation import BATCH, DistillationTrainer, distance
+from hf_drt.forms import Factored, form_of, layer_of, stack_count, weight_shape
+from hf_drt.recovery.distillation import BATCH, DistillationTrainer, Held, distance, problem_type
+from hf_drt.recovery.left_as_it_was import left_as_it_was
 from hf_drt.recovery.refit import can_be_refitted, refit
 from hf_drt.recovery.result import LayerRecovery, Recovery, Stage
-from hf_drt.targets import attention_split, find_targets
+from hf_drt.targets import attention_split, is_layer
 from hf_drt.trainer import DRTTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -66,8 +68,8 @@ def recover(
         learning_rate: Its highest, above 0.
         least_squares: Whether the first step is made.
         dtype: What the training computes in, 'fp32' or 'bf16' (autocast).
-        loss: By whose gradients layers' errors are weighed, and which is told: a function of the model and a batch; the
-            model's own if None. Where there is none, errors are not weighed.
+        loss: What is told beside the distance: a function of the model and a batch; the model's own if None, where all
+            batches give one.
         seed: Of the order of batches, and of dropout.
 
     Raises:
@@ -75,13 +77,13 @@ def recover(
             its interval. The model is as it was. After an error in one of the steps, or an interruption, it is as
             before that step.
     """
-    _check(steps, learning_rate, dtype, least_squares)
+    _check(steps, learning_rate, dtype, least_squares, training)
     batches = list(checked_batches(calibration))
-    more = _more(training, steps)
+    more = [] if training is None else list(checked_batches(training, "training"))
     names = _factored(model, reference)
     used, aside = _divided(batches)
     with attention_split(reference):  # as it is in the model, so that layers of one name are called in both
-        work = _Work(model, reference, names, aside, loss if loss is not None else _own_loss(reference, batches))
+        work = _Work(model, reference, names, aside, loss if loss is not None else _own_loss(reference, aside))
         before = work.errors()
         if least_squares:
             work.stage("least squares", lambda: _fitted(work, used))
@@ -89,7 +91,8 @@ def recover(
             work.stage("training", lambda: _trained(work, used + more, steps, learning_rate, dtype, seed, progress))
         after = work.errors()
     ranks = _ranks(model, names)
-    layers = tuple(LayerRecovery(name, ranks[name], (before[name], after[name])) for name in names if name in before)
+    told = [name for name in names if name in before and name in after]
+    layers = tuple(LayerRecovery(name, ranks[name], (before[name], after[name])) for name in told)
     return Recovery(layers, tuple(work.stages), steps)
 
 
@@ -110,8 +113,12 @@ def compress_and_recover(
         criterion: All other arguments of ``compress``.
 
     Raises:
-        ValueError: As of both; of the second, the model is compressed.
+        ValueError: As of both; of the second, but for a value outside its interval, the model is compressed.
+        TypeError: ``recover`` has no such argument.
     """
+    given = inspect.signature(recover).bind(model, model, (), steps=recover_steps, **recover_options or {})
+    given.apply_defaults()  # looked at now, not after a long compression
+    _check(*(given.arguments[name] for name in ("steps", "learning_rate", "dtype", "least_squares", "training")))
     batches = list(checked_batches(calibration))
     reference = copy.deepcopy(model)
     compression = compress(model, calibration=batches, **criterion)
@@ -126,41 +133,42 @@ def compress_and_recover(
 # ---- what is given
 
 
-def _check(steps: int, learning_rate: float, dtype: str, least_squares: bool) -> None:
+def _check(steps: int, learning_rate: float, dtype: str, least_squares: bool, training: Iterable[Any] | None) -> None:
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ValueError(f"steps must be a whole number of at least 0, got {steps!r}.")
     if not (isinstance(learning_rate, (int, float)) and learning_rate > 0):
         raise ValueError(f"learning_rate must be above 0, got {learning_rate!r}.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if not steps and training is not None:
+        raise ValueError("training has no effect with steps=0. Raise steps, or leave training out.")
     if not steps and not least_squares:
         raise ValueError("steps=0 and least_squares=False leave nothing to do. Raise steps, or leave least_squares on.")
-
-
-def _more(training: Iterable[Any] | None, steps: int) -> list[Any]:
-    """Batches of the training alone."""
-    if training is None:
-        return []
-    if not steps:
-        raise ValueError("training has no effect with steps=0. Raise steps, or leave training out.")
-    return list(checked_batches(training, "training"))
 
 
 def _factored(model: nn.Module, reference: nn.Module) -> list[str]:
     """The layers in factored form, which the reference has to have too."""
     if reference is model:
         raise ValueError("the reference is the model itself. Make a copy of the model before it is compressed.")
-    layers = {name: layer_of(model, name) for name in find_targets(model).targets}
-    names = [name for name, layer in layers.items() if isinstance(form_of(layer), Factored)]
+    names = [name for name, module in model.named_modules() if isinstance(form_of(module), Factored)]
     if not names:
         raise ValueError("no layer of the model is in factored form: there is nothing to recover. Compress it first.")
-    theirs = set(find_targets(reference).targets)
-    if missing := [name for name in names if name not in theirs]:
-        raise ValueError(
-            f"the reference has no target layer '{missing[0]}', which the model has in factored form. Give the model "
-            "as it was before the compression."
-        )
+    with attention_split(reference):
+        if missing := [name for name in names if not _alike(layer_of(model, name), reference, name)]:
+            raise ValueError(
+                f"the reference has no layer '{missing[0]}' of the same shape, which the model has in factored form. "
+                "Give the model as it was before the compression."
+            )
     return names
+
+
+def _alike(layer: nn.Module, reference: nn.Module, name: str) -> bool:
+    """Whether the reference, which may be frozen, has a layer of that name and shape."""
+    try:
+        other = layer_of(reference, name)
+    except AttributeError:
+        return False
+    return (is_layer(other) or stack_count(other) is not None) and weight_shape(other) == weight_shape(layer)
 
 
 def _ranks(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
@@ -172,12 +180,12 @@ def _divided(batches: list[Any]) -> tuple[list[Any], list[Any]]:
     """What is worked with, and what is kept aside to judge by."""
     if len(batches) < 4:
         return batches, batches
-    aside = batches[ASIDE // 2 :: ASIDE] or batches[-1:]
-    return [batch for batch in batches if all(batch is not other for other in aside)], aside
+    numbers = range(len(batches))[ASIDE // 2 :: ASIDE] or range(len(batches))[-1:]
+    return [batch for number, batch in enumerate(batches) if number not in numbers], [batches[i] for i in numbers]
 
 
 def _own_loss(reference: nn.Module, batches: list[Any]) -> Loss | None:
-    return model_loss if has_loss(reference, batches) else None
+    return model_loss if all(has_loss(reference, [batch]) for batch in batches) else None
 
 
 # ---- the steps
@@ -190,6 +198,11 @@ class _Work:
         self.model, self.reference, self.names, self.loss = model, reference, names, loss
         self._aside = aside
         self.stages = [self._measured("dense", reference), self._measured("compressed", model)]
+        if not math.isfinite(self.stages[1].distance):
+            raise ValueError(
+                "the model's outputs, or the reference's, hold inf or nan on batches that are kept aside: there is "
+                "nothing to judge a recovery by. Look for inputs that overflow, or hold nan themselves."
+            )
 
     def errors(self) -> dict[str, float]:
         """Relative errors of the layers' outputs; fused experts have none, since they are given other tokens."""
@@ -225,11 +238,12 @@ class _Work:
             layer_of(self.model, name).load_state_dict(state)
 
     def _measured(self, name: str, model: nn.Module, seconds: float = 0.0) -> Stage:
-        far = mean_loss(model, self._aside, self._distance)
+        far = max(mean_loss(model, self._aside, self._distance), 0.0)  # which rounding may leave below
         return Stage(name, far, None if self.loss is None else mean_loss(model, self._aside, self.loss), seconds)
 
     def _distance(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        return distance(call(model, batch), call(self.reference, batch), batch)
+        wanted = call(self.reference, batch)  # may tell the configuration what problem it is, by the labels
+        return distance(call(model, batch), wanted, batch, problem_type(self.reference))
 
 
 def _state(layer: nn.Module) -> dict[str, torch.Tensor]:
@@ -244,14 +258,15 @@ def _fitted(work: _Work, batches: Sequence[Any]) -> None:
 def _trained(
     work: _Work, batches: list[Any], steps: int, learning_rate: float, dtype: str, seed: int, progress: Progress | None
 ) -> None:
-    ranks = {f"^{re.escape(name)}$": rank for name, rank in _ranks(work.model, work.names).items()}
-    with tempfile.TemporaryDirectory() as folder, only_trained(work.model, work.names):
+    with (
+        tempfile.TemporaryDirectory() as folder, left_as_it_was(work.model), only_trained(work.model, work.names),
+        torch.enable_grad(),
+    ):  # fmt: skip
         arguments = DRTTrainingArguments(
             output_dir=folder, max_steps=steps, per_device_train_batch_size=1, learning_rate=learning_rate,
             lr_scheduler_type="cosine", warmup_steps=steps // 20, weight_decay=0.0, bf16=dtype == "bf16", seed=seed,
             use_cpu=next(work.model.parameters()).device.type == "cpu", save_strategy="no", report_to=[],
             logging_strategy="no", disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
-            drt_schedule="factored@0", drt_rank_pattern=ranks, drt_include=list(ranks), drt_export="native",
         )  # fmt: skip
         trainer = DistillationTrainer(
             model=work.model, args=arguments, train_dataset=batches, data_collator=_one_batch, reference=work.reference,
@@ -263,7 +278,7 @@ def _trained(
 
 def _one_batch(items: list[Any]) -> Mapping[str, Any]:
     (batch,) = items
-    return batch if isinstance(batch, Mapping) else {BATCH: batch}
+    return batch if isinstance(batch, Mapping) else {BATCH: Held(batch)}
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from hf_drt.trainer.ema import EMACallback
 from hf_drt.trainer.lr import simulated_curve
 from hf_drt.trainer.mixin import DRTSeq2SeqTrainer, DRTTrainer, DRTTrainerMixin
 from hf_drt.trainer.refusals import unused
+from hf_drt.trainer.untouched import untouched
 
 __all__ = [
     "PREFIX",
@@ -29,5 +30,6 @@ __all__ = [
     "checked_config",
     "divide_batch",
     "simulated_curve",
+    "untouched",
     "unused",
 ]

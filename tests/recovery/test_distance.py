@@ -83,3 +83,50 @@ def test_other_outputs_go_by_relative_squares(wrapped):
 def test_outputs_that_hold_nothing_are_an_error(nothing):
     with pytest.raises(ValueError, match="hold neither logits nor hidden states"):
         distance(nothing, nothing, {})
+
+
+def test_span_logits_and_logits_of_samples_have_no_padding():
+    """As many classes as positions, by chance, and logits whose classes are the positions."""
+    y, wanted = drawn(2, 5), drawn(2, 5, seed=1)
+    batch = {"attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])}
+    for name in ("logits", "start_logits"):
+        found = distance({name: y}, {name: wanted}, batch)
+        assert found.item() == pytest.approx(divergence(y, wanted).mean().item(), rel=1e-5)
+
+
+def test_a_batch_of_padding_alone_is_no_distance():
+    y, wanted = drawn(2, 5, 11).requires_grad_(), drawn(2, 5, 11, seed=1)
+    found = distance({"logits": y}, {"logits": wanted}, {"attention_mask": torch.zeros(2, 5)})
+    found.backward()
+    assert found.item() == 0.0
+    assert not y.grad.any()
+
+
+def test_of_labels_that_exclude_none_each_is_a_distribution():
+    """A shift of all logits changes nothing of one distribution over the labels, and every label's own."""
+    y, wanted = drawn(4, 5), drawn(4, 5, seed=1)
+    p, q = wanted.sigmoid(), y.sigmoid()
+    expected = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(-1).mean()
+    found = distance({"logits": y}, {"logits": wanted}, {}, "multi_label_classification")
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    shifted = distance({"logits": wanted + 2}, {"logits": wanted}, {}, "multi_label_classification")
+    assert shifted.item() > 0.1
+
+
+def test_of_a_regression_of_several_numbers_it_is_relative_squares():
+    y, wanted = drawn(4, 5), drawn(4, 5, seed=1)
+    found = distance({"logits": y}, {"logits": wanted}, {}, "regression")
+    assert found.item() == pytest.approx(((y - wanted) ** 2).sum().item() / (wanted**2).sum().item(), rel=1e-5)
+
+
+def test_classes_of_a_picture_are_the_second_dimension():
+    y, wanted = drawn(2, 7, 3, 4), drawn(2, 7, 3, 4, seed=1)
+    found = distance({"logits": y}, {"logits": wanted}, {})
+    last = divergence(y.movedim(1, -1), wanted.movedim(1, -1))
+    assert found.item() == pytest.approx(last.mean().item(), rel=1e-5)
+
+
+def test_a_loss_is_no_output():
+    y, wanted = drawn(4, 5), drawn(4, 5, seed=1)
+    expected = ((y - wanted) ** 2).sum().item() / (wanted**2).sum().item()
+    assert distance((torch.ones(()), y), (torch.zeros(()), wanted), {}).item() == pytest.approx(expected, rel=1e-5)

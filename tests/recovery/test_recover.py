@@ -3,6 +3,7 @@
 import copy
 import logging
 import re
+from typing import NamedTuple
 
 import pytest
 import tiny
@@ -336,10 +337,56 @@ def test_models_that_do_not_go_together(reference, smaller):
     with pytest.raises(ValueError, match="no layer of the model is in factored form: there is nothing to recover"):
         recover(copy.deepcopy(reference), reference, CALIBRATION)
     with pytest.raises(
-        ValueError, match=r"no target layer 'model\.layers\.\d.*', which the model has in factored form"
+        ValueError, match=r"no layer 'model\.layers\.\d.*' of the same shape, which the model has in factored form"
     ):
         recover(smaller, tiny.gpt2(), CALIBRATION)
     with pytest.raises(ValueError, match="calibration has no batch"):
         recover(smaller, reference, [])
     with pytest.raises(TypeError, match=r"training must be an iterable of batches, got a dict\."):
         recover(smaller, reference, CALIBRATION, training=CALIBRATION[0])
+
+
+def test_the_trainer_takes_the_mean_over_accumulated_batches_and_evaluates_without_labels(reference, smaller, tmp_path):
+    """Of equal lengths two batches of four are one of eight."""
+    data = tiny.dataset(rows=8)
+    rows = {}
+    for accumulated in (1, 2):
+        model = copy.deepcopy(smaller)
+        arguments = tiny.arguments(
+            tmp_path, max_steps=1, drt_schedule=None, gradient_accumulation_steps=accumulated, logging_steps=1,
+            per_device_train_batch_size=8 // accumulated,
+        )  # fmt: skip
+        trainer = DistillationTrainer(
+            model=model, args=arguments, train_dataset=data, eval_dataset=data.remove_columns("labels"),
+            reference=reference,
+        )  # fmt: skip
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        rows[accumulated] = next(row for row in trainer.state.log_history if "grad_norm" in row)
+        assert rows[accumulated]["loss"] == pytest.approx(before, rel=1e-3)
+    assert rows[1]["grad_norm"] == pytest.approx(rows[2]["grad_norm"], rel=1e-3)
+
+
+class Named(NamedTuple):
+    ids: torch.Tensor
+
+
+class Argument(torch.nn.Module):
+    """A model with an argument of the name that the Trainer's batches have."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch, scale=1.0):
+        return self.model(input_ids=batch).logits + scale
+
+
+def test_batches_reach_the_model_as_they_are(reference, smaller):
+    ids, told = CALIBRATION[0]["input_ids"], []
+    for batch in (Named(ids), {"batch": ids, "scale": 3.0}):
+        models = Argument(copy.deepcopy(smaller)), Argument(copy.deepcopy(reference))
+        models[0].register_forward_pre_hook(lambda m, args, kwargs: told.append((args, kwargs)), with_kwargs=True)
+        recover(*models, [batch] * 3, steps=2)
+    assert {len(args) for args, _ in told} == {0, 1}
+    assert all(args or kwargs["scale"] == 3.0 for args, kwargs in told)
